@@ -1,0 +1,93 @@
+// Copyright (c) the dcn_d2 authors. SPDX-License-Identifier: Apache-2.0
+// Operands of deform_conv2d: sizes and checks that the CPU and the CUDA entry points share.
+#pragma once
+
+#include <limits>
+
+#include "sample.h"
+#include "tensor.h"
+
+namespace dcn {
+
+// input (batch, channels, height, width), offset (batch, deform_groups * taps * 2, out_h, out_w),
+// weight (out_channels, channels / groups, kernel_h, kernel_w), mask (batch, deform_groups * taps, out_h, out_w),
+// output (batch, out_channels, out_h, out_w).
+struct DeformConv2dSizes {
+  int64_t batch, channels, height, width;
+  int64_t out_channels, out_h, out_w;
+  int64_t kernel_h, kernel_w, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w;
+  int64_t groups, deform_groups;
+
+  DCN_HOST_DEVICE int64_t taps() const { return kernel_h * kernel_w; }
+  DCN_HOST_DEVICE int64_t positions() const { return out_h * out_w; }  // of one image
+  DCN_HOST_DEVICE int64_t pixels() const { return height * width; }    // of one image
+  DCN_HOST_DEVICE int64_t group_channels() const { return channels / groups; }
+  DCN_HOST_DEVICE int64_t group_out_channels() const { return out_channels / groups; }
+  DCN_HOST_DEVICE int64_t deform_channels() const { return channels / deform_groups; }
+};
+
+// Where tap (i, j) of output (h, w) reads, in input pixels, before its offset is added.
+template <typename T>
+DCN_HOST_DEVICE T tap_y(const DeformConv2dSizes& s, int64_t h, int64_t i) {
+  return static_cast<T>(h * s.stride_h - s.pad_h + i * s.dilation_h);
+}
+template <typename T>
+DCN_HOST_DEVICE T tap_x(const DeformConv2dSizes& s, int64_t w, int64_t j) {
+  return static_cast<T>(w * s.stride_w - s.pad_w + j * s.dilation_w);
+}
+
+inline int64_t conv_output_size(int64_t size, int64_t kernel, int64_t stride, int64_t pad, int64_t dilation) {
+  const int64_t span = size + 2 * pad - dilation * (kernel - 1) - 1;
+  return span < 0 ? 0 : span / stride + 1;
+}
+
+// Raises an error that names the operand and both values where something does not fit.
+inline DeformConv2dSizes check_deform_conv2d(const Tensor& input, const Tensor& offset, const Tensor& weight,
+                                             const std::optional<Tensor>& bias, const std::optional<Tensor>& mask,
+                                             const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
+                                             const std::vector<int64_t>& dilation) {
+  const char* op = "deform_conv2d";
+  check_input_dtype(op, input);
+  check_operand(op, "input", input, input, 4);
+  check_operand(op, "offset", offset, input, 4);
+  check_operand(op, "weight", weight, input, 4);
+  check_least(op, "stride", stride, 1);
+  check_least(op, "padding", padding, 0);
+  check_least(op, "dilation", dilation, 1);
+
+  DeformConv2dSizes s{};
+  s.batch = input.size(0), s.channels = input.size(1), s.height = input.size(2), s.width = input.size(3);
+  s.out_channels = weight.size(0), s.kernel_h = weight.size(2), s.kernel_w = weight.size(3);
+  s.stride_h = stride[0], s.stride_w = stride[1], s.pad_h = padding[0], s.pad_w = padding[1];
+  s.dilation_h = dilation[0], s.dilation_w = dilation[1];
+  const int64_t taps = s.taps();
+  STD_TORCH_CHECK(taps > 0, op, ": weight has an empty kernel, ", s.kernel_h, " x ", s.kernel_w);
+  STD_TORCH_CHECK(weight.size(1) > 0 && s.channels % weight.size(1) == 0, op, ": input has ", s.channels,
+                  " channels, which is no multiple of weight's ", weight.size(1));
+  s.groups = s.channels / weight.size(1);
+  STD_TORCH_CHECK(s.groups > 0 && s.out_channels % s.groups == 0, op, ": weight has ", s.out_channels,
+                  " output channels, which is no multiple of the ", s.groups, " groups");
+  s.deform_groups = offset.size(1) / (2 * taps);
+  STD_TORCH_CHECK(s.deform_groups > 0 && offset.size(1) % (2 * taps) == 0, op, ": offset has ", offset.size(1),
+                  " channels, which is no multiple of 2 * ", s.kernel_h, " * ", s.kernel_w);
+  STD_TORCH_CHECK(s.channels % s.deform_groups == 0, op, ": input has ", s.channels,
+                  " channels, which is no multiple of offset's ", s.deform_groups, " groups");
+  s.out_h = conv_output_size(s.height, s.kernel_h, s.stride_h, s.pad_h, s.dilation_h);
+  s.out_w = conv_output_size(s.width, s.kernel_w, s.stride_w, s.pad_w, s.dilation_w);
+  STD_TORCH_CHECK(s.out_h > 0 && s.out_w > 0, op, ": input of ", s.height, " x ", s.width,
+                  " is too small for weight's kernel: the output would be ", s.out_h, " x ", s.out_w);
+  STD_TORCH_CHECK(s.pixels() <= std::numeric_limits<int32_t>::max(), op, ": input of ", s.height, " x ", s.width,
+                  " has more pixels in an image than ", std::numeric_limits<int32_t>::max());
+  check_shape(op, "offset", offset, {s.batch, offset.size(1), s.out_h, s.out_w});
+  if (mask) {
+    check_operand(op, "mask", *mask, input, 4);
+    check_shape(op, "mask", *mask, {s.batch, s.deform_groups * taps, s.out_h, s.out_w});
+  }
+  if (bias) {
+    check_operand(op, "bias", *bias, input, 1);
+    check_shape(op, "bias", *bias, {s.out_channels});
+  }
+  return s;
+}
+
+}  // namespace dcn

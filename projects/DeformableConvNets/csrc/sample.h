@@ -1,0 +1,111 @@
+// Copyright (c) the dcn_d2 authors. SPDX-License-Identifier: Apache-2.0
+// Where a sample falls, what it reads and how it moves: the maths that the CPU and the CUDA sources share.
+//
+// Bilinear sampling is the product of two axes, so everything here is about one axis. A sample in the plane reads
+// its (up to) four neighbours with weight y.weight[i] * x.weight[j]; its derivative by the position in y is
+// y.slope[i] * x.weight[j], by x it is y.weight[i] * x.slope[j]. An axis on which the sample falls outside has
+// no neighbours and zero weights, so the product vanishes, NaN and infinite positions included.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+#if defined(__CUDACC__)
+#define DCN_HOST_DEVICE __host__ __device__ __forceinline__
+#else
+#define DCN_HOST_DEVICE inline
+#endif
+
+namespace dcn {
+
+// One axis of a bilinear sample: neighbours low and low + 1.
+template <typename T>
+struct AxisSample {
+  int32_t low;     // index of the lower neighbour; may be -1 where exists[0] is false
+  bool exists[2];  // whether each neighbour lies on the map; one that does not must not be read
+  T weight[2];     // zero where the neighbour does not exist
+  T slope[2];      // derivative of weight by the position
+};
+
+template <typename T>
+DCN_HOST_DEVICE AxisSample<T> no_sample() {
+  return {0, {false, false}, {T(0), T(0)}, {T(0), T(0)}};
+}
+
+// The rule of deformable convolution: zeros outside, contributes only for -1 < position < size.
+template <typename T>
+DCN_HOST_DEVICE AxisSample<T> sample_axis_zeros(T position, int32_t size) {
+  // Written so that NaN fails the test.
+  if (!(position > T(-1) && position < T(size))) return no_sample<T>();
+  const T floor_position = std::floor(position);
+  const T fraction = position - floor_position;
+  AxisSample<T> axis;
+  axis.low = static_cast<int32_t>(floor_position);
+  axis.exists[0] = axis.low >= 0;
+  axis.exists[1] = axis.low + 1 < size;
+  axis.weight[0] = axis.exists[0] ? T(1) - fraction : T(0);
+  axis.weight[1] = axis.exists[1] ? fraction : T(0);
+  axis.slope[0] = axis.exists[0] ? T(-1) : T(0);
+  axis.slope[1] = axis.exists[1] ? T(1) : T(0);
+  return axis;
+}
+
+// The rule of RoIAlign: contributes for -1 <= position <= size, clamped to the map, where the slope is zero.
+template <typename T>
+DCN_HOST_DEVICE AxisSample<T> sample_axis_clamped(T position, int32_t size) {
+  if (!(position >= T(-1) && position <= T(size)) || size < 1) return no_sample<T>();
+  if (position < T(0)) return {0, {true, false}, {T(1), T(0)}, {T(0), T(0)}};
+  if (position >= T(size - 1)) return {size - 1, {true, false}, {T(1), T(0)}, {T(0), T(0)}};
+  const T floor_position = std::floor(position);
+  const T fraction = position - floor_position;
+  return {static_cast<int32_t>(floor_position), {true, true}, {T(1) - fraction, fraction}, {T(-1), T(1)}};
+}
+
+// Bins of one axis of a RoI, after Dai et al. 2017 section 2.2 with RoIAlign's half-pixel shift.
+template <typename T>
+struct RoiAxis {
+  T start;       // where the first bin starts, in feature-map pixels
+  T size;        // of the RoI, in feature-map pixels
+  T bin_size;
+  int64_t grid;  // samples per bin, 0 where the RoI is empty or not finite
+};
+
+template <typename T>
+DCN_HOST_DEVICE RoiAxis<T> roi_axis(T low, T high, T spatial_scale, int64_t bins, int64_t sampling_ratio) {
+  RoiAxis<T> axis;
+  axis.start = low * spatial_scale - T(0.5);
+  axis.size = (high * spatial_scale - T(0.5)) - axis.start;
+  axis.bin_size = axis.size / T(bins);
+  const T most = T(1 << 30);  // keeps the conversion defined
+  const T samples = std::ceil(axis.bin_size);
+  axis.grid = sampling_ratio > 0 ? sampling_ratio
+              : samples > T(0)   ? static_cast<int64_t>(samples < most ? samples : most)
+                                 : 0;
+  return axis;
+}
+
+// Position of sample k of a bin that is moved by `shift` feature-map pixels.
+template <typename T>
+DCN_HOST_DEVICE T roi_sample_position(const RoiAxis<T>& axis, int64_t bin, int64_t k, T shift) {
+  return axis.start + (T(bin) + (T(k) + T(0.5)) / T(axis.grid)) * axis.bin_size + shift;
+}
+
+// Samples [begin, end) of a bin; the others lie off the map. It bounds the work of a RoI that is far larger than the
+// map, and is empty where the shift is NaN or infinite.
+struct SampleRange {
+  int64_t begin, end;
+};
+template <typename T>
+DCN_HOST_DEVICE SampleRange roi_sample_range(const RoiAxis<T>& axis, int64_t bin, T shift, int32_t size) {
+  const T step = axis.bin_size / T(axis.grid);
+  if (axis.grid <= 64 || !(step > T(0))) return {0, axis.grid};
+  const T base = axis.start + T(bin) * axis.bin_size + shift;
+  const T first = (T(-1) - base) / step, last = (T(size) - base) / step;
+  // Rounding moves a sample by less than that many places.
+  const T slack = T(2) + T(1e-6) * (std::fabs(first) + std::fabs(last));
+  const T begin = first - slack, end = last + slack, grid = static_cast<T>(axis.grid);
+  if (!(begin < grid && end > T(0))) return {0, 0};
+  return {begin > T(0) ? static_cast<int64_t>(begin) : 0, end < grid ? static_cast<int64_t>(end) + 1 : axis.grid};
+}
+
+}  // namespace dcn

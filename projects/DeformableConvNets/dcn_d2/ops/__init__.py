@@ -1,0 +1,7 @@
+# Copyright (c) the dcn_d2 authors. SPDX-License-Identifier: Apache-2.0
+"""Deformable operators for CPU and CUDA, also as `torch.ops.dcn_d2.*`. Needs torch only."""
+
+from .deform_conv2d import deform_conv2d
+from .deform_roi_pool import deform_roi_pool
+
+__all__ = ["deform_conv2d", "deform_roi_pool"]

@@ -1,0 +1,60 @@
+# Copyright (c) the dcn_d2 authors. SPDX-License-Identifier: Apache-2.0
+"""Argument forms that the operators share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Union
+
+import torch
+from torch import Tensor
+
+IntPair = Union[int, Sequence[int]]
+
+FLOAT_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+def pair(value: IntPair, name: str) -> list[int]:
+    """Gives [height, width] for a number or a pair of numbers.
+
+    Raises:
+        ValueError: ``value`` is neither.
+    """
+    values = [value, value] if isinstance(value, (int, torch.SymInt)) else list(value)
+    if len(values) != 2:
+        raise ValueError(f"{name} must be a number or a pair of numbers, got {value}")
+    return values
+
+
+def check(condition: object, message: Callable[[], str]) -> None:
+    """Raises RuntimeError with the message unless the condition holds; understands symbolic sizes."""
+    torch._check(condition, message)  # type: ignore[arg-type]
+
+
+def check_tensor(operator: str, name: str, tensor: Tensor, like: Tensor, rank: int) -> None:
+    """Checks one operand's rank, and its dtype and device against those of ``input``."""
+    check(tensor.dim() == rank, lambda: f"{operator}: {name} must have {rank} dimensions, got {list(tensor.shape)}")
+    check(
+        tensor.dtype == like.dtype,
+        lambda: f"{operator}: {name} has dtype {tensor.dtype}, but input has {like.dtype}",
+    )
+    check(
+        tensor.device == like.device,
+        lambda: f"{operator}: {name} is on {tensor.device}, but input is on {like.device}",
+    )
+
+
+def check_shape(operator: str, name: str, tensor: Tensor, expected: Sequence[int]) -> None:
+    """Checks one operand's shape."""
+    check(
+        len(tensor.shape) == len(expected) and all(a == b for a, b in zip(tensor.shape, expected)),
+        lambda: f"{operator}: {name} must have shape {list(expected)}, got {list(tensor.shape)}",
+    )
+
+
+def check_input_dtype(operator: str, input: Tensor) -> None:
+    """Checks that ``input`` has one of the four supported dtypes."""
+    check(
+        input.dtype in FLOAT_DTYPES,
+        lambda: f"{operator}: input must be float64, float32, float16 or bfloat16, got {input.dtype}",
+    )

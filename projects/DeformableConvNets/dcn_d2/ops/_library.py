@@ -1,0 +1,94 @@
+# Copyright (c) the dcn_d2 authors. SPDX-License-Identifier: Apache-2.0
+"""The operator library `torch.ops.dcn_d2`: loads the compiled kernels and registers what Python adds to them."""
+
+from __future__ import annotations
+
+import importlib.util
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+LIBRARY = torch.library.Library("dcn_d2", "DEF")
+_warned: set[str] = set()
+
+
+def _load_kernels() -> str:
+    """Loads `dcn_d2._C`. Returns "" or, where there is none, the reason."""
+    try:
+        spec = importlib.util.find_spec("dcn_d2._C")
+    except ModuleNotFoundError:
+        spec = None
+    if spec is None or spec.origin is None:
+        return (
+            "the compiled library dcn_d2._C was not found. Build it with `pip install --no-build-isolation -e "
+            "projects/DeformableConvNets` (a C++ compiler is needed; for CUDA also nvcc, and FORCE_CUDA=1 where "
+            "no GPU is visible)"
+        )
+    try:
+        torch.ops.load_library(spec.origin)
+    except OSError as error:
+        return f"the compiled library {spec.origin} does not load: {error}. Build it again for this PyTorch"
+    return ""
+
+
+missing_kernels = _load_kernels()
+
+
+def define(schema: str) -> None:
+    """Defines an operator; the compiled library brings kernels for it."""
+    LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+
+
+def register_fallback(name: str, reference: Callable[..., Any]) -> None:
+    """Runs `reference` on devices for which no kernel was compiled, and warns once."""
+
+    def fallback(*args: Any, **kwargs: Any) -> Any:
+        device = next(a for a in args if isinstance(a, torch.Tensor)).device.type
+        if device not in _warned:
+            _warned.add(device)
+            reason = missing_kernels or f"dcn_d2._C has no {device} kernels"
+            warnings.warn(f"dcn_d2: {name} on {device} runs the slow Python reference: {reason}.", stacklevel=2)
+        return reference(*args, **kwargs)
+
+    LIBRARY.impl(name, fallback, "CompositeExplicitAutograd")
+
+
+def register_autocast(name: str, keep_float32: tuple[str, ...] = ()) -> None:
+    """Under autocast, casts the operands to autocast's dtype, so that half precision stays half.
+
+    Arguments in `keep_float32` become float32 instead; float64 operands stay as they are, as in torch's own rules.
+    """
+    operator = getattr(torch.ops.dcn_d2, name).default
+    names = [argument.name for argument in operator._schema.arguments]
+
+    def cast(value: Any, dtype: torch.dtype) -> Any:
+        castable = isinstance(value, torch.Tensor) and value.is_floating_point() and value.dtype != torch.float64
+        return value.to(dtype) if castable else value
+
+    for device_type, key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
+        keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
+
+        def autocast(*args: Any, _device_type: str = device_type, _keys: Any = keys, **kwargs: Any) -> Any:
+            dtype = torch.get_autocast_dtype(_device_type)
+            arguments = dict(zip(names, args)) | kwargs
+            arguments = {
+                key: cast(value, torch.float32 if key in keep_float32 else dtype) for key, value in arguments.items()
+            }
+            with torch._C._ExcludeDispatchKeyGuard(_keys):
+                return operator(**arguments)
+
+        LIBRARY.impl(name, autocast, key)
+
+
+def refuse_nondeterministic(name: str, device: torch.device) -> None:
+    """Honours `torch.use_deterministic_algorithms` for an operator that is not deterministic on CUDA."""
+    if device.type == "cuda" and torch.are_deterministic_algorithms_enabled():
+        message = (
+            f"dcn_d2: {name} adds with atomics on CUDA and has no deterministic implementation, but "
+            "torch.use_deterministic_algorithms(True) is set. Use warn_only=True, or run it on CPU"
+        )
+        if not torch.is_deterministic_algorithms_warn_only_enabled():
+            raise RuntimeError(message)
+        warnings.warn(message, stacklevel=2)

@@ -1,0 +1,241 @@
+# Copyright (c) the dcn_d2 authors. SPDX-License-Identifier: Apache-2.0
+"""Deformable convolution, v1 and v2 (modulated): schema, autograd, shapes, autocast."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import reference
+from ._arguments import IntPair, check, check_input_dtype, check_shape, check_tensor, pair
+from ._library import define, refuse_nondeterministic, register_autocast, register_fallback
+
+define(
+    "deform_conv2d(Tensor input, Tensor offset, Tensor weight, Tensor? bias=None, int[2] stride=1, "
+    "int[2] padding=0, int[2] dilation=1, Tensor? mask=None) -> Tensor"
+)
+define(
+    "deform_conv2d_backward(Tensor grad, Tensor input, Tensor offset, Tensor weight, Tensor? mask, int[2] stride, "
+    "int[2] padding, int[2] dilation, bool need_input, bool need_offset, bool need_weight) "
+    "-> (Tensor, Tensor, Tensor, Tensor)"
+)
+
+
+def deform_conv2d(
+    input: Tensor,
+    offset: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: IntPair = (1, 1),
+    padding: IntPair = (0, 0),
+    dilation: IntPair = (1, 1),
+    mask: Tensor | None = None,
+) -> Tensor:
+    """Convolves `input` at sampling positions moved by `offset`, each sample scaled by `mask` if one is given.
+
+    A drop-in for `torchvision.ops.deform_conv2d`. Conv groups and deform groups follow from the shapes. A sample is
+    bilinear with zeros outside the map and contributes only for -1 < position < size in both axes; NaN and infinite
+    offsets read zero and get zero gradients. Half precision accumulates in float32. A channels_last input gives a
+    channels_last output.
+
+    Sources: Dai et al., "Deformable Convolutional Networks", ICCV 2017; Zhu et al., "Deformable ConvNets v2: More
+    Deformable, Better Results", CVPR 2019; numerics of `torchvision.ops.deform_conv2d`.
+
+    Args:
+        input: (N, in_channels, in_h, in_w), float64, float32, float16 or bfloat16.
+        offset: (N, 2 * deform_groups * kernel_h * kernel_w, out_h, out_w) in input pixels; (y, x) pairs interleaved
+            per tap, deform group by deform group. Each deform group moves in_channels / deform_groups channels.
+        weight: (out_channels, in_channels / groups, kernel_h, kernel_w).
+        bias: (out_channels,) or None.
+        stride: a number or (height, width).
+        padding: of zeros, a number or (height, width).
+        dilation: a number or (height, width).
+        mask: (N, deform_groups * kernel_h * kernel_w, out_h, out_w), the modulation after the sigmoid, or None (v1).
+
+    Returns:
+        (N, out_channels, out_h, out_w) with out = (in + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1.
+
+    Raises:
+        RuntimeError: A tensor's rank, shape, dtype or device does not fit; the message names it and both values.
+        ValueError: stride, padding or dilation is not a number or a pair.
+    """
+    return torch.ops.dcn_d2.deform_conv2d(
+        input, offset, weight, bias, pair(stride, "stride"), pair(padding, "padding"), pair(dilation, "dilation"), mask
+    )
+
+
+def _check_operands(
+    input: Tensor,
+    offset: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    mask: Tensor | None,
+) -> tuple[int, int]:
+    """Checks what `csrc/deform_conv2d.h` checks, for the reference and for tracing. Returns (out_h, out_w)."""
+    name = "deform_conv2d"
+    check_input_dtype(name, input)
+    for operand, tensor in (("input", input), ("offset", offset), ("weight", weight)):
+        check_tensor(name, operand, tensor, input, 4)
+    batch, in_channels, in_h, in_w = input.shape
+    out_channels, group_channels, kernel_h, kernel_w = weight.shape
+    taps = kernel_h * kernel_w
+    for argument, values, least in (("stride", stride, 1), ("padding", padding, 0), ("dilation", dilation, 1)):
+        check(min(values) >= least, lambda: f"{name}: {argument} must be at least {least}, got {list(values)}")
+    check(taps > 0, lambda: f"{name}: weight has an empty kernel, {kernel_h} x {kernel_w}")
+    check(
+        group_channels > 0 and in_channels % group_channels == 0,
+        lambda: f"{name}: input has {in_channels} channels, which is no multiple of weight's {group_channels}",
+    )
+    groups = in_channels // group_channels
+    check(
+        out_channels % max(groups, 1) == 0,
+        lambda: f"{name}: weight has {out_channels} output channels, which is no multiple of the {groups} groups",
+    )
+    deform_groups = offset.shape[1] // (2 * taps)
+    check(
+        deform_groups > 0 and offset.shape[1] % (2 * taps) == 0,
+        lambda: f"{name}: offset has {offset.shape[1]} channels, which is no multiple of 2 * {kernel_h} * {kernel_w}",
+    )
+    check(
+        in_channels % deform_groups == 0,
+        lambda: f"{name}: input has {in_channels} channels, which is no multiple of offset's {deform_groups} groups",
+    )
+    out_h, out_w = (
+        (size + 2 * pad - step * (kernel - 1) - 1) // jump + 1
+        for size, pad, step, kernel, jump in zip((in_h, in_w), padding, dilation, (kernel_h, kernel_w), stride)
+    )
+    check(
+        out_h > 0 and out_w > 0,
+        lambda: f"{name}: input of {in_h} x {in_w} is too small for weight's kernel: the output would be "
+        f"{out_h} x {out_w}",
+    )
+    check_shape(name, "offset", offset, (batch, offset.shape[1], out_h, out_w))
+    if mask is not None:
+        check_tensor(name, "mask", mask, input, 4)
+        check_shape(name, "mask", mask, (batch, deform_groups * taps, out_h, out_w))
+    if bias is not None:
+        check_tensor(name, "bias", bias, input, 1)
+        check_shape(name, "bias", bias, (out_channels,))
+    return out_h, out_w
+
+
+def _reference_forward(
+    input: Tensor,
+    offset: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Sequence[int] = (1, 1),
+    padding: Sequence[int] = (0, 0),
+    dilation: Sequence[int] = (1, 1),
+    mask: Tensor | None = None,
+) -> Tensor:
+    _check_operands(input, offset, weight, bias, stride, padding, dilation, mask)
+    return reference.deform_conv2d(input, offset, weight, bias, stride, padding, dilation, mask)
+
+
+def _reference_backward(
+    grad: Tensor,
+    input: Tensor,
+    offset: Tensor,
+    weight: Tensor,
+    mask: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    need_input: bool,
+    need_offset: bool,
+    need_weight: bool,
+) -> tuple[Tensor, ...]:
+    def forward(input: Tensor, offset: Tensor, weight: Tensor, *mask: Tensor) -> Tensor:
+        return reference.deform_conv2d(
+            input, offset, weight, None, stride, padding, dilation, mask[0] if mask else None
+        )
+
+    needed = (need_input, need_offset, need_weight, need_offset)
+    operands = (input, offset, weight) if mask is None else (input, offset, weight, mask)
+    gradients = reference.gradients(forward, operands, grad, needed)
+    return (*gradients, grad.new_empty(0)) if mask is None else gradients
+
+
+register_fallback("deform_conv2d", _reference_forward)
+register_fallback("deform_conv2d_backward", _reference_backward)
+
+
+@torch.library.register_fake("dcn_d2::deform_conv2d")
+def _fake(
+    input: Tensor,
+    offset: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Sequence[int] = (1, 1),
+    padding: Sequence[int] = (0, 0),
+    dilation: Sequence[int] = (1, 1),
+    mask: Tensor | None = None,
+) -> Tensor:
+    out_h, out_w = _check_operands(input, offset, weight, bias, stride, padding, dilation, mask)
+    output = input.new_empty(input.shape[0], weight.shape[0], out_h, out_w)
+    return output.contiguous(memory_format=torch._prims_common.suggest_memory_format(input))
+
+
+@torch.library.register_fake("dcn_d2::deform_conv2d_backward")
+def _fake_backward(
+    grad: Tensor,
+    input: Tensor,
+    offset: Tensor,
+    weight: Tensor,
+    mask: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    need_input: bool,
+    need_offset: bool,
+    need_weight: bool,
+) -> tuple[Tensor, ...]:
+    def empty(like: Tensor | None, needed: bool) -> Tensor:
+        return grad.new_empty(0) if like is None or not needed else like.new_empty(like.shape)
+
+    grad_input = empty(input, need_input)
+    if need_input:
+        grad_input = grad_input.contiguous(memory_format=torch._prims_common.suggest_memory_format(input))
+    return grad_input, empty(offset, need_offset), empty(weight, need_weight), empty(mask, need_offset)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    input, offset, weight, bias, ctx.stride, ctx.padding, ctx.dilation, mask = inputs
+    ctx.has_bias, ctx.has_mask = bias is not None, mask is not None
+    ctx.save_for_backward(input, offset, weight, mask)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    input, offset, weight, mask = ctx.saved_tensors
+    need_input, need_offset, need_weight, need_bias, *_, need_mask = ctx.needs_input_grad
+    refuse_nondeterministic("deform_conv2d_backward", grad.device)
+    gradients: Sequence[Tensor | None] = torch.ops.dcn_d2.deform_conv2d_backward(
+        grad,
+        input,
+        offset,
+        weight,
+        mask,
+        ctx.stride,
+        ctx.padding,
+        ctx.dilation,
+        need_input,
+        need_offset or need_mask,
+        need_weight,
+    )
+    grad_input, grad_offset, grad_weight, grad_mask = (
+        gradient if needed else None
+        for gradient, needed in zip(gradients, (need_input, need_offset, need_weight, need_mask and ctx.has_mask))
+    )
+    grad_bias = grad.sum((0, 2, 3)) if need_bias and ctx.has_bias else None
+    return grad_input, grad_offset, grad_weight, grad_bias, None, None, None, grad_mask
+
+
+torch.library.register_autograd("dcn_d2::deform_conv2d", _backward, setup_context=_setup_context)
+register_autocast("deform_conv2d")

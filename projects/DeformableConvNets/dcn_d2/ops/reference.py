@@ -1,0 +1,98 @@
+# Copyright (c) the dcn_d2 authors. SPDX-License-Identifier: Apache-2.0
+"""Slow, readable operators: the oracle of the tests, and the fallback where no compiled kernel exists.
+
+They are plain differentiable torch, so autograd gives the reference gradients. Half precision is computed in float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from .sampling import bilinear_clamped, bilinear_zeros, deform_conv2d_locations, roi_bin_locations
+
+
+def deform_conv2d(
+    input: Tensor,
+    offset: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    mask: Tensor | None,
+) -> Tensor:
+    """Deformable convolution: samples every tap, then multiplies by the weight, conv group by conv group."""
+    dtype = input.dtype
+    if dtype in (torch.float16, torch.bfloat16):
+        input, offset, weight = input.float(), offset.float(), weight.float()
+        bias, mask = (None if t is None else t.float() for t in (bias, mask))
+    out_channels, _, kernel_h, kernel_w = weight.shape
+    taps, groups = kernel_h * kernel_w, input.shape[1] // max(weight.shape[1], 1)
+    batch, _, out_h, out_w = offset.shape
+    deform_groups = offset.shape[1] // (2 * taps)
+
+    y, x = deform_conv2d_locations(offset, (kernel_h, kernel_w), stride, padding, dilation).unbind(-1)
+    columns = input.new_zeros(batch, input.shape[1], taps, out_h, out_w)
+    if columns.numel():
+        images = input.unflatten(1, (deform_groups, -1))
+        columns = torch.stack(
+            [
+                torch.cat([bilinear_zeros(images[n, g], y[n, g], x[n, g]) for g in range(deform_groups)])
+                for n in range(batch)
+            ]
+        )
+    if mask is not None:
+        per_group = columns.unflatten(1, (deform_groups, -1)) * mask.reshape(batch, deform_groups, 1, taps, out_h, out_w)
+        columns = per_group.flatten(1, 2)
+    output = torch.einsum(
+        "ngkhw,gok->ngohw",
+        columns.reshape(batch, groups, weight.shape[1] * taps, out_h, out_w),
+        weight.reshape(groups, out_channels // groups, weight.shape[1] * taps),
+    ).reshape(batch, out_channels, out_h, out_w)
+    if bias is not None:
+        output = output + bias[:, None, None]
+    return output.to(dtype)
+
+
+def deform_roi_pool(
+    input: Tensor,
+    rois: Tensor,
+    offset: Tensor | None,
+    output_size: Sequence[int],
+    spatial_scale: float,
+    sampling_ratio: int,
+    gamma: float,
+    mask: Tensor | None,
+) -> Tensor:
+    """Deformable RoI pooling: averages the grid of samples of every bin of every RoI."""
+    dtype = input.dtype
+    if dtype in (torch.float16, torch.bfloat16):
+        input, rois = input.float(), rois.float()
+        offset, mask = (None if t is None else t.float() for t in (offset, mask))
+    out_h, out_w = output_size
+    pooled = []
+    for index, roi in enumerate(rois):
+        shift = input.new_zeros(2, out_h, out_w) if offset is None else gamma * offset[index]
+        y, x = roi_bin_locations(roi[1:], shift, spatial_scale, sampling_ratio)
+        grid_y, grid_x = torch.broadcast_tensors(y[:, :, :, None], x[:, :, None, :])
+        samples = bilinear_clamped(input[int(roi[0])], grid_y, grid_x)
+        pooled.append(samples.sum((-2, -1)) / max(y.shape[2] * x.shape[2], 1))
+    output = torch.stack(pooled) if pooled else input.new_zeros(0, input.shape[1], out_h, out_w) + 0 * input.sum()
+    if mask is not None:
+        output = output * mask
+    return output.to(dtype)
+
+
+def gradients(
+    forward: Callable[..., Tensor], operands: Sequence[Tensor], grad: Tensor, needed: Sequence[bool]
+) -> tuple[Tensor, ...]:
+    """Differentiates `forward` at `operands` by autograd; an operand that is not needed gives an empty tensor."""
+    with torch.enable_grad():
+        leaves = [t.detach().requires_grad_(need) for t, need in zip(operands, needed)]
+        output = forward(*leaves)
+        wanted = [leaf for leaf in leaves if leaf.requires_grad]
+        found = iter(torch.autograd.grad(output, wanted, grad, allow_unused=True, materialize_grads=True))
+    return tuple(next(found) if leaf.requires_grad else grad.new_empty(0) for leaf in leaves)
