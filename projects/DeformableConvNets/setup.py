@@ -109,7 +109,9 @@ class TorchIsMissing(build_ext):
 
 def extension() -> tuple[Extension, type[build_ext]]:
     """Returns the extension and the command that builds it."""
-    sources = ["csrc/library.cpp", *sorted(glob("csrc/cpu/*.cpp"))]  # relative, as setuptools demands
+    # Relative, as setuptools demands. No file defines a Python module: dcn_d2.ops has torch load the library, so that
+    # Python's headers (python3-dev) are not needed.
+    sources = sorted(glob("csrc/cpu/*.cpp"))
     headers = sorted(glob("csrc/**/*.h", recursive=True) + glob("csrc/**/*.cuh", recursive=True))
     cuda_home = find_cuda_home()
     if cuda_home:

@@ -37,7 +37,7 @@ DCN_HOST_DEVICE Roi<T> read_roi(const DeformRoiPoolSizes& s, const T* row) {
              roi_axis(row[1], row[3], scale, s.out_w, s.sampling_ratio)};
   // x - x is 0 for finite x only; isfinite is not available to both compilers under one name.
   const bool finite = roi.y.size - roi.y.size == T(0) && roi.x.size - roi.x.size == T(0);
-  if (!finite) roi.y.grid = roi.x.grid = 0;
+  if (!finite) roi.y = roi.x = {T(0), T(0), T(0), 0};
   return roi;
 }
 
@@ -58,7 +58,7 @@ inline DeformRoiPoolSizes check_deform_roi_pool(const Tensor& input, const Tenso
   STD_TORCH_CHECK(rois.size(1) == 5, op, ": rois must have shape [R, 5], got ", to_string(rois.sizes()));
   check_least(op, "output_size", output_size, 1);
   STD_TORCH_CHECK(sampling_ratio >= 0, op, ": sampling_ratio must be at least 0, got ", sampling_ratio);
-  DeformRoiPoolSizes s{input.size(0), input.size(1),  input.size(2), input.size(3),  rois.size(0),
+  DeformRoiPoolSizes s{input.size(0),  input.size(1),  input.size(2), input.size(3),  rois.size(0),
                        output_size[0], output_size[1], spatial_scale, sampling_ratio, gamma};
   if (offset) {
     check_operand(op, "offset", *offset, input, 4);

@@ -64,8 +64,8 @@ DCN_HOST_DEVICE AxisSample<T> sample_axis_clamped(T position, int32_t size) {
 // Bins of one axis of a RoI, after Dai et al. 2017 section 2.2 with RoIAlign's half-pixel shift.
 template <typename T>
 struct RoiAxis {
-  T start;       // where the first bin starts, in feature-map pixels
-  T size;        // of the RoI, in feature-map pixels
+  T start;  // where the first bin starts, in feature-map pixels
+  T size;   // of the RoI, in feature-map pixels
   T bin_size;
   int64_t grid;  // samples per bin, 0 where the RoI is empty or not finite
 };

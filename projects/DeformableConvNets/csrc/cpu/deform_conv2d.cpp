@@ -146,7 +146,8 @@ Tensor forward(const DeformConv2dSizes& s, const Tensor& input, const Tensor& of
   T* out = output.template mutable_data_ptr<T>();
 
   const int64_t positions = s.positions();
-  const int64_t tile = tile_size(s.taps() * s.channels * sizeof(T), s.batch * positions, torch::stable::get_num_threads());
+  const int64_t tile =
+      tile_size(s.taps() * s.channels * sizeof(T), s.batch * positions, torch::stable::get_num_threads());
   const int64_t tiles = divide_up(positions, tile);
   torch::stable::parallel_for(0, s.batch * tiles, 1, [&](int64_t first, int64_t last) {
     ForwardTile<T> worker(operands, tile);

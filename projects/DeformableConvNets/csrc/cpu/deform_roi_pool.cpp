@@ -59,7 +59,8 @@ struct Operands {
         sizes(s) {
     images = image_tensor.template const_data_ptr<T>();
     rois = roi_tensor.template const_data_ptr<T>();
-    if (offset) offset_tensor = dense(*offset, scalar_type_of<T>()), offsets = offset_tensor->template const_data_ptr<T>();
+    if (offset)
+      offset_tensor = dense(*offset, scalar_type_of<T>()), offsets = offset_tensor->template const_data_ptr<T>();
     if (mask) mask_tensor = dense(*mask, scalar_type_of<T>()), masks = mask_tensor->template const_data_ptr<T>();
     for (int64_t r = 0; r < s.rois; ++r) {
       const T image = rois[5 * r];
@@ -227,9 +228,9 @@ std::tuple<Tensor, Tensor, Tensor> deform_roi_pool_backward(Tensor grad, Tensor 
   check_operand("deform_roi_pool_backward", "grad", grad, input, 4);
   check_shape("deform_roi_pool_backward", "grad", grad, {s.rois, s.channels, s.out_h, s.out_w});
   const ScalarType dtype = input.scalar_type();
-  std::array<Tensor, 3> gradients =
-      dtype == ScalarType::Double ? backward<double>(s, grad, input, rois, offset, mask, need_input, need_offset)
-                                  : backward<float>(s, grad, input, rois, offset, mask, need_input, need_offset);
+  std::array<Tensor, 3> gradients = dtype == ScalarType::Double
+                                        ? backward<double>(s, grad, input, rois, offset, mask, need_input, need_offset)
+                                        : backward<float>(s, grad, input, rois, offset, mask, need_input, need_offset);
   if (need_input && !is_channels_last(input)) gradients[0] = torch::stable::contiguous(gradients[0]);
   for (Tensor& gradient : gradients) {
     if (gradient.scalar_type() != dtype) gradient = torch::stable::to(gradient, dtype);

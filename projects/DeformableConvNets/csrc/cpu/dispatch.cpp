@@ -53,9 +53,10 @@ const char* capability() {
 }
 
 #if defined(__x86_64__)
-#define DCN_CHOOSE(kernels_of_type)                                         \
-  chosen() == Capability::kAvx512 ? avx512::kernels_of_type                 \
-  : chosen() == Capability::kAvx2 ? avx2::kernels_of_type : baseline::kernels_of_type
+#define DCN_CHOOSE(kernels_of_type)                         \
+  chosen() == Capability::kAvx512 ? avx512::kernels_of_type \
+  : chosen() == Capability::kAvx2 ? avx2::kernels_of_type   \
+                                  : baseline::kernels_of_type
 #else
 #define DCN_CHOOSE(kernels_of_type) baseline::kernels_of_type
 #endif

@@ -58,10 +58,10 @@ const Kernels<T>& kernels();
 // Name of that instruction set.
 const char* capability();
 
-#define DCN_DECLARE_KERNELS(isa)                \
-  namespace isa {                               \
-  extern const Kernels<float> float_kernels;    \
-  extern const Kernels<double> double_kernels;  \
+#define DCN_DECLARE_KERNELS(isa)               \
+  namespace isa {                              \
+  extern const Kernels<float> float_kernels;   \
+  extern const Kernels<double> double_kernels; \
   }
 DCN_DECLARE_KERNELS(baseline)
 #if defined(__x86_64__)

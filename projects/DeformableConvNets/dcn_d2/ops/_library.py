@@ -82,6 +82,12 @@ def register_autocast(name: str, keep_float32: tuple[str, ...] = ()) -> None:
         LIBRARY.impl(name, autocast, key)
 
 
+def needed_gradients(ctx: Any, arguments: int) -> tuple[bool, ...]:
+    """Which arguments need a gradient, also those that the dispatcher left out because they have their defaults."""
+    needed = tuple(ctx.needs_input_grad)
+    return needed + (False,) * (arguments - len(needed))
+
+
 def refuse_nondeterministic(name: str, device: torch.device) -> None:
     """Honours `torch.use_deterministic_algorithms` for an operator that is not deterministic on CUDA."""
     if device.type == "cuda" and torch.are_deterministic_algorithms_enabled():

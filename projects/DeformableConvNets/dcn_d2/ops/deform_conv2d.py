@@ -11,7 +11,7 @@ from torch import Tensor
 
 from . import reference
 from ._arguments import IntPair, check, check_input_dtype, check_shape, check_tensor, pair
-from ._library import define, refuse_nondeterministic, register_autocast, register_fallback
+from ._library import define, needed_gradients, refuse_nondeterministic, register_autocast, register_fallback
 
 define(
     "deform_conv2d(Tensor input, Tensor offset, Tensor weight, Tensor? bias=None, int[2] stride=1, "
@@ -36,10 +36,11 @@ def deform_conv2d(
 ) -> Tensor:
     """Convolves `input` at sampling positions moved by `offset`, each sample scaled by `mask` if one is given.
 
-    A drop-in for `torchvision.ops.deform_conv2d`. Conv groups and deform groups follow from the shapes. A sample is
-    bilinear with zeros outside the map and contributes only for -1 < position < size in both axes; NaN and infinite
-    offsets read zero and get zero gradients. Half precision accumulates in float32. A channels_last input gives a
-    channels_last output.
+    A drop-in for `torchvision.ops.deform_conv2d`, from which it differs in one point: a sample at exactly -1 lies
+    outside and gets no offset gradient, as in the authors' and MMDetection's kernels. Conv groups and deform groups
+    follow from the shapes. A sample is bilinear with zeros outside the map and contributes only for
+    -1 < position < size in both axes; NaN and infinite offsets read zero and get zero gradients. Half precision
+    accumulates in float32. A channels_last input gives a channels_last output.
 
     Sources: Dai et al., "Deformable Convolutional Networks", ICCV 2017; Zhu et al., "Deformable ConvNets v2: More
     Deformable, Better Results", CVPR 2019; numerics of `torchvision.ops.deform_conv2d`.
@@ -112,8 +113,9 @@ def _check_operands(
     )
     check(
         out_h > 0 and out_w > 0,
-        lambda: f"{name}: input of {in_h} x {in_w} is too small for weight's kernel: the output would be "
-        f"{out_h} x {out_w}",
+        lambda: (
+            f"{name}: input of {in_h} x {in_w} is too small for weight's kernel: the output would be {out_h} x {out_w}"
+        ),
     )
     check_shape(name, "offset", offset, (batch, offset.shape[1], out_h, out_w))
     if mask is not None:
@@ -214,7 +216,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     input, offset, weight, mask = ctx.saved_tensors
-    need_input, need_offset, need_weight, need_bias, *_, need_mask = ctx.needs_input_grad
+    need_input, need_offset, need_weight, need_bias, *_, need_mask = needed_gradients(ctx, 8)
     refuse_nondeterministic("deform_conv2d_backward", grad.device)
     gradients: Sequence[Tensor | None] = torch.ops.dcn_d2.deform_conv2d_backward(
         grad,

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from . import reference
 from ._arguments import IntPair, check, check_input_dtype, check_shape, check_tensor, pair
-from ._library import define, refuse_nondeterministic, register_autocast, register_fallback
+from ._library import define, needed_gradients, refuse_nondeterministic, register_autocast, register_fallback
 
 define(
     "deform_roi_pool(Tensor input, Tensor rois, Tensor? offset, int[2] output_size, float spatial_scale=1.0, "
@@ -126,9 +126,7 @@ def _reference_backward(
     def forward(input: Tensor, *rest: Tensor) -> Tensor:
         given = iter(rest)
         moved, scaled = (None if t is None else next(given) for t in (offset, mask))
-        return reference.deform_roi_pool(
-            input, rois, moved, output_size, spatial_scale, sampling_ratio, gamma, scaled
-        )
+        return reference.deform_roi_pool(input, rois, moved, output_size, spatial_scale, sampling_ratio, gamma, scaled)
 
     operands = [t for t in (input, offset, mask) if t is not None]
     found = iter(reference.gradients(forward, operands, grad, (need_input, need_offset, need_offset)))
@@ -179,7 +177,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     input, rois, offset, mask = ctx.saved_tensors
-    need_input, _, need_offset, *_, need_mask = ctx.needs_input_grad
+    need_input, _, need_offset, *_, need_mask = needed_gradients(ctx, 8)
     refuse_nondeterministic("deform_roi_pool_backward", grad.device)
     gradients: Sequence[Tensor] = torch.ops.dcn_d2.deform_roi_pool_backward(
         grad, input, rois, offset, mask, *ctx.geometry, need_input, need_offset or need_mask

@@ -45,7 +45,9 @@ def deform_conv2d(
             ]
         )
     if mask is not None:
-        per_group = columns.unflatten(1, (deform_groups, -1)) * mask.reshape(batch, deform_groups, 1, taps, out_h, out_w)
+        per_group = columns.unflatten(1, (deform_groups, -1)) * mask.reshape(
+            batch, deform_groups, 1, taps, out_h, out_w
+        )
         columns = per_group.flatten(1, 2)
     output = torch.einsum(
         "ngkhw,gok->ngohw",

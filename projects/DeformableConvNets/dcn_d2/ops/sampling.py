@@ -48,9 +48,7 @@ def deform_conv2d_locations(
     return torch.stack(torch.broadcast_tensors(y, x), -1) + shift
 
 
-def roi_bin_locations(
-    roi: Tensor, shift: Tensor, spatial_scale: float, sampling_ratio: int
-) -> tuple[Tensor, Tensor]:
+def roi_bin_locations(roi: Tensor, shift: Tensor, spatial_scale: float, sampling_ratio: int) -> tuple[Tensor, Tensor]:
     """Gives the sample rows and columns of the bins of one RoI of deformable RoI pooling.
 
     The samples of a bin form a grid with centres at (k + 0.5) * bin_size / grid_size, as in RoIAlign with

@@ -1,0 +1,109 @@
+# Copyright (c) the dcn_d2 authors. SPDX-License-Identifier: Apache-2.0
+"""The library around the operators: fallback, instruction sets, threads."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import dcn_d2.ops  # noqa: F401
+from dcn_d2.ops import _library
+
+TESTS = Path(__file__).parent
+
+
+def run_python(code: str, **environment: str) -> str:
+    result = subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | environment, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout + result.stderr
+
+
+def test_kernels_are_compiled() -> None:
+    assert _library.missing_kernels == ""
+
+
+HIDE_KERNELS = """
+import importlib.util, sys, warnings
+find = importlib.util.find_spec
+importlib.util.find_spec = lambda name, package=None: None if name == "dcn_d2._C" else find(name, package)
+"""
+
+
+def test_without_kernels_the_reference_runs_and_warns_once() -> None:
+    output = run_python(
+        HIDE_KERNELS
+        + """
+import torch, torchvision
+from dcn_d2.ops import deform_conv2d, deform_roi_pool
+torch.manual_seed(0)
+x, o, w = torch.randn(1, 2, 5, 5), torch.randn(1, 18, 5, 5), torch.randn(2, 2, 3, 3)
+m = torch.rand(1, 9, 5, 5)
+leaves = [t.requires_grad_() for t in (x, o, w, m)]
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    out = deform_conv2d(x, o, w, padding=1, mask=m)
+    grads = torch.autograd.grad(out.sum(), leaves)
+    deform_conv2d(x, o, w, padding=1)
+    pooled = deform_roi_pool(x, torch.tensor([[0, 0.0, 0, 4, 4]]), torch.zeros(1, 2, 2, 2), 2)
+    torch.autograd.grad(pooled.sum(), x)
+expected = torchvision.ops.deform_conv2d(x, o, w, padding=1, mask=m)
+torch.testing.assert_close(out, expected)
+for a, e in zip(grads, torch.autograd.grad(expected.sum(), leaves)):
+    torch.testing.assert_close(a, e, rtol=1e-4, atol=1e-4)
+messages = [str(w.message) for w in caught if "dcn_d2" in str(w.message)]
+assert len(messages) == 1 and "pip install" in messages[0] and "dcn_d2._C was not found" in messages[0], messages
+"""
+    )
+    assert "Error" not in output
+
+
+@pytest.mark.parametrize("capability", ["default", "avx2"])
+def test_every_instruction_set(capability: str) -> None:
+    tests = [str(TESTS / name) for name in ("test_deform_conv2d.py", "test_deform_roi_pool.py")]
+    result = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", *tests]
+        + ["-k", "equals_reference and cpu or any_number_of_threads"],
+        env=os.environ | {"DCN_CPU_CAPABILITY": capability},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stdout
+
+
+def test_unknown_instruction_set_is_refused() -> None:
+    code = """
+import torch
+from dcn_d2.ops import deform_conv2d
+try:
+    deform_conv2d(torch.zeros(1, 1, 2, 2), torch.zeros(1, 2, 2, 2), torch.zeros(1, 1, 1, 1))
+except RuntimeError as error:
+    print(error)
+"""
+    assert "DCN_CPU_CAPABILITY must be default, avx2 or avx512, got sse9" in run_python(code, DCN_CPU_CAPABILITY="sse9")
+
+
+def test_work_is_spread_over_all_threads() -> None:
+    # A library built without OpenMP would run silently on one thread: count the threads that have used the CPU.
+    if not Path("/proc/self/task").is_dir():
+        pytest.skip("needs Linux's /proc")
+    code = """
+import os, torch
+torch.set_num_threads(3)
+from dcn_d2.ops import deform_conv2d
+x, o, w = torch.randn(1, 16, 64, 64), torch.randn(1, 18, 64, 64), torch.randn(16, 16, 3, 3)
+before = {int(t) for t in os.listdir("/proc/self/task")}
+deform_conv2d(x, o, w, padding=1)
+print(len({int(t) for t in os.listdir("/proc/self/task")} - before))
+"""
+    assert int(run_python(code).split()[0]) >= 2
+
+
+def test_operators_are_registered() -> None:
+    for name in ("deform_conv2d", "deform_conv2d_backward", "deform_roi_pool", "deform_roi_pool_backward"):
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"dcn_d2::{name}", "CPU")
