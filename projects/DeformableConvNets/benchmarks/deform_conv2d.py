@@ -1,0 +1,243 @@
+# Copyright (c) the dcn_d2 authors. SPDX-License-Identifier: Apache-2.0
+"""The price of deformability: deform_conv2d against a plain convolution of the same shape, and against its peers.
+
+    python benchmarks/deform_conv2d.py                       the CPU, 1 thread and all threads
+    python benchmarks/deform_conv2d.py --device cuda         the GPU
+    python benchmarks/deform_conv2d.py --quick               one row a stage, forward and forward+backward
+
+Shapes are those of a ResNet-50's stages at 800 x 1216. All contestants are timed in turns in one process; the table
+shows medians, and the file under results/ has their spread. A price is the time over that of the plain convolution in
+its faster memory format.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import measure
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import Tensor
+
+from dcn_d2.ops import deform_conv2d
+
+LAST = torch.channels_last
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One 3x3 layer: `channels` in and out, `height` x `width` of the output."""
+
+    name: str
+    channels: int
+    height: int
+    width: int
+    batch: int = 1
+    stride: int = 1
+    groups: int = 1
+    deform_groups: int = 1
+    mask: bool = True
+
+
+STAGES = [Shape("c3", 128, 100, 152), Shape("c4", 256, 50, 76), Shape("c5", 512, 25, 38)]
+
+
+def shapes(device: str, quick: bool) -> list[Shape]:
+    """The rows of the table."""
+    changes: list[dict[str, Any]] = [{}]
+    if not quick:
+        changes += [{"mask": False}, {"deform_groups": 4}, {"stride": 2}, {"groups": 32}, {"batch": 2}]
+    if device == "cuda" and not quick:
+        changes += [{"batch": 16}, {"batch": 16, "groups": 32}]
+    return [replace(stage, **change) for change in changes for stage in STAGES]
+
+
+class Layer:
+    """The operands of one shape, and the contestants that run it."""
+
+    def __init__(self, shape: Shape, device: str, dtype: torch.dtype) -> None:
+        generator = torch.Generator().manual_seed(0)
+
+        def normal(*size: int) -> Tensor:
+            return torch.randn(*size, generator=generator).to(device, dtype)
+
+        self.shape = shape
+        rows, columns = shape.height * shape.stride, shape.width * shape.stride
+        channels, group_channels = shape.channels, shape.channels // shape.groups
+        self.input = normal(shape.batch, channels, rows, columns)
+        self.weight = normal(channels, group_channels, 3, 3) * (9 * group_channels) ** -0.5
+        self.offset = normal(shape.batch, 18 * shape.deform_groups, shape.height, shape.width) * 2
+        self.mask = (
+            normal(shape.batch, 9 * shape.deform_groups, shape.height, shape.width).sigmoid() if shape.mask else None
+        )
+        self.grad = normal(shape.batch, channels, shape.height, shape.width)
+
+    def plain(self, x: Tensor, weight: Tensor) -> Tensor:
+        return F.conv2d(x, weight, stride=self.shape.stride, padding=1, groups=self.shape.groups)
+
+    def deformable(self, operator: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def call(x: Tensor, weight: Tensor, offset: Tensor, mask: Tensor | None = None) -> Tensor:
+            return operator(x, offset, weight, None, self.shape.stride, 1, 1, mask)
+
+        return call
+
+    def contestants(self, backward: bool) -> dict[str, Callable[[], object]]:
+        """Every implementation that runs this shape, ready to be called."""
+        moved = [t for t in (self.offset, self.mask) if t is not None]
+        plain, last = (self.input, self.weight), (self.input.contiguous(memory_format=LAST), self.weight)
+        last_weight = self.weight.contiguous(memory_format=LAST)
+        found = {
+            "conv NCHW": _run(self.plain, plain, self.grad, backward),
+            "conv NHWC": _run(self.plain, (last[0], last_weight), self.grad.contiguous(memory_format=LAST), backward),
+            "dcn_d2 NCHW": _run(self.deformable(deform_conv2d), (*plain, *moved), self.grad, backward),
+            "dcn_d2 NHWC": _run(
+                self.deformable(deform_conv2d), (*last, *moved), self.grad.contiguous(memory_format=LAST), backward
+            ),
+            "torchvision": _run(self.deformable(torchvision.ops.deform_conv2d), (*plain, *moved), self.grad, backward),
+        }
+        if not backward and self.input.device.type == "cpu" and self.input.dtype == torch.float32:
+            onnx_runtime = self._onnx_runtime()
+            if onnx_runtime:
+                found["onnxruntime"] = onnx_runtime
+        return found
+
+    def _onnx_runtime(self) -> Callable[[], object] | None:
+        """ONNX Runtime's DeformConv (1.25 or newer), or None where it is not installed."""
+        try:
+            import onnx
+            import onnxruntime
+        except ModuleNotFoundError:
+            return None
+        feeds = {"X": self.input, "W": self.weight, "offset": self.offset}
+        names = ["X", "W", "offset"]
+        if self.mask is not None:
+            feeds["mask"] = self.mask
+            names += ["", "mask"]  # no bias
+        node = onnx.helper.make_node(
+            "DeformConv",
+            names,
+            ["Y"],
+            strides=[self.shape.stride] * 2,
+            pads=[1] * 4,
+            group=self.shape.groups,
+            offset_group=self.shape.deform_groups,
+        )
+        value = onnx.helper.make_tensor_value_info
+        inputs = [value(name, onnx.TensorProto.FLOAT, list(t.shape)) for name, t in feeds.items()]
+        graph = onnx.helper.make_graph([node], "layer", inputs, [value("Y", onnx.TensorProto.FLOAT, None)])
+        model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 22)], ir_version=10)
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = torch.get_num_threads()
+        session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+        arrays = {name: t.numpy() for name, t in feeds.items()}
+        return lambda: session.run(None, arrays)
+
+
+def _run(
+    function: Callable[..., Tensor], operands: tuple[Tensor, ...], grad: Tensor, backward: bool
+) -> Callable[[], object]:
+    if not backward:
+
+        def forward() -> Tensor:
+            with torch.no_grad():
+                return function(*operands)
+
+        return forward
+    leaves = [t.detach().requires_grad_() for t in operands]
+    return lambda: torch.autograd.grad(function(*leaves), leaves, grad)
+
+
+def check_equal(layer: Layer) -> None:
+    """Refuses to time implementations that do not compute the same."""
+    calls = layer.contestants(backward=False)
+    expected = torch.as_tensor(calls["torchvision"]()).float()
+    for name in set(calls) & {"dcn_d2 NCHW", "dcn_d2 NHWC", "onnxruntime"}:
+        actual: Any = calls[name]()
+        actual = torch.as_tensor(actual[0] if isinstance(actual, list) else actual).float()
+        error = float((actual - expected.to(actual.device)).abs().max() / expected.abs().max())
+        if error > (1e-4 if layer.input.dtype == torch.float32 else 3e-2):
+            raise RuntimeError(f"{name} differs from torchvision by {error} (relative) at {layer.shape}")
+
+
+def measure_time(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """Times every shape, pass and number of threads; prints a line for each."""
+    rows = []
+    dtype = getattr(torch, arguments.dtype)
+    for threads in arguments.threads:
+        torch.set_num_threads(threads)
+        for shape in shapes(arguments.device, arguments.quick):
+            layer = Layer(shape, arguments.device, dtype)
+            check_equal(layer)
+            for direction in ("forward", "forward+backward"):
+                timings = measure.interleave(
+                    layer.contestants(direction != "forward"), arguments.device, arguments.repeats
+                )
+                rows.append(
+                    {"shape": asdict(shape), "pass": direction, "dtype": arguments.dtype, "threads": threads}
+                    | {"milliseconds": {name: asdict(timing) for name, timing in timings.items()}}
+                )
+                print(describe(rows[-1]), flush=True)
+    return rows
+
+
+def describe(row: dict[str, Any]) -> str:
+    """One line: the shape's differences from the default, the price, and the factor over each peer."""
+    shape = row["shape"]
+    varied = [f"{k}={v}" for k, v in shape.items() if k in ("batch", "stride", "groups", "deform_groups") and v != 1]
+    varied += [] if shape["mask"] else ["no mask"]
+    times = {name: timing["median"] for name, timing in row["milliseconds"].items()}
+    conv, ours = min(times["conv NCHW"], times["conv NHWC"]), min(times["dcn_d2 NCHW"], times["dcn_d2 NHWC"])
+    peers = ", ".join(f"{times[n] / ours:.2f}x {n}" for n in ("torchvision", "onnxruntime") if n in times)
+    label = " ".join([shape["name"], *varied])
+    return (
+        f"{row['threads']} thread(s) {row['pass']:16s} {label:24s} conv {conv:8.2f} ms  dcn_d2 {ours:8.2f} ms  "
+        f"price {ours / conv:5.2f}  speed: {peers}"
+    )
+
+
+def measure_memory(quick: bool) -> list[dict[str, Any]]:
+    """Peak extra memory of every contestant on CPU, with one thread."""
+    torch.set_num_threads(1)
+    rows = []
+    for shape in shapes("cpu", quick):
+        layer = Layer(shape, "cpu", torch.float32)
+        for direction in ("forward", "forward+backward"):
+            calls = layer.contestants(direction != "forward")
+            extra = {name: measure.peak_extra_mib(call) for name, call in calls.items()}
+            rows.append({"shape": asdict(shape), "pass": direction, "peak_extra_mib": extra})
+            print(direction, shape.name, extra, flush=True)
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--dtype", default="float32", choices=["float32", "float16", "bfloat16"])
+    parser.add_argument("--threads", type=int, nargs="+", help="default: 1 and all, or 1 for CUDA")
+    parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--quick", action="store_true", help="only the three plain stage shapes")
+    parser.add_argument("--memory", action="store_true", help="measure peak extra memory instead of time (CPU)")
+    parser.add_argument("--output", type=Path, help="default: results/deform_conv2d[_memory]_<device>.json")
+    arguments = parser.parse_args()
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: no GPU is visible to torch")
+    if arguments.memory and os.environ.get("MALLOC_MMAP_THRESHOLD_") is None:
+        environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
+        sys.exit(subprocess.run([sys.executable, *sys.argv], env=environment, check=False).returncode)
+    threads = sorted({1, len(os.sched_getaffinity(0))}) if arguments.device == "cpu" else [1]
+    arguments.threads = arguments.threads or threads
+    rows = measure_memory(arguments.quick) if arguments.memory else measure_time(arguments)
+    name = f"deform_conv2d{'_memory' if arguments.memory else ''}_{arguments.device}.json"
+    measure.write(arguments.output or measure.RESULTS / name, arguments.device, rows)
+
+
+if __name__ == "__main__":
+    main()

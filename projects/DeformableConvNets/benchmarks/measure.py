@@ -1,0 +1,130 @@
+# Copyright (c) the dcn_d2 authors. SPDX-License-Identifier: Apache-2.0
+"""What the benchmarks share: interleaved timing, peak memory, and a result file that says where it comes from."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+RESULTS = Path(__file__).resolve().parent.parent / "results"
+
+
+@dataclass
+class Timing:
+    """Milliseconds of one contestant: median, and the quarter marks as its spread."""
+
+    median: float
+    low: float
+    high: float
+
+
+def interleave(contestants: dict[str, Callable[[], object]], device: str, repeats: int) -> dict[str, Timing]:
+    """Times all contestants in turns, so that a busy moment of the machine hits all of them alike.
+
+    On CPU with one thread it is the thread's CPU time, which other processes disturb little; with more threads the wall
+    time; on CUDA the time between two events.
+    """
+    samples: dict[str, list[float]] = {name: [] for name in contestants}
+    for call in contestants.values():  # warm-up: memory, caches, algorithm choices
+        call()
+    for _ in range(repeats):
+        for name, call in contestants.items():
+            samples[name].append(_milliseconds(call, device))
+    return {name: _summary(values) for name, values in samples.items()}
+
+
+def _milliseconds(call: Callable[[], object], device: str) -> float:
+    if device == "cuda":
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize()
+        start.record()
+        call()
+        end.record()
+        torch.cuda.synchronize()
+        return start.elapsed_time(end)
+    clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
+    begin = clock()
+    call()
+    return (clock() - begin) * 1e3
+
+
+def _summary(values: list[float]) -> Timing:
+    low, median, high = statistics.quantiles(values, n=4, method="inclusive")
+    return Timing(round(median, 4), round(low, 4), round(high, 4))
+
+
+def peak_extra_mib(call: Callable[[], object]) -> float:
+    """Mebibytes by which the resident memory of this process rises at most while `call` runs (Linux only).
+
+    Run it with MALLOC_MMAP_THRESHOLD_=65536 in the environment: freed memory then goes back to the system at once,
+    and what an earlier call left behind is not counted as free.
+    """
+    call()
+    Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
+    before = _status("VmRSS")
+    result = call()
+    peak = _status("VmHWM")
+    del result
+    return round((peak - before) / 1024, 2)
+
+
+def _status(field: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith(field)).split()[1])
+
+
+def environment(device: str) -> dict[str, Any]:
+    """Where and on what the numbers were measured."""
+    versions = {}
+    for name in ("torch", "torchvision", "onnxruntime"):
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return {
+        "device": torch.cuda.get_device_name() if device == "cuda" else processor(),
+        "threads_available": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "instruction_set_cap": os.environ.get("DCN_CPU_CAPABILITY", "none"),
+        "versions": versions,
+        "python": platform.python_version(),
+        "commit": _git("rev-parse", "--short=12", "HEAD"),
+        "uncommitted_changes": bool(_git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!results")),
+        "date": time.strftime("%Y-%m-%d"),
+    }
+
+
+def processor() -> str:
+    """The processor's name, and which vector extensions it has."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    fields = dict(line.split("\t", 1) for line in reversed(lines) if "\t" in line)
+    name = fields.get("model name", platform.machine()).lstrip("\t: ")
+    flags = set(fields.get("flags", "").split())
+    return f"{name} ({', '.join(f for f in ('avx2', 'avx512f', 'amx_bf16') if f in flags) or 'no AVX2'})"
+
+
+def _git(*arguments: str) -> str:
+    project = Path(__file__).resolve().parent.parent
+    result = subprocess.run(["git", *arguments], cwd=project, capture_output=True, text=True, check=False)
+    return result.stdout.strip() or "unknown" if result.returncode == 0 else "unknown"
+
+
+def write(path: Path, device: str, rows: list[dict[str, Any]]) -> None:
+    """Writes rows with their environment as JSON."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    document = {"environment": environment(device), "rows": rows}
+    path.write_text(json.dumps(document, indent=1, default=asdict) + "\n")
+    print(f"written: {path}")
