@@ -83,9 +83,9 @@ def compile_args(cuda: bool, torch_headers: list[str]) -> dict[str, list[str]]:
     common += ["-DUSE_CUDA", "-DDCN_WITH_CUDA"] if cuda else []  # USE_CUDA opens torch's own stream functions
     common += ["-O0", "-g"] if flag("DEBUG") else ["-O3"]
     # Only `#pragma omp simd` is used: threads come from torch, so that torch.set_num_threads holds for us too.
-    cxx = [*common, "-Wall", "-Wextra", "-fopenmp-simd"]
+    cxx = [*common, "-fvisibility=hidden", "-Wall", "-Wextra", "-fopenmp-simd"]
     # torch hands nvcc -D__CUDA_NO_HALF_OPERATORS__ and the like; the kernels use those conversions.
-    nvcc = [*common, "-Xcompiler=-Wall"]
+    nvcc = [*common, "-Xcompiler=-fvisibility=hidden,-Wall"]
     for name in ("HALF_OPERATORS", "HALF_CONVERSIONS", "BFLOAT16_CONVERSIONS", "HALF2_OPERATORS"):
         nvcc.append(f"-U__CUDA_NO_{name}__")
     nvcc += ["-lineinfo"] if flag("DEBUG") else []
@@ -130,7 +130,7 @@ def extension() -> tuple[Extension, type[build_ext]]:
     if cuda:
         sources += sorted(glob("csrc/cuda/*.cu"))
         if not torch.cuda.is_available():
-            os.environ.setdefault("TORCH_CUDA_ARCH_LIST", default_arch_list(torch.version.cuda))
+            os.environ.setdefault("TORCH_CUDA_ARCH_LIST", default_arch_list(str(torch.version.cuda)))
             say(f"CUDA architectures: {os.environ['TORCH_CUDA_ARCH_LIST']}")
     args = compile_args(cuda, include_paths("cuda" if cuda else "cpu"))
     built = (CUDAExtension if cuda else CppExtension)(

@@ -49,13 +49,7 @@ inline DeformRoiPoolSizes check_deform_roi_pool(const Tensor& input, const Tenso
   const char* op = "deform_roi_pool";
   check_input_dtype(op, input);
   check_operand(op, "input", input, input, 4);
-  // RoIs in half precision cannot name a pixel beyond 2048, so float32 RoIs go with half maps.
-  const bool mixed = is_half(input.scalar_type()) && rois.scalar_type() == ScalarType::Float;
-  check_operand(op, "rois", rois, mixed ? rois : input, 2);
-  if (mixed) {
-    STD_TORCH_CHECK(rois.device() == input.device(), op, ": rois is on another device than input");
-  }
-  STD_TORCH_CHECK(rois.size(1) == 5, op, ": rois must have shape [R, 5], got ", to_string(rois.sizes()));
+  check_rois(op, rois, input);
   check_least(op, "output_size", output_size, 1);
   STD_TORCH_CHECK(sampling_ratio >= 0, op, ": sampling_ratio must be at least 0, got ", sampling_ratio);
   DeformRoiPoolSizes s{input.size(0),  input.size(1),  input.size(2), input.size(3),  rois.size(0),

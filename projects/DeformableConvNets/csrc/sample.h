@@ -61,6 +61,20 @@ DCN_HOST_DEVICE AxisSample<T> sample_axis_clamped(T position, int32_t size) {
   return {static_cast<int32_t>(floor_position), {true, true}, {T(1) - fraction, fraction}, {T(-1), T(1)}};
 }
 
+// The rule of position-sensitive RoI pooling: contributes for -0.5 <= position <= size - 0.5, clamped to the map. Its
+// neighbours are floor and ceil of the position, so the slope is zero where they coincide.
+template <typename T>
+DCN_HOST_DEVICE AxisSample<T> sample_axis_half_pixel(T position, int32_t size) {
+  if (!(position >= T(-0.5) && position <= T(size) - T(0.5))) return no_sample<T>();
+  const T last = T(size - 1);
+  const T clamped = position < T(0) ? T(0) : position > last ? last : position;
+  const T floor_position = std::floor(clamped);
+  const T fraction = clamped - floor_position;
+  const auto low = static_cast<int32_t>(floor_position);
+  if (fraction == T(0)) return {low, {true, false}, {T(1), T(0)}, {T(0), T(0)}};
+  return {low, {true, true}, {T(1) - fraction, fraction}, {T(-1), T(1)}};
+}
+
 // Bins of one axis of a RoI, after Dai et al. 2017 section 2.2 with RoIAlign's half-pixel shift.
 template <typename T>
 struct RoiAxis {

@@ -63,6 +63,15 @@ inline void check_least(const char* op, const char* name, const std::vector<int6
                   " must be two numbers of at least ", least, ", got ", to_string(values));
 }
 
+// RoIs (R, 5) for `input`. In half precision they could not name a pixel beyond 2048, so float32 RoIs go with half
+// maps.
+inline void check_rois(const char* op, const Tensor& rois, const Tensor& input) {
+  const bool mixed = is_half(input.scalar_type()) && rois.scalar_type() == ScalarType::Float;
+  check_operand(op, "rois", rois, mixed ? rois : input, 2);
+  STD_TORCH_CHECK(rois.device() == input.device(), op, ": rois is on another device than input");
+  STD_TORCH_CHECK(rois.size(1) == 5, op, ": rois must have shape [R, 5], got ", to_string(rois.sizes()));
+}
+
 // A tensor of the same values, in `dtype` and dense in `format`; the same tensor if it is so already.
 inline Tensor dense(const Tensor& tensor, ScalarType dtype, MemoryFormat format = MemoryFormat::Contiguous) {
   const Tensor cast = tensor.scalar_type() == dtype ? tensor : torch::stable::to(tensor, dtype);

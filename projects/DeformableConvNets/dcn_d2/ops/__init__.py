@@ -2,6 +2,7 @@
 """Deformable operators for CPU and CUDA, also as `torch.ops.dcn_d2.*`. Needs torch only."""
 
 from .deform_conv2d import deform_conv2d
+from .deform_psroi_pool import deform_psroi_pool
 from .deform_roi_pool import deform_roi_pool
 
-__all__ = ["deform_conv2d", "deform_roi_pool"]
+__all__ = ["deform_conv2d", "deform_psroi_pool", "deform_roi_pool"]

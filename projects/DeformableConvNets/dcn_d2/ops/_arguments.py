@@ -57,3 +57,15 @@ def check_input_dtype(operator: str, input: Tensor) -> None:
         input.dtype in FLOAT_DTYPES,
         lambda: f"{operator}: input must be float64, float32, float16 or bfloat16, got {input.dtype}",
     )
+
+
+def check_rois(operator: str, rois: Tensor, input: Tensor, batch_index: bool = False) -> None:
+    """Checks (R, 5) RoIs, and where `batch_index` is set that each names one of input's images."""
+    half = input.dtype in (torch.float16, torch.bfloat16)
+    check_tensor(operator, "rois", rois, input.float() if half and rois.dtype == torch.float32 else input, 2)
+    check(rois.shape[1] == 5, lambda: f"{operator}: rois must have shape [R, 5], got {list(rois.shape)}")
+    for row, image in enumerate(rois[:, 0].tolist() if batch_index else ()):
+        check(
+            0 <= image < input.shape[0],
+            lambda: f"{operator}: rois[{row}] names image {image}, but input has {input.shape[0]} images",
+        )

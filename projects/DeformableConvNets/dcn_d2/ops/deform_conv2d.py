@@ -154,15 +154,11 @@ def _reference_backward(
     need_offset: bool,
     need_weight: bool,
 ) -> tuple[Tensor, ...]:
-    def forward(input: Tensor, offset: Tensor, weight: Tensor, *mask: Tensor) -> Tensor:
-        return reference.deform_conv2d(
-            input, offset, weight, None, stride, padding, dilation, mask[0] if mask else None
-        )
+    def forward(input: Tensor, offset: Tensor, weight: Tensor, mask: Tensor | None) -> Tensor:
+        return reference.deform_conv2d(input, offset, weight, None, stride, padding, dilation, mask)
 
     needed = (need_input, need_offset, need_weight, need_offset)
-    operands = (input, offset, weight) if mask is None else (input, offset, weight, mask)
-    gradients = reference.gradients(forward, operands, grad, needed)
-    return (*gradients, grad.new_empty(0)) if mask is None else gradients
+    return reference.gradients(forward, (input, offset, weight, mask), grad, needed)
 
 
 register_fallback("deform_conv2d", _reference_forward)

@@ -4,23 +4,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import reference
-from ._arguments import IntPair, check, check_input_dtype, check_shape, check_tensor, pair
-from ._library import define, needed_gradients, refuse_nondeterministic, register_autocast, register_fallback
+from ._arguments import IntPair, check, check_input_dtype, check_rois, check_shape, check_tensor, pair
+from ._roi_pool import define_roi_pool, register_roi_pool
 
-define(
-    "deform_roi_pool(Tensor input, Tensor rois, Tensor? offset, int[2] output_size, float spatial_scale=1.0, "
-    "int sampling_ratio=0, float gamma=0.1, Tensor? mask=None) -> Tensor"
-)
-define(
-    "deform_roi_pool_backward(Tensor grad, Tensor input, Tensor rois, Tensor? offset, Tensor? mask, "
-    "int[2] output_size, float spatial_scale, int sampling_ratio, float gamma, bool need_input, bool need_offset) "
-    "-> (Tensor, Tensor, Tensor)"
+define_roi_pool(
+    "deform_roi_pool",
+    [
+        ("int[2]", "output_size"),
+        ("float", "spatial_scale=1.0"),
+        ("int", "sampling_ratio=0"),
+        ("float", "gamma=0.1"),
+    ],
 )
 
 
@@ -73,120 +72,23 @@ def _check_operands(
     rois: Tensor,
     offset: Tensor | None,
     output_size: Sequence[int],
+    spatial_scale: float,
     sampling_ratio: int,
+    gamma: float,
     mask: Tensor | None,
-) -> None:
-    """Checks what `csrc/deform_roi_pool.h` checks, for the reference and for tracing."""
+) -> tuple[int, ...]:
+    """Checks what `csrc/deform_roi_pool.h` checks, for the reference and for tracing. Returns the output's shape."""
     name = "deform_roi_pool"
     check_input_dtype(name, input)
     check_tensor(name, "input", input, input, 4)
-    half = input.dtype in (torch.float16, torch.bfloat16)
-    check_tensor(name, "rois", rois, input.float() if half and rois.dtype == torch.float32 else input, 2)
-    check(rois.shape[1] == 5, lambda: f"{name}: rois must have shape [R, 5], got {list(rois.shape)}")
+    check_rois(name, rois, input)
     check(min(output_size) > 0, lambda: f"{name}: output_size must be at least 1, got {list(output_size)}")
     check(sampling_ratio >= 0, lambda: f"{name}: sampling_ratio must be at least 0, got {sampling_ratio}")
     for operand, tensor, channels in (("offset", offset, 2), ("mask", mask, 1)):
         if tensor is not None:
             check_tensor(name, operand, tensor, input, 4)
             check_shape(name, operand, tensor, (rois.shape[0], channels, *output_size))
+    return rois.shape[0], input.shape[1], *output_size
 
 
-def _reference_forward(
-    input: Tensor,
-    rois: Tensor,
-    offset: Tensor | None,
-    output_size: Sequence[int],
-    spatial_scale: float = 1.0,
-    sampling_ratio: int = 0,
-    gamma: float = 0.1,
-    mask: Tensor | None = None,
-) -> Tensor:
-    _check_operands(input, rois, offset, output_size, sampling_ratio, mask)
-    for index in rois[:, 0].tolist():
-        check(
-            0 <= index < input.shape[0],
-            lambda: f"deform_roi_pool: rois name image {index}, but input has {input.shape[0]} images",
-        )
-    return reference.deform_roi_pool(input, rois, offset, output_size, spatial_scale, sampling_ratio, gamma, mask)
-
-
-def _reference_backward(
-    grad: Tensor,
-    input: Tensor,
-    rois: Tensor,
-    offset: Tensor | None,
-    mask: Tensor | None,
-    output_size: Sequence[int],
-    spatial_scale: float,
-    sampling_ratio: int,
-    gamma: float,
-    need_input: bool,
-    need_offset: bool,
-) -> tuple[Tensor, ...]:
-    def forward(input: Tensor, *rest: Tensor) -> Tensor:
-        given = iter(rest)
-        moved, scaled = (None if t is None else next(given) for t in (offset, mask))
-        return reference.deform_roi_pool(input, rois, moved, output_size, spatial_scale, sampling_ratio, gamma, scaled)
-
-    operands = [t for t in (input, offset, mask) if t is not None]
-    found = iter(reference.gradients(forward, operands, grad, (need_input, need_offset, need_offset)))
-    return tuple(grad.new_empty(0) if t is None else next(found) for t in (input, offset, mask))
-
-
-register_fallback("deform_roi_pool", _reference_forward)
-register_fallback("deform_roi_pool_backward", _reference_backward)
-
-
-@torch.library.register_fake("dcn_d2::deform_roi_pool")
-def _fake(
-    input: Tensor,
-    rois: Tensor,
-    offset: Tensor | None,
-    output_size: Sequence[int],
-    spatial_scale: float = 1.0,
-    sampling_ratio: int = 0,
-    gamma: float = 0.1,
-    mask: Tensor | None = None,
-) -> Tensor:
-    _check_operands(input, rois, offset, output_size, sampling_ratio, mask)
-    return input.new_empty(rois.shape[0], input.shape[1], *output_size)
-
-
-@torch.library.register_fake("dcn_d2::deform_roi_pool_backward")
-def _fake_backward(
-    grad: Tensor,
-    input: Tensor,
-    rois: Tensor,
-    offset: Tensor | None,
-    mask: Tensor | None,
-    output_size: Sequence[int],
-    spatial_scale: float,
-    sampling_ratio: int,
-    gamma: float,
-    need_input: bool,
-    need_offset: bool,
-) -> tuple[Tensor, ...]:
-    needed = ((input, need_input), (offset, need_offset), (mask, need_offset))
-    return tuple(grad.new_empty(0 if t is None or not need else t.shape) for t, need in needed)
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    input, rois, offset, *ctx.geometry, mask = inputs
-    ctx.save_for_backward(input, rois, offset, mask)
-
-
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    input, rois, offset, mask = ctx.saved_tensors
-    need_input, _, need_offset, *_, need_mask = needed_gradients(ctx, 8)
-    refuse_nondeterministic("deform_roi_pool_backward", grad.device)
-    gradients: Sequence[Tensor] = torch.ops.dcn_d2.deform_roi_pool_backward(
-        grad, input, rois, offset, mask, *ctx.geometry, need_input, need_offset or need_mask
-    )
-    grad_input, grad_offset, grad_mask = (
-        gradient if needed else None for gradient, needed in zip(gradients, (need_input, need_offset, need_mask))
-    )
-    return grad_input, None, grad_offset, None, None, None, None, grad_mask
-
-
-torch.library.register_autograd("dcn_d2::deform_roi_pool", _backward, setup_context=_setup_context)
-register_autocast("deform_roi_pool", keep_float32=("rois",))
+register_roi_pool("deform_roi_pool", _check_operands, check_rois, reference.deform_roi_pool)

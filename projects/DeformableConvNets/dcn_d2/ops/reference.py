@@ -11,7 +11,14 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from .sampling import bilinear_clamped, bilinear_zeros, deform_conv2d_locations, roi_bin_locations
+from .sampling import (
+    bilinear_clamped,
+    bilinear_half_pixel,
+    bilinear_zeros,
+    deform_conv2d_locations,
+    psroi_bin_locations,
+    roi_bin_locations,
+)
 
 
 def deform_conv2d(
@@ -64,10 +71,10 @@ def deform_roi_pool(
     rois: Tensor,
     offset: Tensor | None,
     output_size: Sequence[int],
-    spatial_scale: float,
-    sampling_ratio: int,
-    gamma: float,
-    mask: Tensor | None,
+    spatial_scale: float = 1.0,
+    sampling_ratio: int = 0,
+    gamma: float = 0.1,
+    mask: Tensor | None = None,
 ) -> Tensor:
     """Deformable RoI pooling: averages the grid of samples of every bin of every RoI."""
     dtype = input.dtype
@@ -88,13 +95,61 @@ def deform_roi_pool(
     return output.to(dtype)
 
 
+def deform_psroi_pool(
+    input: Tensor,
+    rois: Tensor,
+    offset: Tensor | None,
+    output_size: Sequence[int],
+    spatial_scale: float = 1.0,
+    group_size: int = 1,
+    part_size: Sequence[int] | None = None,
+    sample_per_part: int = 4,
+    trans_std: float = 0.1,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """Deformable position-sensitive RoI pooling: averages those samples of every bin that lie on the map."""
+    dtype = input.dtype
+    if dtype in (torch.float16, torch.bfloat16):
+        input, rois = input.float(), rois.float()
+        offset, mask = (None if t is None else t.float() for t in (offset, mask))
+    out_h, out_w = output_size
+    part_h, part_w = part_size or output_size
+    if offset is None:
+        offset = input.new_zeros(len(rois), 2, part_h, part_w)
+    channels = input.shape[1] // group_size**2
+    classes = offset.shape[1] // 2
+    rows = torch.arange(out_h, device=input.device)
+    columns = torch.arange(out_w, device=input.device)
+    # Bin (h, w) reads input channels (channel * group_size + h's group) * group_size + w's group.
+    cell = (rows * group_size // out_h)[:, None] * group_size + columns * group_size // out_w
+    pooled = []
+    for index, roi in enumerate(rois):
+        image = input[int(roi[0])]
+        parts = offset[index][:, (rows * part_h // out_h)[:, None], columns * part_w // out_w]
+        blocks = []
+        for block, shift in enumerate(parts.unflatten(0, (classes, 2))):
+            y, x = psroi_bin_locations(roi[1:], shift, spatial_scale, sample_per_part, trans_std)
+            grid_y, grid_x = torch.broadcast_tensors(y[:, :, :, None], x[:, :, None, :])
+            samples, inside = bilinear_half_pixel(image, grid_y, grid_x)
+            means = samples.sum((-2, -1)) / inside.sum((-2, -1)).clamp(min=1)
+            means = means.unflatten(0, (channels, group_size**2))[
+                :, cell, torch.arange(out_h)[:, None], torch.arange(out_w)
+            ]
+            blocks.append(means.chunk(classes)[block] if classes > 1 else means)
+        pooled.append(torch.cat(blocks))
+    output = torch.stack(pooled) if pooled else input.new_zeros(0, channels, out_h, out_w) + 0 * input.sum()
+    if mask is not None:
+        output = output * mask
+    return output.to(dtype)
+
+
 def gradients(
-    forward: Callable[..., Tensor], operands: Sequence[Tensor], grad: Tensor, needed: Sequence[bool]
+    forward: Callable[..., Tensor], operands: Sequence[Tensor | None], grad: Tensor, needed: Sequence[bool]
 ) -> tuple[Tensor, ...]:
-    """Differentiates `forward` at `operands` by autograd; an operand that is not needed gives an empty tensor."""
+    """Differentiates `forward` at `operands` by autograd; one that is None or not needed gives an empty tensor."""
     with torch.enable_grad():
-        leaves = [t.detach().requires_grad_(need) for t, need in zip(operands, needed)]
+        leaves = [None if t is None else t.detach().requires_grad_(need) for t, need in zip(operands, needed)]
         output = forward(*leaves)
-        wanted = [leaf for leaf in leaves if leaf.requires_grad]
+        wanted = [leaf for leaf in leaves if leaf is not None and leaf.requires_grad]
         found = iter(torch.autograd.grad(output, wanted, grad, allow_unused=True, materialize_grads=True))
-    return tuple(next(found) if leaf.requires_grad else grad.new_empty(0) for leaf in leaves)
+    return tuple(grad.new_empty(0) if leaf is None or not leaf.requires_grad else next(found) for leaf in leaves)

@@ -79,6 +79,36 @@ def roi_bin_locations(roi: Tensor, shift: Tensor, spatial_scale: float, sampling
     return positions(y0, height, out_h, rows, shift[1]), positions(x0, width, out_w, columns, shift[0])
 
 
+def psroi_bin_locations(
+    roi: Tensor, offset: Tensor, spatial_scale: float, sample_per_part: int, trans_std: float
+) -> tuple[Tensor, Tensor]:
+    """Gives the sample rows and columns of the bins of one RoI of deformable position-sensitive RoI pooling.
+
+    The RoI's corners are rounded to whole image pixels, half away from zero, and include the last one; a RoI is at
+    least 0.1 feature-map pixels long. Samples lie on the upper left edges of the bin's parts.
+
+    Args:
+        roi: (4,) tensor (x0, y0, x1, y1) in image pixels.
+        offset: (2, out_h, out_w), the bins' offsets in (x, y), as a fraction of the RoI's size before trans_std.
+
+    Returns:
+        y and x, both of shape (out_h, out_w, sample_per_part), in feature-map pixels, differentiable in `offset`.
+    """
+    out_h, out_w = offset.shape[1:]
+    rounded = torch.where(roi < 0, -torch.floor(0.5 - roi), torch.floor(roi + 0.5))
+    x0, y0 = (rounded[:2] * spatial_scale - 0.5).unbind()
+    x1, y1 = ((rounded[2:] + 1) * spatial_scale - 0.5).unbind()
+
+    def positions(start: Tensor, end: Tensor, bins: int, index: Tensor, move: Tensor) -> Tensor:
+        size = (end - start).clamp(min=0.1)
+        edges = torch.arange(sample_per_part, device=roi.device, dtype=roi.dtype) / sample_per_part
+        return start + (index + edges) * (size / bins) + (move * trans_std * size)[..., None]
+
+    rows = torch.arange(out_h, device=roi.device, dtype=roi.dtype)[:, None, None]
+    columns = torch.arange(out_w, device=roi.device, dtype=roi.dtype)[None, :, None]
+    return positions(y0, y1, out_h, rows, offset[1]), positions(x0, x1, out_w, columns, offset[0])
+
+
 def bilinear_zeros(image: Tensor, y: Tensor, x: Tensor) -> Tensor:
     """Reads (C, H, W) ``image`` at positions of any shape, bilinearly, with zeros outside the map.
 
@@ -101,6 +131,24 @@ def bilinear_clamped(image: Tensor, y: Tensor, x: Tensor) -> Tensor:
     y = torch.where(inside, y, 0).clamp(0, max(height - 1, 0))
     x = torch.where(inside, x, 0).clamp(0, max(width - 1, 0))
     return _bilinear(image, y, x, inside)
+
+
+def bilinear_half_pixel(image: Tensor, y: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Reads (C, H, W) `image` at positions of any shape with the border rule of position-sensitive RoI pooling.
+
+    A position contributes only for -0.5 <= y <= H - 0.5 and x alike, and is then clamped to the map; its neighbours
+    are floor and ceil, so the derivative is zero where they coincide. Returns the values (C, y.shape...) and which
+    positions contribute.
+    """
+    height, width = image.shape[1:]
+    inside = (y >= -0.5) & (y <= height - 0.5) & (x >= -0.5) & (x <= width - 0.5)
+
+    def clamp(position: Tensor, size: int) -> Tensor:
+        position = torch.where(inside, position, 0)
+        fixed = position.detach().clamp(0, max(size - 1, 0))
+        return torch.where((fixed == position) & (fixed != fixed.floor()), position, fixed)
+
+    return _bilinear(image, clamp(y, height), clamp(x, width), inside), inside
 
 
 def _bilinear(image: Tensor, y: Tensor, x: Tensor, inside: Tensor) -> Tensor:

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
@@ -88,7 +88,7 @@ EMPTY_BATCH = ConvSample("empty_batch", batch=0)
 
 @dataclass(frozen=True)
 class RoiSample:
-    """Sizes of one deform_roi_pool call."""
+    """Sizes of one call of a RoI pooling operator; `geometry` has the arguments that not all of them have."""
 
     name: str
     batch: int = 2
@@ -96,8 +96,6 @@ class RoiSample:
     size: tuple[int, int] = (10, 13)
     output_size: tuple[int, int] = (3, 2)
     spatial_scale: float = 0.25
-    sampling_ratio: int = 0
-    gamma: float = 0.1
     offset: bool = True
     mask: bool = True
     rois: tuple[tuple[float, ...], ...] = (
@@ -105,11 +103,13 @@ class RoiSample:
         (1, -12.0, 5.0, 21.5, 70.0),  # leaves the image on the left and at the bottom
         (1, 11.0, 7.5, 13.0, 8.25),  # smaller than a pixel of the map
     )
+    geometry: dict[str, Any] = field(default_factory=dict)
+    input_channels: int | None = None
+    offset_shape: tuple[int, int, int] | None = None  # of one RoI; the default is one pair for each bin
 
     @property
     def arguments(self) -> dict[str, Any]:
-        names = ("output_size", "spatial_scale", "sampling_ratio", "gamma")
-        return {name: getattr(self, name) for name in names}
+        return {"output_size": self.output_size, "spatial_scale": self.spatial_scale} | self.geometry
 
     def tensors(self, dtype: torch.dtype = torch.float64, device: str = "cpu", seed: int = 0) -> dict[str, Any]:
         """Random operands by name; offset is None where the sample has none, a missing mask is left out."""
@@ -121,27 +121,48 @@ class RoiSample:
         half = dtype in (torch.float16, torch.bfloat16)
         rois = torch.tensor(self.rois, dtype=torch.float32 if half else dtype, device=device).reshape(-1, 5)
         operands: dict[str, Any] = {
-            "input": normal(self.batch, self.channels, *self.size),
+            "input": normal(self.batch, self.input_channels or self.channels, *self.size),
             "rois": rois,
-            "offset": normal(len(self.rois), 2, *self.output_size) if self.offset else None,
+            "offset": normal(len(self.rois), *(self.offset_shape or (2, *self.output_size))) if self.offset else None,
         }
         if self.mask:
             operands["mask"] = normal(len(self.rois), 1, *self.output_size).sigmoid()
         return operands
 
 
-ROI_SAMPLES = [
+COMMON_ROI_SAMPLES = [
     RoiSample("plain", offset=False, mask=False),
     RoiSample("deformable", mask=False),
     RoiSample("modulated"),
     RoiSample("mask_without_offset", offset=False),
-    RoiSample("fixed_grid", sampling_ratio=3),
-    RoiSample("one_bin", output_size=(1, 1), gamma=0.5),
-    RoiSample("far_shifts", gamma=2.0),
     RoiSample("image_pixels", spatial_scale=1.0),
-    RoiSample("reversed_roi", sampling_ratio=2, rois=((0, 30.0, 25.0, 4.0, 6.0),)),
     RoiSample("one_pixel_map", size=(1, 1)),
     RoiSample("no_rois", rois=()),
+]
+ROI_SAMPLES = [
+    *COMMON_ROI_SAMPLES,
+    RoiSample("fixed_grid", geometry={"sampling_ratio": 3}),
+    RoiSample("one_bin", output_size=(1, 1), geometry={"gamma": 0.5}),
+    RoiSample("far_shifts", geometry={"gamma": 2.0}),
+    RoiSample("reversed_roi", geometry={"sampling_ratio": 2}, rois=((0, 30.0, 25.0, 4.0, 6.0),)),
+]
+PSROI_SAMPLES = [
+    *COMMON_ROI_SAMPLES,
+    RoiSample("one_sample", geometry={"sample_per_part": 1}),
+    RoiSample("far_shifts", geometry={"trans_std": 2.0}),
+    RoiSample("reversed_roi", rois=((0, 30.0, 25.0, 4.0, 6.0),)),  # takes the least size
+    RoiSample("half_way_corners", rois=((0, 2.5, 3.5, 20.5, 22.5), (1, -2.5, -0.5, 7.5, 9.5)), spatial_scale=1.0),
+    RoiSample("position_sensitive", input_channels=3 * 4, geometry={"group_size": 2}),
+    RoiSample("coarse_parts", offset_shape=(2, 2, 1), geometry={"part_size": (2, 1)}),
+    RoiSample("classes", channels=4, offset_shape=(4, 3, 2)),
+    RoiSample(
+        "everything",
+        channels=4,
+        output_size=(4, 5),
+        input_channels=4 * 9,
+        offset_shape=(4, 2, 3),
+        geometry={"group_size": 3, "part_size": (2, 3), "sample_per_part": 2, "trans_std": 0.3},
+    ),
 ]
 
 

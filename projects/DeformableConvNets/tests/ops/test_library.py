@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-import dcn_d2.ops  # noqa: F401
+import dcn_d2.ops
 from dcn_d2.ops import _library
 
 TESTS = Path(__file__).parent
@@ -64,7 +64,9 @@ assert len(messages) == 1 and "pip install" in messages[0] and "dcn_d2._C was no
 
 @pytest.mark.parametrize("capability", ["default", "avx2"])
 def test_every_instruction_set(capability: str) -> None:
-    tests = [str(TESTS / name) for name in ("test_deform_conv2d.py", "test_deform_roi_pool.py")]
+    tests = [
+        str(TESTS / name) for name in ("test_deform_conv2d.py", "test_deform_roi_pool.py", "test_deform_psroi_pool.py")
+    ]
     result = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", *tests]
         + ["-k", "equals_reference and cpu or any_number_of_threads"],
@@ -105,5 +107,6 @@ print(len({int(t) for t in os.listdir("/proc/self/task")} - before))
 
 
 def test_operators_are_registered() -> None:
-    for name in ("deform_conv2d", "deform_conv2d_backward", "deform_roi_pool", "deform_roi_pool_backward"):
-        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"dcn_d2::{name}", "CPU")
+    for name in dcn_d2.ops.__all__:
+        for operator in (name, f"{name}_backward"):
+            assert torch._C._dispatch_has_kernel_for_dispatch_key(f"dcn_d2::{operator}", "CPU")

@@ -1,0 +1,21 @@
+# Copyright (c) the dcn_d2 authors. SPDX-License-Identifier: Apache-2.0
+"""Deformable layers: modules with parameters, which need torch and `dcn_d2.ops` only."""
+
+from .deform_conv import (
+    DeformConv,
+    DeformConvPack,
+    ModulatedDeformConv,
+    ModulatedDeformConvPack,
+    split_offset_and_mask,
+)
+from .deform_roi_pool import DeformRoIPool, ModulatedDeformRoIPool
+
+__all__ = [
+    "DeformConv",
+    "DeformConvPack",
+    "DeformRoIPool",
+    "ModulatedDeformConv",
+    "ModulatedDeformConvPack",
+    "ModulatedDeformRoIPool",
+    "split_offset_and_mask",
+]

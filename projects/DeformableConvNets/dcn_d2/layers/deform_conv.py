@@ -1,0 +1,245 @@
+# Copyright (c) the dcn_d2 authors. SPDX-License-Identifier: Apache-2.0
+"""Deformable convolution layers, v1 and v2 (modulated), with the interface of Detectron2's classes of these names."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.utils import _pair
+
+from ..ops import deform_conv2d
+
+IntOrPair = int | tuple[int, int]
+
+
+def split_offset_and_mask(offset_and_mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Splits an offset branch's output for a modulated layer into offsets and modulation.
+
+    Args:
+        offset_and_mask: (N, 3 * deform_groups * kernel_h * kernel_w, H, W). The first two thirds are offsets, (y, x)
+            interleaved per tap, deform group by deform group; the last third are the logits of the modulation.
+            (The three thirds are not "all y, all x, mask", as code that cuts them into three may suggest.)
+
+    Returns:
+        The offsets, a view, and the modulation after the sigmoid, so 0.5 everywhere where the branch gives zeros.
+    """
+    logits = offset_and_mask.shape[1] // 3
+    offset, mask = offset_and_mask.split([2 * logits, logits], dim=1)
+    return offset, mask.sigmoid()
+
+
+class _DeformConvBase(nn.Module):
+    """What the layers of this file share: parameters, checks, and norm and activation after the operator."""
+
+    norm: nn.Module | None
+    activation: Callable[[Tensor], Tensor] | None
+    bias: nn.Parameter | None
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: IntOrPair,
+        stride: IntOrPair,
+        padding: IntOrPair,
+        dilation: IntOrPair,
+        groups: int,
+        deformable_groups: int,
+        bias: bool,
+        norm: nn.Module | None,
+        activation: Callable[[Tensor], Tensor] | None,
+    ) -> None:
+        super().__init__()
+        # That in_channels is a multiple of deformable_groups is left to the operator: Detectron2's classes can be
+        # built, though not used, without it.
+        for name, channels in (("in_channels", in_channels), ("out_channels", out_channels)):
+            if groups < 1 or channels % groups:
+                raise ValueError(f"{name} must be a multiple of groups, got {channels} and {groups}")
+        self.in_channels = in_channels
+        self.out_channels = out_channels
+        self.kernel_size: tuple[int, int] = _pair(kernel_size)
+        self.stride = stride
+        self.padding = padding
+        self.dilation = dilation
+        self.groups = groups
+        self.deformable_groups = deformable_groups
+        self.norm = norm
+        self.activation = activation
+        self.weight = nn.Parameter(torch.empty(out_channels, in_channels // groups, *self.kernel_size))
+        self.register_parameter("bias", nn.Parameter(torch.zeros(out_channels)) if bias else None)
+        nn.init.kaiming_uniform_(self.weight, nonlinearity="relu")
+
+    def _convolve(self, x: Tensor, offset: Tensor, mask: Tensor | None = None) -> Tensor:
+        # The operator infers the number of deform groups from the offsets, so only the layer can tell that
+        # they were made for another number of groups.
+        taps = self.deformable_groups * self.kernel_size[0] * self.kernel_size[1]
+        for name, tensor, channels in (("offset", offset, 2 * taps), ("mask", mask, taps)):
+            if tensor is not None and tensor.shape[1] != channels:
+                raise RuntimeError(
+                    f"{type(self).__name__}: {name} must have {channels} channels for deformable_groups="
+                    f"{self.deformable_groups} and kernel_size={self.kernel_size}, got {tensor.shape[1]}"
+                )
+        out = deform_conv2d(x, offset, self.weight, self.bias, self.stride, self.padding, self.dilation, mask)
+        if x.numel() == 0:
+            return out  # as Detectron2: an empty batch would turn the statistics of a BatchNorm into NaN
+        if self.norm is not None:
+            out = self.norm(out)
+        if self.activation is not None:
+            out = self.activation(out)
+        return out
+
+    def _offset_branch(self, channels_per_tap: int) -> nn.Conv2d:
+        """Makes a dense convolution from the layer's input to its offsets, which starts with zeros everywhere."""
+        branch = nn.Conv2d(
+            self.in_channels,
+            channels_per_tap * self.deformable_groups * self.kernel_size[0] * self.kernel_size[1],
+            self.kernel_size,
+            self.stride,
+            self.padding,
+            self.dilation,
+        )
+        nn.init.zeros_(branch.weight)
+        assert branch.bias is not None
+        nn.init.zeros_(branch.bias)
+        return branch
+
+    def extra_repr(self) -> str:
+        names = "in_channels out_channels kernel_size stride padding dilation groups deformable_groups".split()
+        return ", ".join([f"{name}={getattr(self, name)}" for name in names] + [f"bias={self.bias is not None}"])
+
+
+class DeformConv(_DeformConvBase):
+    """Deformable convolution (v1): the caller gives the offsets.
+
+    A drop-in for `detectron2.layers.DeformConv` that also works on CPU, for every number of groups, forward and
+    backward. Source: Dai et al., "Deformable Convolutional Networks", ICCV 2017.
+
+    Args:
+        in_channels: a multiple of `groups` and of `deformable_groups`.
+        out_channels: a multiple of `groups`.
+        kernel_size: a number or (height, width); so are stride, padding and dilation.
+        deformable_groups: the input channels are cut into so many groups, each with offsets of its own.
+        bias: must be False; it is there because Detectron2's class has it.
+        norm: a module applied to the output.
+        activation: a function applied after the norm.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: IntOrPair,
+        stride: IntOrPair = 1,
+        padding: IntOrPair = 0,
+        dilation: IntOrPair = 1,
+        groups: int = 1,
+        deformable_groups: int = 1,
+        bias: bool = False,
+        norm: nn.Module | None = None,
+        activation: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
+        if bias:
+            raise ValueError(f"{type(self).__name__} has no bias, got bias={bias}; ModulatedDeformConv has one")
+        super().__init__(
+            in_channels,
+            out_channels,
+            kernel_size,
+            _pair(stride),
+            _pair(padding),
+            _pair(dilation),
+            groups,
+            deformable_groups,
+            bias,
+            norm,
+            activation,
+        )
+
+    def forward(self, x: Tensor, offset: Tensor) -> Tensor:
+        """Convolves (N, in_channels, H, W) `x`.
+
+        Args:
+            x: the input.
+            offset: (N, 2 * deformable_groups * kernel_h * kernel_w, out_h, out_w), see `dcn_d2.ops.deform_conv2d`.
+        """
+        return self._convolve(x, offset)
+
+
+class ModulatedDeformConv(_DeformConvBase):
+    """Modulated deformable convolution (v2): the caller gives the offsets and the modulation.
+
+    A drop-in for `detectron2.layers.ModulatedDeformConv` that also works on CPU. Arguments as for `DeformConv`, but
+    with a bias. Source: Zhu et al., "Deformable ConvNets v2: More Deformable, Better Results", CVPR 2019.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: IntOrPair,
+        stride: IntOrPair = 1,
+        padding: IntOrPair = 0,
+        dilation: IntOrPair = 1,
+        groups: int = 1,
+        deformable_groups: int = 1,
+        bias: bool = True,
+        norm: nn.Module | None = None,
+        activation: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
+        super().__init__(
+            in_channels,
+            out_channels,
+            kernel_size,
+            stride,
+            padding,
+            dilation,
+            groups,
+            deformable_groups,
+            bias,
+            norm,
+            activation,
+        )
+        self.with_bias = bias
+
+    def forward(self, x: Tensor, offset: Tensor, mask: Tensor) -> Tensor:
+        """Convolves (N, in_channels, H, W) `x`.
+
+        Args:
+            x: the input.
+            offset: (N, 2 * deformable_groups * kernel_h * kernel_w, out_h, out_w), see `dcn_d2.ops.deform_conv2d`.
+            mask: (N, deformable_groups * kernel_h * kernel_w, out_h, out_w), the factor of every sample.
+        """
+        return self._convolve(x, offset, mask)
+
+
+class DeformConvPack(DeformConv):
+    """`DeformConv` with its own offset branch `conv_offset`; it starts as a plain convolution.
+
+    Takes the arguments of `DeformConv`. Parameters are named as in mmcv's `DeformConv2dPack`.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.conv_offset = self._offset_branch(2)
+
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        """Convolves (N, in_channels, H, W) `x` at positions that it predicts from `x`."""
+        return self._convolve(x, self.conv_offset(x))
+
+
+class ModulatedDeformConvPack(ModulatedDeformConv):
+    """`ModulatedDeformConv` with its own branch `conv_offset` for offsets and modulation.
+
+    It starts as half a plain convolution: the modulation is 0.5 everywhere. Takes the arguments of
+    `ModulatedDeformConv`. Parameters are named as in mmcv's `ModulatedDeformConv2dPack`.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.conv_offset = self._offset_branch(3)
+
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        """Convolves (N, in_channels, H, W) `x` at positions and with factors that it predicts from `x`."""
+        return self._convolve(x, *split_offset_and_mask(self.conv_offset(x)))

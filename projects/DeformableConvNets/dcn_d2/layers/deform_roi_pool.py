@@ -1,0 +1,113 @@
+# Copyright (c) the dcn_d2 authors. SPDX-License-Identifier: Apache-2.0
+"""Deformable RoI pooling layers, v1 and v2 (modulated), which predict their offsets from the undeformed pooling."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from torch.nn.modules.utils import _pair
+
+from ..ops import deform_roi_pool
+
+
+def _zero_init(linear: nn.Linear) -> nn.Linear:
+    nn.init.zeros_(linear.weight)
+    nn.init.zeros_(linear.bias)
+    return linear
+
+
+class DeformRoIPool(nn.Module):
+    """Deformable RoI pooling: RoIAlign whose bins move by offsets predicted from the undeformed pooling.
+
+    It starts as RoIAlign (aligned, adaptive sampling): the last layer of the offset branch starts with zeros.
+    Source: Dai et al., "Deformable Convolutional Networks", ICCV 2017, section 2.2; numerics of mmcv's
+    `deform_roi_pool`, and the parameter names of MMDetection's models, `offset_fc.{0,2,4}`.
+
+    Args:
+        output_size: bins a side, a number or (height, width).
+        spatial_scale: size of the feature map over size of the image.
+        in_channels: channels of the feature map, and so of the output.
+        deform_fc_channels: width of the hidden layers of the offset branch.
+        sampling_ratio: samples a side of a bin; 0 takes one for each feature-map pixel that a bin spans, rounded up.
+        gamma: an offset of 1 moves a bin by this share of the RoI's width or height.
+    """
+
+    def __init__(
+        self,
+        output_size: int | tuple[int, int],
+        spatial_scale: float,
+        in_channels: int,
+        deform_fc_channels: int = 1024,
+        sampling_ratio: int = 0,
+        gamma: float = 0.1,
+    ) -> None:
+        super().__init__()
+        self.output_size: tuple[int, int] = _pair(output_size)
+        self.spatial_scale = spatial_scale
+        self.in_channels = in_channels
+        self.deform_fc_channels = deform_fc_channels
+        self.sampling_ratio = sampling_ratio
+        self.gamma = gamma
+        bins = self.output_size[0] * self.output_size[1]
+        self.offset_fc = nn.Sequential(
+            nn.Linear(in_channels * bins, deform_fc_channels),
+            nn.ReLU(inplace=True),
+            nn.Linear(deform_fc_channels, deform_fc_channels),
+            nn.ReLU(inplace=True),
+            _zero_init(nn.Linear(deform_fc_channels, 2 * bins)),
+        )
+
+    def forward(self, x: Tensor, rois: Tensor) -> Tensor:
+        """Pools (N, in_channels, H, W) `x` over (R, 5) `rois`, (batch index, x0, y0, x1, y1) in image pixels.
+
+        Returns:
+            (R, in_channels, output_h, output_w). No RoIs give an empty tensor through which gradients still flow
+            to all parameters, as zeros.
+        """
+        plain = self._pool(x, rois, None).flatten(1)
+        return self._pool(x, rois, self._offset(plain))
+
+    def _pool(self, x: Tensor, rois: Tensor, offset: Tensor | None, mask: Tensor | None = None) -> Tensor:
+        return deform_roi_pool(
+            x, rois, offset, self.output_size, self.spatial_scale, self.sampling_ratio, self.gamma, mask
+        )
+
+    def _offset(self, plain: Tensor) -> Tensor:
+        """Gives (R, 2, output_h, output_w) offsets, x before y, from the flattened undeformed pooling."""
+        return self.offset_fc(plain).unflatten(1, (2, *self.output_size))
+
+    def extra_repr(self) -> str:
+        names = "output_size spatial_scale in_channels deform_fc_channels sampling_ratio gamma".split()
+        return ", ".join(f"{name}={getattr(self, name)}" for name in names)
+
+
+class ModulatedDeformRoIPool(DeformRoIPool):
+    """Deformable RoI pooling whose bins are also scaled, by factors in (0, 1) predicted from the undeformed pooling.
+
+    It starts as half of RoIAlign: all factors are 0.5. Arguments as for `DeformRoIPool`. Source: Zhu et al.,
+    "Deformable ConvNets v2: More Deformable, Better Results", CVPR 2019. Parameters `offset_fc.{0,2,4}` and
+    `mask_fc.{0,2}`.
+    """
+
+    def __init__(
+        self,
+        output_size: int | tuple[int, int],
+        spatial_scale: float,
+        in_channels: int,
+        deform_fc_channels: int = 1024,
+        sampling_ratio: int = 0,
+        gamma: float = 0.1,
+    ) -> None:
+        super().__init__(output_size, spatial_scale, in_channels, deform_fc_channels, sampling_ratio, gamma)
+        bins = self.output_size[0] * self.output_size[1]
+        self.mask_fc = nn.Sequential(
+            nn.Linear(in_channels * bins, deform_fc_channels),
+            nn.ReLU(inplace=True),
+            _zero_init(nn.Linear(deform_fc_channels, bins)),
+            nn.Sigmoid(),
+        )
+
+    def forward(self, x: Tensor, rois: Tensor) -> Tensor:
+        """Pools like `DeformRoIPool`."""
+        plain = self._pool(x, rois, None).flatten(1)
+        mask = self.mask_fc(plain).unflatten(1, (1, *self.output_size))
+        return self._pool(x, rois, self._offset(plain), mask)

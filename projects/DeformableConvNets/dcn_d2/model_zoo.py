@@ -1,0 +1,104 @@
+# Copyright (c) the dcn_d2 authors. SPDX-License-Identifier: Apache-2.0
+"""The zoo: one YAML below `configs/` a row, with what is published for it in its PUBLISHED node.
+
+After `detectron2.model_zoo`. Listing rows and asking for addresses imports neither torch nor Detectron2.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+if TYPE_CHECKING:
+    from detectron2.config import CfgNode
+    from torch import nn
+
+
+def _configs_dir() -> Path:
+    """Finds `configs/`: inside the package where it was installed from a wheel, else beside it in the project."""
+    package = Path(__file__).resolve().parent
+    candidates = [package / "configs", package.parent / "configs"]
+    for folder in candidates:
+        if folder.is_dir():
+            return folder
+    raise FileNotFoundError(f"dcn_d2's configs are in none of {', '.join(map(str, candidates))}; reinstall dcn_d2")
+
+
+def list_models() -> list[str]:
+    """Names of all rows of the zoo, sorted."""
+    root = _configs_dir()
+    names = (path.relative_to(root).with_suffix("").as_posix() for path in root.rglob("*.yaml"))
+    return sorted(name for name in names if not name.rpartition("/")[2].startswith("Base-"))
+
+
+def get_config_file(name: str) -> str:
+    """Path of a row's YAML.
+
+    Args:
+        name: the row, for example "faster_rcnn_R_50_FPN_1x_dconv_c3-c5"; ".yaml" at its end is allowed.
+
+    Raises:
+        ValueError: The zoo has no such row.
+    """
+    row = name.removesuffix(".yaml")
+    if row not in list_models():
+        raise ValueError(f"the zoo has no row {name!r}; its rows are {', '.join(list_models())}")
+    return str(_configs_dir() / f"{row}.yaml")
+
+
+def get_published(name: str) -> dict[str, Any]:
+    """What is published for a row: WEIGHTS and LOG (addresses), BOX_AP and, for a model with masks, MASK_AP."""
+    return dict(yaml.safe_load(Path(get_config_file(name)).read_text()).get("PUBLISHED") or {})
+
+
+def get_checkpoint_url(name: str) -> str:
+    """Address of a row's published weights.
+
+    Raises:
+        ValueError: The zoo has no such row, or nothing is published for it.
+    """
+    url = get_published(name).get("WEIGHTS", "")
+    if not url:
+        raise ValueError(f"no weights are published for {name!r}")
+    return url
+
+
+def get_config(name: str, trained: bool = False) -> CfgNode:
+    """Config of a row, with dcn_d2's keys.
+
+    Args:
+        name: the row.
+        trained: sets MODEL.WEIGHTS to the published weights instead of the ImageNet weights that training starts from.
+    """
+    from detectron2.config import get_cfg
+
+    from .config import add_dcn_config
+
+    cfg = get_cfg()
+    add_dcn_config(cfg)
+    cfg.merge_from_file(get_config_file(name))
+    if trained:
+        cfg.MODEL.WEIGHTS = get_checkpoint_url(name)
+    return cfg
+
+
+def get(name: str, trained: bool = False, device: str | None = None) -> nn.Module:
+    """Builds a row's model, loads its weights, and returns it in training mode.
+
+    Args:
+        name: the row.
+        trained: loads the published weights instead of the backbone's ImageNet weights.
+        device: where to put it; by default on the GPU if there is one.
+    """
+    import torch
+    from detectron2.modeling import build_model
+
+    from .checkpoint import DCNCheckpointer
+
+    cfg = get_config(name, trained)
+    cfg.MODEL.DEVICE = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    model = build_model(cfg)
+    DCNCheckpointer(model).load(cfg.MODEL.WEIGHTS)
+    return model

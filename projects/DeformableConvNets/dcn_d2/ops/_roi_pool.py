@@ -1,0 +1,98 @@
+# Copyright (c) the dcn_d2 authors. SPDX-License-Identifier: Apache-2.0
+"""What every RoI pooling operator registers alike, whatever its geometry arguments are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import reference
+from ._library import define, needed_gradients, refuse_nondeterministic, register_autocast, register_fallback
+
+
+def define_roi_pool(name: str, geometry: Sequence[tuple[str, str]]) -> None:
+    """Defines `name` and its backward operator; `geometry` has (type, name=default) of the arguments after `offset`."""
+    types = ", ".join(f"{kind} {argument}" for kind, argument in geometry)
+    required = ", ".join(f"{kind} {argument.partition('=')[0]}" for kind, argument in geometry)
+    define(f"{name}(Tensor input, Tensor rois, Tensor? offset, {types}, Tensor? mask=None) -> Tensor")
+    define(
+        f"{name}_backward(Tensor grad, Tensor input, Tensor rois, Tensor? offset, Tensor? mask, {required}, "
+        "bool need_input, bool need_offset) -> (Tensor, Tensor, Tensor)"
+    )
+
+
+def register_roi_pool(
+    name: str,
+    check_operands: Callable[..., Sequence[int]],
+    check_batch: Callable[..., None],
+    oracle: Callable[..., Tensor],
+) -> None:
+    """Registers fake kernels, autograd, autocast and the fallback.
+
+    Args:
+        name: the operator's; its arguments are input, rois, offset, the geometry, mask.
+        check_operands: raises an error for bad operands; returns the output's shape.
+        check_batch: raises an error for RoIs of images that do not exist; called as (name, rois, input, True).
+        oracle: the reference of the same arguments.
+    """
+    operator = getattr(torch.ops.dcn_d2, name)
+    backward_operator = getattr(torch.ops.dcn_d2, f"{name}_backward")
+    arguments = operator.default._schema.arguments
+
+    def complete(values: Sequence[Any], keywords: dict[str, Any]) -> list[Any]:
+        """Arguments with the defaults that the dispatcher left out."""
+        rest = arguments[len(values) :]
+        return [*values, *(keywords.get(argument.name, argument.default_value) for argument in rest)]
+
+    def reference_forward(*values: Any, **keywords: Any) -> Tensor:
+        values = tuple(complete(values, keywords))
+        check_operands(*values)
+        check_batch(name, values[1], values[0], True)
+        return oracle(*values)
+
+    def reference_backward(
+        grad: Tensor, input: Tensor, rois: Tensor, offset: Tensor | None, mask: Tensor | None, *rest: Any
+    ) -> tuple[Tensor, ...]:
+        *geometry, need_input, need_offset = rest
+
+        def forward(input: Tensor, offset: Tensor | None, mask: Tensor | None) -> Tensor:
+            return oracle(input, rois, offset, *geometry, mask)
+
+        return reference.gradients(forward, (input, offset, mask), grad, (need_input, need_offset, need_offset))
+
+    def fake(*values: Any, **keywords: Any) -> Tensor:
+        values = tuple(complete(values, keywords))
+        return values[0].new_empty(check_operands(*values))
+
+    def fake_backward(
+        grad: Tensor, input: Tensor, rois: Tensor, offset: Tensor | None, mask: Tensor | None, *rest: Any
+    ) -> tuple[Tensor, ...]:
+        *_, need_input, need_offset = rest
+        needed = ((input, need_input), (offset, need_offset), (mask, need_offset))
+        return tuple(grad.new_empty(0 if t is None or not need else t.shape) for t, need in needed)
+
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        input, rois, offset, *ctx.geometry, mask = inputs
+        ctx.save_for_backward(input, rois, offset, mask)
+
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        input, rois, offset, mask = ctx.saved_tensors
+        need_input, _, need_offset, *_, need_mask = needed_gradients(ctx, len(arguments))
+        refuse_nondeterministic(f"{name}_backward", grad.device)
+        gradients = backward_operator(
+            grad, input, rois, offset, mask, *ctx.geometry, need_input, need_offset or need_mask
+        )
+        grad_input, grad_offset, grad_mask = (
+            gradient if needed else None for gradient, needed in zip(gradients, (need_input, need_offset, need_mask))
+        )
+        return grad_input, None, grad_offset, *(None for _ in ctx.geometry), grad_mask
+
+    register_fallback(name, reference_forward)
+    register_fallback(f"{name}_backward", reference_backward)
+    torch.library.register_fake(f"dcn_d2::{name}", fake)
+    torch.library.register_fake(f"dcn_d2::{name}_backward", fake_backward)
+    torch.library.register_autograd(f"dcn_d2::{name}", backward, setup_context=setup_context)
+    register_autocast(name, keep_float32=("rois",))

@@ -1,0 +1,53 @@
+# Copyright (c) the dcn_d2 authors. SPDX-License-Identifier: Apache-2.0
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+from detectron2.config import get_cfg
+from detectron2.data import DatasetCatalog
+from detectron2.modeling import BACKBONE_REGISTRY
+from detectron2.modeling.backbone import resnet
+
+import dcn_d2.layers
+from dcn_d2 import add_dcn_config
+
+
+def test_defaults_leave_detectron2_as_it_is() -> None:
+    cfg, plain = get_cfg(), get_cfg()
+    add_dcn_config(cfg)
+    assert cfg.MODEL.DCN.NORM_EVAL is False
+    assert cfg.SOLVER.REFERENCE_IMS_PER_BATCH == 0
+    del cfg["PUBLISHED"], cfg.MODEL["DCN"], cfg.SOLVER["REFERENCE_IMS_PER_BATCH"]
+    assert cfg == plain
+
+
+def test_second_call_changes_nothing() -> None:
+    cfg = get_cfg()
+    add_dcn_config(cfg)
+    cfg.MODEL.DCN.NORM_EVAL = True
+    cfg.PUBLISHED.BOX_AP = 41.3
+    before = cfg.dump()
+    add_dcn_config(cfg)
+    assert cfg.dump() == before
+
+
+def test_everything_is_registered() -> None:
+    add_dcn_config(get_cfg())
+    for name in ("build_dcn_resnet_backbone", "build_dcn_resnet_fpn_backbone"):
+        assert name in BACKBONE_REGISTRY
+    assert {"nuclei_train", "nuclei_val"} <= set(DatasetCatalog)
+    assert resnet.DeformConv is dcn_d2.layers.DeformConv
+    assert resnet.ModulatedDeformConv is dcn_d2.layers.ModulatedDeformConv
+
+
+def test_each_key_has_its_sentence(project: Path) -> None:
+    lines = (project / "dcn_d2" / "config.py").read_text().splitlines()
+    keys = [number for number, line in enumerate(lines) if re.match(r"    add\(", line)]
+    assert len(keys) >= 5
+    assert all(re.match(r"    # .*[.]$", lines[number - 1]) for number in keys)
+
+
+def test_importing_the_package_is_light() -> None:
+    code = "import sys, dcn_d2; assert not {'torch', 'detectron2', 'numpy'} & sys.modules.keys()"
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,0 +1,278 @@
+# Copyright (c) the dcn_d2 authors. SPDX-License-Identifier: Apache-2.0
+import json
+import os
+import subprocess
+import sys
+from argparse import Namespace
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.engine import default_argument_parser
+from PIL import Image
+
+from dcn_d2 import engine
+
+from .slim import SLIM, slim_config
+
+PROJECT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(PROJECT))
+import train_net  # noqa: E402  it is a script, not part of the package
+
+ROW = PROJECT / "configs" / "cascade_mask_rcnn_R_50_FPN_1x_dconv_c3-c5.yaml"
+NUCLEI = PROJECT / "examples" / "nuclei_faster_rcnn_slim_R_50_FPN_mdconv_c3-c5.yaml"
+FAST = [*("INPUT.MIN_SIZE_TRAIN", "(96,)"), *("INPUT.MIN_SIZE_TEST", "96"), *("SOLVER.IMS_PER_BATCH", "2")]
+Run = Callable[..., subprocess.CompletedProcess]
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    """Runs train_net.py in a folder of its own; its output goes to `out` there."""
+
+    def run(*arguments: object, fails: bool = False, **environment: object) -> subprocess.CompletedProcess:
+        env = os.environ | {"OMP_NUM_THREADS": "1", "XDG_CACHE_HOME": str(tmp_path), "CUDA_VISIBLE_DEVICES": ""}
+        env.pop("DETECTRON2_DATASETS", None)
+        command = [sys.executable, str(PROJECT / "train_net.py"), *map(str, arguments)]
+        done = subprocess.run(
+            command,
+            cwd=tmp_path,
+            env=env | {key: str(value) for key, value in environment.items()},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=300,
+        )
+        assert (done.returncode != 0) == fails, done.stdout[-5000:]
+        return done
+
+    return run
+
+
+def metrics(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.json").read_text().splitlines()]
+
+
+def test_trains_resumes_and_evaluates(run: Run, tmp_path: Path) -> None:
+    arguments = ["--config-file", NUCLEI, *FAST, "OUTPUT_DIR", "out", "SOLVER.STEPS", "()"]
+    # Batch 2 for a base learning rate that is meant for 4.
+    log = run(*arguments, "SOLVER.MAX_ITER", 3, "SOLVER.REFERENCE_IMS_PER_BATCH", 4, "SOLVER.AMP.ENABLED", True).stdout
+    assert "MODEL.DEVICE is cuda, but there is no GPU: running on the CPU" in log
+    assert "SOLVER.AMP.ENABLED is switched off" in log
+    assert "SOLVER.BASE_LR goes from 0.02 to 0.01" in log
+    assert "eta: " in log and "Starting training from iteration 0" in log
+    assert "|  AP   |  AP50  |" in log
+    assert "is deprecated" not in log and "meshgrid" not in log
+    out = tmp_path / "out"
+    assert list(out.glob("events.out.tfevents.*")) and (out / "inference" / "nuclei_val").is_dir()
+    assert "bbox/AP" in metrics(out)[-1]
+
+    run("--resume", *arguments, "SOLVER.MAX_ITER", 5)
+    checkpoint = torch.load(out / "model_final.pth")
+    assert checkpoint["iteration"] == 4
+    assert "Starting training from iteration 3" in (out / "log.txt").read_text()
+
+    # The same weights give the same numbers again.
+    trained = [line["bbox/AP50"] for line in metrics(out) if "bbox/AP50" in line][-1]
+    weights = ["MODEL.WEIGHTS", out / "model_final.pth", "TEST.EXPECTED_RESULTS"]
+    run("--eval-only", *arguments, *weights, f"[['bbox', 'AP50', {trained}, 1e-6]]")
+    log = run("--eval-only", *arguments, *weights, f"[['bbox', 'AP50', {trained + 1}, 0.5]]", fails=True).stdout
+    assert "Result verification failed" in log
+
+
+def test_two_processes_train_and_evaluate(run: Run, tmp_path: Path) -> None:
+    arguments = ["--num-gpus", 2, "--config-file", NUCLEI, *FAST, "OUTPUT_DIR", "out", "SOLVER.STEPS", "()"]
+    arguments += ["DATALOADER.NUM_WORKERS", 2]
+    log = run(*arguments, "SOLVER.MAX_ITER", 2).stdout
+    assert "World size: 2" in log and "|  AP   |  AP50  |" in log
+    assert "DATALOADER.NUM_WORKERS goes from 2 to 0" in log
+    assert (tmp_path / "out" / "log.txt.rank1").exists()
+    assert torch.load(tmp_path / "out" / "model_final.pth")["iteration"] == 1
+    predictions = json.loads((tmp_path / "out/inference/nuclei_val/coco_instances_results.json").read_text())
+    assert {prediction["image_id"] for prediction in predictions} == {1, 2, 3, 4}  # gathered from both
+
+
+def write_coco(root: Path) -> None:
+    """A data set in COCO's layout: bright squares on grey, with masks, of two of COCO's 80 categories."""
+    random = np.random.default_rng(0)
+    for split in ("train2017", "val2017"):
+        (root / "coco" / split).mkdir(parents=True)
+        (root / "coco" / "annotations").mkdir(exist_ok=True)
+        images, annotations = [], []
+        for number in (1, 2):
+            pixels = np.full((80, 96, 3), 90, np.uint8)
+            for category in (1, 18):
+                x, y, size = (int(v) for v in random.integers([2, 2, 20], [40, 40, 36]))
+                pixels[y : y + size, x : x + size] = 150 + 3 * category
+                polygon = [x, y, x + size, y, x + size, y + size, x, y + size]
+                annotation = {"id": len(annotations) + 1, "image_id": number, "category_id": category, "iscrowd": 0}
+                annotation |= {"bbox": [x, y, size, size], "area": size**2, "segmentation": [polygon]}
+                annotations.append(annotation)
+            name = f"{number:012d}.jpg"
+            Image.fromarray(pixels).save(root / "coco" / split / name)
+            images.append({"id": number, "file_name": name, "height": 80, "width": 96})
+        names = MetadataCatalog.get("coco_2017_val")
+        ids = names.thing_dataset_id_to_contiguous_id
+        categories = [{"id": key, "name": names.thing_classes[value]} for key, value in ids.items()]
+        data = {"info": {}, "images": images, "annotations": annotations, "categories": categories}
+        (root / "coco" / "annotations" / f"instances_{split}.json").write_text(json.dumps(data))
+
+
+def test_row_of_the_zoo_trains_on_coco(run: Run, tmp_path: Path) -> None:
+    write_coco(tmp_path / "data")
+    arguments = ["--config-file", ROW, *SLIM, *FAST, "OUTPUT_DIR", "out", "MODEL.BACKBONE.FREEZE_AT", 0]
+    arguments += [
+        "SOLVER.MAX_ITER",
+        2,
+        "SOLVER.STEPS",
+        "()",
+        "DATALOADER.NUM_WORKERS",
+        0,
+        "MODEL.ROI_HEADS.SCORE_THRESH_TEST",
+        0.0,
+    ]
+    log = run(*arguments, DETECTRON2_DATASETS=tmp_path / "data").stdout
+    assert "Evaluation results for segm" in log
+    losses = next(line for line in metrics(tmp_path / "out") if "total_loss" in line)
+    assert {"loss_box_reg_stage2", "loss_mask"} <= losses.keys() and np.isfinite(losses["total_loss"])
+
+
+def test_missing_data_set_is_named_with_its_place(run: Run, tmp_path: Path) -> None:
+    log = run("--config-file", ROW, fails=True, DETECTRON2_DATASETS=tmp_path).stdout
+    expected = tmp_path / "coco" / "annotations" / "instances_train2017.json"
+    assert f"data set coco_2017_train: its annotations are expected at {expected}, which does not exist" in log
+    assert "Traceback" not in log
+
+
+def test_data_sets_are_checked(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no data set 'nuclei_test'; registered are .*nuclei_train"):
+        engine.check_data_sets(["nuclei_test"])
+    engine.check_data_sets(["nuclei_train", "nuclei_val"])
+    (tmp_path / "a.json").write_text("{}")
+    DatasetCatalog.register("half_there", list)
+    try:
+        MetadataCatalog.get("half_there").set(json_file=str(tmp_path / "a.json"), image_root=str(tmp_path / "images"))
+        with pytest.raises(FileNotFoundError, match=f"half_there: its images are expected at {tmp_path}/images"):
+            engine.check_data_sets(["half_there"])
+    finally:
+        DatasetCatalog.remove("half_there")
+        MetadataCatalog.remove("half_there")
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--config-file", "nothing.yaml"], "Config file 'nothing.yaml' does not exist"),
+        (["MODEL.NOTHING", "1"], "Non-existent key: MODEL.NOTHING"),
+        (["MODEL.DCN.NORM_EVAL", "maybe"], "Type mismatch"),
+        (["DATASETS.TRAIN", "('nothing',)"], "there is no data set 'nothing'"),
+    ],
+)
+def test_mistakes_in_the_config_are_told_in_a_line(arguments: list[str], message: str) -> None:
+    with pytest.raises(SystemExit) as error:
+        train_net.run(arguments)
+    assert message in str(error.value.code)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--num-gpus", "0"], "must be at least 1, got 0 and 1"),
+        (["--num-machines", "2", "--machine-rank", "2"], "--machine-rank must be below --num-machines"),
+        (["--num-machines", "2"], "several machines need --dist-url"),
+        (["SEED"], "KEY VALUE must come in pairs, got SEED"),
+    ],
+)
+def test_mistakes_on_the_command_line_are_refused(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture
+) -> None:
+    with pytest.raises(SystemExit):
+        train_net.parse_arguments(arguments)
+    assert message in capsys.readouterr().err
+
+
+def test_more_gpus_than_there_are_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(ValueError, match="--num-gpus is 2, but this machine has 1"):
+        train_net.check_job(train_net.parse_arguments(["--num-gpus", "2", "--config-file", str(NUCLEI)]))
+
+
+def test_arguments_are_those_of_detectron2() -> None:
+    def facts(parser: object) -> dict:
+        return {
+            action.dest: (action.option_strings, action.default or None, action.type, type(action))
+            for action in parser._actions
+        }
+
+    mine, theirs = facts(train_net.build_parser()), facts(default_argument_parser())
+    assert mine.pop("dist_url")[0] == theirs.pop("dist_url")[0]
+    assert mine == theirs
+
+
+def test_help_is_fast() -> None:
+    code = "import sys, train_net; train_net.build_parser().format_help(); assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=PROJECT)
+
+
+@pytest.fixture
+def cfg(monkeypatch: pytest.MonkeyPatch) -> CfgNode:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1, 2, 3}, raising=False)
+    cfg = slim_config()
+    cfg.MODEL.DEVICE = "cuda"
+    return cfg
+
+
+def test_config_is_left_alone_where_there_is_a_gpu(cfg: CfgNode, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    cfg.SOLVER.AMP.ENABLED, cfg.DATALOADER.NUM_WORKERS = True, 100
+    before = cfg.dump()
+    engine.fit_to_machine(cfg, processes=2)
+    assert cfg.dump() == before
+
+
+def test_cpu_has_no_mixed_precision_and_a_worker_for_a_core(cfg: CfgNode) -> None:
+    cfg.SOLVER.AMP.ENABLED, cfg.DATALOADER.NUM_WORKERS = True, 100
+    engine.fit_to_machine(cfg)
+    assert (cfg.MODEL.DEVICE, cfg.SOLVER.AMP.ENABLED, cfg.DATALOADER.NUM_WORKERS) == ("cpu", False, 4)
+
+
+def test_processes_share_the_cores(cfg: CfgNode, monkeypatch: pytest.MonkeyPatch) -> None:
+    threads: list[int] = []
+    monkeypatch.setattr(torch, "set_num_threads", threads.append)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    engine.fit_to_machine(cfg, processes=2)
+    assert threads == [2] and cfg.DATALOADER.NUM_WORKERS == 0
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    engine.fit_to_machine(cfg, processes=2)
+    assert threads == [2]
+
+
+def test_processes_on_the_cpu_of_a_machine_with_gpus_are_refused(cfg: CfgNode, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    cfg.MODEL.DEVICE = "cpu"
+    with pytest.raises(ValueError, match="cpu with 2 processes.* CUDA_VISIBLE_DEVICES"):
+        engine.fit_to_machine(cfg, processes=2)
+
+
+@pytest.mark.parametrize(
+    "reference, batch_size, expected", [(0, 2, 0.02), (16, 16, 0.02), (16, 2, 0.0025), (16, 64, 0.08)]
+)
+def test_learning_rate_follows_the_batch_size(reference: int, batch_size: int, expected: float) -> None:
+    cfg = slim_config()
+    cfg.SOLVER.BASE_LR, cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.REFERENCE_IMS_PER_BATCH = 0.02, batch_size, reference
+    for _ in range(2):  # the config that is saved can be used again
+        engine.scale_learning_rate(cfg)
+        assert cfg.SOLVER.BASE_LR == pytest.approx(expected)
+
+
+def test_setup_saves_the_config_that_runs(tmp_path: Path) -> None:
+    arguments = ["--config-file", str(NUCLEI), "MODEL.DEVICE", "cpu", "OUTPUT_DIR", str(tmp_path)]
+    cfg = engine.setup(Namespace(**vars(train_net.parse_arguments(arguments))))
+    assert cfg.is_frozen()
+    saved = engine.load_config(str(tmp_path / "config.yaml"))
+    assert json.dumps(saved) == json.dumps(cfg)  # which takes a tuple and a list for the same
