@@ -218,6 +218,7 @@ def measure_memory(quick: bool) -> list[dict[str, Any]]:
 
 
 def main() -> None:
+    """Measures what the arguments say and writes the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--dtype", default="float32", choices=["float32", "float16", "bfloat16"])

@@ -35,14 +35,15 @@ DCN_HOST_DEVICE AxisSample<T> no_sample() {
 // The rule of deformable convolution: zeros outside, contributes only for -1 < position < size.
 template <typename T>
 DCN_HOST_DEVICE AxisSample<T> sample_axis_zeros(T position, int32_t size) {
-  // Written so that NaN fails the test.
-  if (!(position > T(-1) && position < T(size))) return no_sample<T>();
-  const T floor_position = std::floor(position);
-  const T fraction = position - floor_position;
+  // Written so that NaN fails the test, and without branches, so that compilers can vectorise over samples.
+  const bool inside = position > T(-1) && position < T(size);
+  const T safe = inside ? position : T(0);
+  const T floor_position = std::floor(safe);
+  const T fraction = safe - floor_position;
   AxisSample<T> axis;
   axis.low = static_cast<int32_t>(floor_position);
-  axis.exists[0] = axis.low >= 0;
-  axis.exists[1] = axis.low + 1 < size;
+  axis.exists[0] = inside && axis.low >= 0;
+  axis.exists[1] = inside && axis.low + 1 < size;
   axis.weight[0] = axis.exists[0] ? T(1) - fraction : T(0);
   axis.weight[1] = axis.exists[1] ? fraction : T(0);
   axis.slope[0] = axis.exists[0] ? T(-1) : T(0);
@@ -65,7 +66,7 @@ DCN_HOST_DEVICE AxisSample<T> sample_axis_clamped(T position, int32_t size) {
 // neighbours are floor and ceil of the position, so the slope is zero where they coincide.
 template <typename T>
 DCN_HOST_DEVICE AxisSample<T> sample_axis_half_pixel(T position, int32_t size) {
-  if (!(position >= T(-0.5) && position <= T(size) - T(0.5))) return no_sample<T>();
+  if (!(position >= T(-0.5) && position <= T(size) - T(0.5)) || size < 1) return no_sample<T>();
   const T last = T(size - 1);
   const T clamped = position < T(0) ? T(0) : position > last ? last : position;
   const T floor_position = std::floor(clamped);

@@ -1,20 +1,20 @@
 // Copyright (c) the dcn_d2 authors. SPDX-License-Identifier: Apache-2.0
-// deform_conv2d on CPU. A tile of output positions is gathered into a column matrix that stays in the cache and
-// multiplied there; the column matrix of a whole image never exists.
-#include <cstring>
+// deform_conv2d on CPU. The columns of a tile of output positions are gathered into the cache and multiplied there; the
+// column matrix of a whole image never exists.
+#include <utility>
 
 #include "kernels.h"
+#include "panels.h"
 #include "tiles.h"
 
 namespace dcn::cpu {
 namespace {
 
-// A tile's columns shall fit the second-level cache together with what the matmul packs of them.
-constexpr int64_t kTileBytes = int64_t{768} << 10;
-constexpr int64_t kMinTile = 16;
-constexpr int64_t kMaxTile = 512;
-// Channels that the backward pass handles at a time.
-constexpr int64_t kMaxSegment = 128;
+// What a tile keeps in the second-level cache: its columns, and in the backward pass also a segment's weight gradient.
+constexpr int64_t kColumnBytes = int64_t{576} << 10;
+constexpr int64_t kWeightBytes = int64_t{1200} << 10;
+// Positions of a tile: more of them read the packed weight less often.
+constexpr int64_t kMaxTile = 240;
 
 // Channels [begin, begin + count) lie in one conv group and one deform group.
 struct Segment {
@@ -33,10 +33,46 @@ std::vector<Segment> segments_of(const DeformConv2dSizes& s, int64_t max_count) 
   return segments;
 }
 
-int64_t tile_size(int64_t bytes_per_position, int64_t positions, int64_t workers) {
-  const int64_t fitting = std::clamp(kTileBytes / std::max<int64_t>(bytes_per_position, 1), kMinTile, kMaxTile);
-  return std::min(fitting, std::max(kMinTile, divide_up(positions, workers)));
+// Positions of a tile whose columns have `bytes` per position, if `workers` threads share `positions`.
+template <typename T>
+int64_t tile_size(int64_t bytes, int64_t positions, int64_t workers) {
+  const int64_t rows = kernels<T>().rows;
+  const int64_t fitting = std::min({kColumnBytes / bytes, kMaxTile, divide_up(positions, workers)});
+  return std::max<int64_t>(divide_up(fitting, rows) * rows, rows);
 }
+
+// Memory for the samples of one tap.
+template <typename T>
+class TapBuffer {
+ public:
+  TapBuffer(int64_t tile, bool derivatives)
+      : pixels_(scratch<int32_t>(4 * tile)), values_(scratch<T>((derivatives ? 13 : 4) * tile)) {
+    T* next = values_.get();
+    const auto take = [&] { return std::exchange(next, next + tile); };
+    for (int k = 0; k < 4; ++k) {
+      samples_.pixel[k] = pixels_.get() + k * tile;
+      samples_.weight[k] = take();
+    }
+    if (!derivatives) return;
+    for (int a = 0; a < 2; ++a) {
+      samples_.y_weight[a] = take();
+      samples_.y_slope[a] = take();
+      samples_.x_weight[a] = take();
+      samples_.x_slope[a] = take();
+    }
+    samples_.modulation = take();
+  }
+
+  const TapSamples<T>& of(int64_t count) {
+    samples_.count = count;
+    return samples_;
+  }
+
+ private:
+  std::unique_ptr<int32_t[]> pixels_;
+  std::unique_ptr<T[]> values_;
+  TapSamples<T> samples_{};
+};
 
 // The tensors of one call, dense, in the dtype of the computation.
 template <typename T>
@@ -44,14 +80,16 @@ struct Operands {
   Tensor image_tensor, offset_tensor, weight_tensor;
   std::optional<Tensor> mask_tensor;
   DeformConv2dSizes sizes;
-  const T *images, *offsets, *masks, *weights;  // weights: (out_channels, taps, group_channels)
+  const T *images, *offsets, *masks, *weights;
+  std::vector<T> zeros;
 
   Operands(const DeformConv2dSizes& s, const Tensor& input, const Tensor& offset, const Tensor& weight,
            const std::optional<Tensor>& mask)
       : image_tensor(dense(input, scalar_type_of<T>(), MemoryFormat::ChannelsLast)),
         offset_tensor(dense(offset, scalar_type_of<T>())),
-        weight_tensor(dense(weight, scalar_type_of<T>(), MemoryFormat::ChannelsLast)),
-        sizes(s) {
+        weight_tensor(dense(weight, scalar_type_of<T>())),
+        sizes(s),
+        zeros(s.channels, T(0)) {
     if (mask) mask_tensor = dense(*mask, scalar_type_of<T>());
     images = image_tensor.template const_data_ptr<T>();
     offsets = offset_tensor.template const_data_ptr<T>();
@@ -59,78 +97,88 @@ struct Operands {
     masks = mask_tensor ? mask_tensor->template const_data_ptr<T>() : nullptr;
   }
 
-  const T* image(int64_t n) const { return images + n * sizes.pixels() * sizes.channels; }
+  int64_t image_begin(int64_t n) const { return n * sizes.pixels() * sizes.channels; }
   int64_t offset_begin(int64_t n) const { return n * sizes.deform_groups * sizes.taps() * 2 * sizes.positions(); }
   const T* mask(int64_t n) const { return masks ? masks + offset_begin(n) / 2 : nullptr; }
+  ImageChannels<T> channels(int64_t n, int64_t begin, int64_t count) const {
+    return {images + image_begin(n) + begin, sizes.channels, count, zeros.data()};
+  }
 
-  void locate(int64_t n, int64_t deform_group, int64_t begin, int64_t end, Neighbours<T>* samples,
-              Derivatives<T>* derivatives) const {
-    kernels<T>().locate(sizes, offsets + offset_begin(n), mask(n), deform_group, begin, end, samples, derivatives);
+  void locate(int64_t n, int64_t deform_group, int64_t tap, int64_t begin, const TapSamples<T>& samples) const {
+    kernels<T>().locate(sizes, offsets + offset_begin(n), mask(n), deform_group, tap, begin, samples);
   }
 };
 
-// Writes output positions [begin, end) of image n. `output` is (batch, out_channels, positions), or
-// (batch, positions, out_channels) for channels_last.
+// Writes output positions of one image. A tile's columns are gathered for some taps at a time, as (positions, taps,
+// channels), and multiplied with the packed weight of these taps.
 template <typename T>
 class ForwardTile {
  public:
-  ForwardTile(const Operands<T>& operands, int64_t tile)
+  ForwardTile(const Operands<T>& operands, const GroupedPanels<T>& weight, int64_t tile, int64_t taps)
       : operands_(operands),
-        segments_(segments_of(operands.sizes, operands.sizes.channels)),
-        columns_(scratch<T>(tile * operands.sizes.taps() * operands.sizes.channels)),
-        samples_(scratch<Neighbours<T>>(tile * operands.sizes.taps())),
-        zeros_(operands.sizes.channels, T(0)) {}
+        weight_(weight),
+        taps_(taps),
+        samples_(tile, false),
+        column_stride_(taps * operands.sizes.channels + kernels<T>().lanes),
+        columns_(scratch<T>(tile * column_stride_)),
+        output_(scratch<T>(tile * operands.sizes.out_channels)) {}
 
+  // Positions [begin, end) of image n. `output` is (batch, out_channels, positions), or (batch, positions,
+  // out_channels) for channels_last.
   void run(int64_t n, int64_t begin, int64_t end, const T* bias, T* output, bool channels_last) {
     const DeformConv2dSizes& s = operands_.sizes;
-    const int64_t count = end - begin, taps = s.taps(), width = s.group_channels() * taps;
-    int64_t located = -1;
-    for (const Segment& segment : segments_) {
-      if (segment.deform_group != located) {
-        located = segment.deform_group;
-        operands_.locate(n, located, begin, end, samples_.get(), nullptr);
-      }
-      T* columns = columns_.get() + segment.group * count * width + segment.begin % s.group_channels();
-      kernels<T>().gather(operands_.image(n) + segment.begin, s.channels, zeros_.data(), samples_.get(), count * taps,
-                          segment.count, columns, s.group_channels());
+    const int64_t count = end - begin;
+    T* out = channels_last ? output + (n * s.positions() + begin) * s.out_channels : output_.get();
+    for (int64_t tap = 0; tap < s.taps(); tap += taps_) {
+      const int64_t taps = std::min(taps_, s.taps() - tap);
+      for (int64_t t = 0; t < taps; ++t) gather(n, begin, count, tap + t, columns_.get() + t * s.channels);
+      multiply(tap, taps, count, out);
     }
-    const int64_t group_out = s.group_out_channels(), positions = s.positions();
-    for (int64_t g = 0; g < s.groups; ++g) {
-      const T* columns = columns_.get() + g * count * width;
-      const T* weight = operands_.weights + g * group_out * width;
-      if (channels_last) {
-        T* out = output + (n * positions + begin) * s.out_channels + g * group_out;
-        const Tensor result = matrix(out, count, group_out, s.out_channels, 1);
-        matmul_out(matrix(columns, count, width, width, 1), matrix(weight, width, group_out, 1, width), result, false);
-      } else {
-        T* out = output + (n * s.out_channels + g * group_out) * positions + begin;
-        const Tensor result = matrix(out, group_out, count, positions, 1);
-        matmul_out(matrix(weight, group_out, width, width, 1), matrix(columns, width, count, 1, width), result, false);
-      }
+    for (int64_t p = 0; bias && p < count; ++p) {
+      kernels<T>().add_scaled(out + p * s.out_channels, bias, T(1), s.out_channels);
     }
-    if (bias) add_bias(n, begin, end, bias, output, channels_last);
+    if (!channels_last) {
+      kernels<T>().transpose(out, s.out_channels, count, s.out_channels,
+                             output + n * s.out_channels * s.positions() + begin, s.positions());
+    }
   }
 
  private:
-  void add_bias(int64_t n, int64_t begin, int64_t end, const T* bias, T* output, bool channels_last) const {
+  void gather(int64_t n, int64_t begin, int64_t count, int64_t tap, T* columns) {
+    const TapSamples<T>& samples = samples_.of(count);
+    const int64_t channels = operands_.sizes.deform_channels();
+    for (int64_t group = 0; group < operands_.sizes.deform_groups; ++group) {
+      operands_.locate(n, group, tap, begin, samples);
+      kernels<T>().gather(operands_.channels(n, group * channels, channels), samples, columns + group * channels,
+                          column_stride_);
+    }
+  }
+
+  void multiply(int64_t tap, int64_t taps, int64_t count, T* out) const {
     const DeformConv2dSizes& s = operands_.sizes;
-    if (channels_last) {
-      for (int64_t p = begin; p < end; ++p) {
-        kernels<T>().add_scaled(output + (n * s.positions() + p) * s.out_channels, bias, T(1), s.out_channels);
-      }
-    } else {
-      for (int64_t o = 0; o < s.out_channels; ++o) {
-        T* row = output + (n * s.out_channels + o) * s.positions();
-        for (int64_t p = begin; p < end; ++p) row[p] += bias[o];
-      }
+    for (int64_t g = 0; g < s.groups; ++g) {
+      TileProduct<T> product{};
+      product.a = columns_.get() + g * s.group_channels();
+      product.a_row = column_stride_;
+      product.a_chunk = s.channels;
+      product.chunks = taps;
+      product.depth = s.group_channels();
+      weight_.set_right(product, g, tap * s.group_channels());
+      product.c = out + g * s.group_out_channels();
+      product.c_row = s.out_channels;
+      product.rows = count;
+      product.columns = s.group_out_channels();
+      product.accumulate = tap > 0;
+      kernels<T>().multiply(product);
     }
   }
 
   const Operands<T>& operands_;
-  std::vector<Segment> segments_;
-  std::unique_ptr<T[]> columns_;
-  std::unique_ptr<Neighbours<T>[]> samples_;
-  std::vector<T> zeros_;
+  const GroupedPanels<T>& weight_;
+  int64_t taps_;
+  TapBuffer<T> samples_;
+  int64_t column_stride_;
+  std::unique_ptr<T[]> columns_, output_;
 };
 
 template <typename T>
@@ -145,12 +193,14 @@ Tensor forward(const DeformConv2dSizes& s, const Tensor& input, const Tensor& of
   const T* bias_data = dense_bias ? dense_bias->template const_data_ptr<T>() : nullptr;
   T* out = output.template mutable_data_ptr<T>();
 
-  const int64_t positions = s.positions();
-  const int64_t tile =
-      tile_size(s.taps() * s.channels * sizeof(T), s.batch * positions, torch::stable::get_num_threads());
+  const GroupedPanels<T> panels = pack_forward_weight(s, operands.weights);
+  // Taps at a time: all that leave room for a tile of many positions.
+  const int64_t positions = s.positions(), tap_bytes = s.channels * int64_t{sizeof(T)};
+  const int64_t taps = std::clamp<int64_t>(kColumnBytes / (kMaxTile * tap_bytes), 1, s.taps());
+  const int64_t tile = tile_size<T>(taps * tap_bytes, s.batch * positions, torch::stable::get_num_threads());
   const int64_t tiles = divide_up(positions, tile);
   torch::stable::parallel_for(0, s.batch * tiles, 1, [&](int64_t first, int64_t last) {
-    ForwardTile<T> worker(operands, tile);
+    ForwardTile<T> worker(operands, panels, tile, taps);
     for (int64_t t = first; t < last; ++t) {
       const int64_t begin = t % tiles * tile;
       worker.run(t / tiles, begin, std::min(begin + tile, positions), bias_data, out, channels_last);
@@ -165,7 +215,7 @@ struct Gradients {
   T* input;   // (batch, pixels, channels)
   T* offset;  // as offset
   T* mask;    // as mask
-  T* weight;  // (out_channels, taps, group_channels)
+  T* weight;  // as weight
 };
 
 // Backward of some images and some channels. Tasks of other channels or images write elsewhere, so there is nothing
@@ -174,112 +224,113 @@ template <typename T>
 class BackwardTask {
  public:
   BackwardTask(const Operands<T>& operands, const T* grad_output, bool channels_last, int64_t tile,
-               const Gradients<T>& gradients)
+               int64_t segment_channels, const Gradients<T>& gradients)
       : operands_(operands),
         grad_output_(grad_output),
         channels_last_(channels_last),
         tile_(tile),
-        gradients_(gradients) {
-    const DeformConv2dSizes& s = operands.sizes;
-    const int64_t taps = s.taps(), channels = std::min(s.group_channels(), kMaxSegment);
-    samples_ = scratch<Neighbours<T>>(tile * taps);
-    derivatives_ = scratch<Derivatives<T>>(tile * taps);
-    dots_ = scratch<T>(tile * taps * 4);
-    columns_ = scratch<T>(tile * taps * channels);
-    weight_ = scratch<T>(s.group_out_channels() * taps * channels);
-    grad_weight_ = scratch<T>(s.group_out_channels() * taps * channels);
-    zeros_.assign(channels, T(0));
-  }
+        gradients_(gradients),
+        grad_panels_(operands.sizes.group_out_channels()),
+        samples_(tile, true),
+        grad_tile_(scratch<T>(grad_panels_.size(tile))),
+        columns_(scratch<T>(tile * operands.sizes.taps() * segment_channels)),
+        grad_weight_(scratch<T>(operands.sizes.taps() * segment_channels * operands.sizes.group_out_channels())),
+        dots_(scratch<T>(4 * tile)),
+        trash_(segment_channels, T(0)) {}
 
   void run(const Segment& segment, Range images) {
     const DeformConv2dSizes& s = operands_.sizes;
-    const int64_t count = s.group_out_channels() * s.taps();
-    copy_segment(segment, count, operands_.weights, s.group_channels(), weight_.get(), segment.count);
-    if (gradients_.weight) std::fill_n(grad_weight_.get(), count * segment.count, T(0));
+    const int64_t width = s.taps() * segment.count, group_out = s.group_out_channels();
+    if (gradients_.input || gradients_.offset) {
+      weight_ = pack_backward_weight(s, operands_.weights, segment.group, segment.begin % s.group_channels(),
+                                     segment.count, grad_panels_);
+    }
+    if (gradients_.weight) std::fill_n(grad_weight_.get(), width * group_out, T(0));
     for (int64_t n = images.begin; n < images.end; ++n) {
       for (int64_t begin = 0; begin < s.positions(); begin += tile_) {
-        run_tile(segment, n, begin, std::min(begin + tile_, s.positions()));
+        run_tile(segment, n, begin, std::min(tile_, s.positions() - begin));
       }
     }
     if (gradients_.weight) {
-      T* out = gradients_.weight + segment.group * count * s.group_channels() + segment.begin % s.group_channels();
-      for (int64_t row = 0; row < count; ++row) {
-        std::copy_n(grad_weight_.get() + row * segment.count, segment.count, out + row * s.group_channels());
-      }
+      unpack_weight_gradient(s, grad_weight_.get(), segment.group, segment.begin % s.group_channels(), segment.count,
+                             gradients_.weight);
     }
   }
 
  private:
-  // (out_channels of the group, taps, channels of the segment) of the packed weight.
-  void copy_segment(const Segment& segment, int64_t rows, const T* from, int64_t from_stride, T* to,
-                    int64_t to_stride) const {
-    from += segment.group * rows * from_stride + segment.begin % from_stride;
-    for (int64_t row = 0; row < rows; ++row) std::copy_n(from + row * from_stride, segment.count, to + row * to_stride);
+  void run_tile(const Segment& segment, int64_t n, int64_t begin, int64_t count) {
+    const DeformConv2dSizes& s = operands_.sizes;
+    const int64_t width = s.taps() * segment.count;
+    pack_grad_output(segment, n, begin, count);
+    if (gradients_.input || gradients_.offset) multiply_columns(count, width);
+    for (int64_t tap = 0; tap < s.taps(); ++tap) run_tap(segment, n, begin, count, tap, width);
+    if (gradients_.weight) multiply_weight(count, width);
   }
 
-  // Rows are positions [begin, end) of image n, columns the output channels of the segment's group.
-  Tensor grad_output_tile(const Segment& segment, int64_t n, int64_t begin, int64_t end) const {
+  // Panels of the tile's output gradients, (positions, output channels of the group).
+  void pack_grad_output(const Segment& segment, int64_t n, int64_t begin, int64_t count) {
     const DeformConv2dSizes& s = operands_.sizes;
     const int64_t first = segment.group * s.group_out_channels();
     if (channels_last_) {
-      return matrix(grad_output_ + (n * s.positions() + begin) * s.out_channels + first, end - begin,
-                    s.group_out_channels(), s.out_channels, 1);
-    }
-    return matrix(grad_output_ + (n * s.out_channels + first) * s.positions() + begin, end - begin,
-                  s.group_out_channels(), 1, s.positions());
-  }
-
-  void run_tile(const Segment& segment, int64_t n, int64_t begin, int64_t end) {
-    const DeformConv2dSizes& s = operands_.sizes;
-    const int64_t count = end - begin, width = s.taps() * segment.count, group_out = s.group_out_channels();
-    const int64_t samples = count * s.taps();
-    const Tensor grad_tile = grad_output_tile(segment, n, begin, end);
-    const T* image = operands_.image(n) + segment.begin;
-    operands_.locate(n, segment.deform_group, begin, end, samples_.get(), derivatives_.get());
-
-    if (gradients_.input || gradients_.offset) {
-      const Tensor grad_columns = matrix(columns_.get(), count, width, width, 1);
-      matmul_out(grad_tile, matrix(weight_.get(), group_out, width, width, 1), grad_columns, false);
-      if (gradients_.input) {
-        kernels<T>().scatter(columns_.get(), segment.count, samples_.get(), samples, segment.count,
-                             gradients_.input + n * s.pixels() * s.channels + segment.begin, s.channels);
-      }
-      if (gradients_.offset) {
-        kernels<T>().dot(columns_.get(), segment.count, image, s.channels, samples_.get(), samples, segment.count,
-                         dots_.get());
-        add_offset_gradients(segment.deform_group, n, begin, end);
-      }
-    }
-    if (gradients_.weight) {
-      kernels<T>().gather(image, s.channels, zeros_.data(), samples_.get(), samples, segment.count, columns_.get(),
-                          segment.count);
-      const Tensor grad_weight = matrix(grad_weight_.get(), group_out, width, width, 1);
-      matmul_out(torch::stable::transpose(grad_tile, 0, 1), matrix(columns_.get(), count, width, width, 1), grad_weight,
-                 true);
+      grad_panels_.pack_rows(grad_output_ + (n * s.positions() + begin) * s.out_channels + first, s.out_channels, count,
+                             grad_tile_.get());
+    } else {
+      grad_panels_.pack_columns(grad_output_ + (n * s.out_channels + first) * s.positions() + begin, s.positions(),
+                                count, grad_tile_.get());
     }
   }
 
-  void add_offset_gradients(int64_t deform_group, int64_t n, int64_t begin, int64_t end) const {
+  // Gradient columns (positions, taps, channels) = output gradients @ weight.
+  void multiply_columns(int64_t count, int64_t width) const {
+    TileProduct<T> product{};
+    product.a = grad_tile_.get();
+    product.a_row = grad_panels_.width();
+    product.a_chunk = count * grad_panels_.width();
+    product.chunks = grad_panels_.panels();
+    product.depth = grad_panels_.depth();
+    weight_.set_right(product);
+    product.c = columns_.get();
+    product.c_row = width;
+    product.rows = count;
+    product.columns = width;
+    kernels<T>().multiply(product);
+  }
+
+  // Weight gradient (taps, channels, output channels) += columns^T @ output gradients.
+  void multiply_weight(int64_t count, int64_t width) const {
+    TileProduct<T> product{};
+    product.a = columns_.get();
+    product.a_row = width;
+    product.chunks = 1;
+    product.depth = count;
+    product.transposed = true;
+    product.b = grad_tile_.get();
+    product.b_panel = count * grad_panels_.width();
+    product.panel_vectors = grad_panels_.vectors();
+    product.c = grad_weight_.get();
+    product.c_row = grad_panels_.columns();
+    product.rows = width;
+    product.columns = grad_panels_.columns();
+    product.accumulate = true;
+    kernels<T>().multiply(product);
+  }
+
+  void run_tap(const Segment& segment, int64_t n, int64_t begin, int64_t count, int64_t tap, int64_t width) {
     const DeformConv2dSizes& s = operands_.sizes;
-    const int64_t taps = s.taps(), positions = s.positions();
-    const int64_t start = (n * s.deform_groups + deform_group) * taps * positions;
-    T* grad_offset = gradients_.offset + 2 * start;
-    T* grad_mask = gradients_.mask ? gradients_.mask + start : nullptr;
-    const T* dot = dots_.get();
-    const Derivatives<T>* derivative = derivatives_.get();
-    for (int64_t p = begin; p < end; ++p) {
-      for (int64_t tap = 0; tap < taps; ++tap, dot += 4, ++derivative) {
-        T by_y = 0, by_x = 0, by_mask = 0;
-        for (int k = 0; k < 4; ++k) {
-          by_y += derivative->by_y[k] * dot[k];
-          by_x += derivative->by_x[k] * dot[k];
-          by_mask += derivative->by_mask[k] * dot[k];
-        }
-        grad_offset[(2 * tap) * positions + p] += by_y;
-        grad_offset[(2 * tap + 1) * positions + p] += by_x;
-        if (grad_mask) grad_mask[tap * positions + p] += by_mask;
-      }
-    }
+    const TapSamples<T>& samples = samples_.of(count);
+    const ImageChannels<T> channels = operands_.channels(n, segment.begin, segment.count);
+    T* columns = columns_.get() + tap * segment.count;
+    operands_.locate(n, segment.deform_group, tap, begin, samples);
+    if (!gradients_.input && !gradients_.offset) return kernels<T>().gather(channels, samples, columns, width);
+    T* const dots[4] = {dots_.get(), dots_.get() + tile_, dots_.get() + 2 * tile_, dots_.get() + 3 * tile_};
+    T* grad_image = gradients_.input ? gradients_.input + operands_.image_begin(n) + segment.begin : nullptr;
+    kernels<T>().backward(channels, samples, columns, width, grad_image, gradients_.offset ? dots : nullptr,
+                          trash_.data());
+    if (!gradients_.offset) return;
+    const int64_t plane = ((n * s.deform_groups + segment.deform_group) * s.taps() + tap) * s.positions();
+    T* grad_y = gradients_.offset + 2 * plane + begin;
+    kernels<T>().add_offset_gradients(samples, dots, grad_y, grad_y + s.positions(),
+                                      gradients_.mask ? gradients_.mask + plane + begin : nullptr);
   }
 
   const Operands<T>& operands_;
@@ -287,15 +338,22 @@ class BackwardTask {
   bool channels_last_;
   int64_t tile_;
   Gradients<T> gradients_;
-  std::unique_ptr<Neighbours<T>[]> samples_;
-  std::unique_ptr<Derivatives<T>[]> derivatives_;
-  std::unique_ptr<T[]> dots_, columns_, weight_, grad_weight_;
-  std::vector<T> zeros_;
+  PanelShape<T> grad_panels_;
+  TapBuffer<T> samples_;
+  Panels<T> weight_;
+  std::unique_ptr<T[]> grad_tile_, columns_, grad_weight_, dots_;
+  std::vector<T> trash_;
 };
 
 template <typename T>
 Tensor zeros_of(const Tensor& like, const std::vector<int64_t>& sizes) {
   return torch::stable::new_zeros(like, sizes, scalar_type_of<T>());
+}
+
+// The sum of the threads' parts, in their order.
+Tensor sum_parts(const Tensor& parts, const Tensor& like) {
+  const Tensor sum = parts.size(0) == 1 ? parts : torch::stable::sum(parts, std::array<int64_t, 1>{0});
+  return torch::stable::reshape(sum, like.sizes());
 }
 
 // Gradients in the dtype of the computation: input, offset, weight, mask; empty where not needed.
@@ -311,26 +369,25 @@ std::array<Tensor, 4> backward(const DeformConv2dSizes& s, const Tensor& grad, c
 
   // Tasks: images first, then channels, until there is one for each thread. Threads that share an image have
   // offset gradients of their own, threads that share a channel have weight gradients of their own.
-  const std::vector<Segment> all = segments_of(s, kMaxSegment);
   const int64_t workers = torch::stable::get_num_threads();
-  const int64_t image_parts = std::max<int64_t>(std::min(s.batch, workers), 1);
-  std::vector<Segment> segments = all;
-  if (const int64_t wanted = divide_up(workers, image_parts); static_cast<int64_t>(segments.size()) < wanted) {
-    segments = segments_of(s, std::max<int64_t>(divide_up(s.channels, wanted), 16));
-  }
-  const int64_t channel_parts =
-      std::min<int64_t>(divide_up(workers, image_parts), static_cast<int64_t>(segments.size()));
+  const int64_t image_parts = std::clamp<int64_t>(s.batch, 1, workers);
+  const int64_t wanted_parts = divide_up(workers, image_parts);
+  const int64_t weight_bytes = s.taps() * s.group_out_channels() * int64_t{sizeof(T)};
+  const int64_t fitting = std::clamp<int64_t>(kWeightBytes / weight_bytes, 16, 128) / 16 * 16;
+  const int64_t segment_channels = std::min(fitting, std::max<int64_t>(divide_up(s.channels, wanted_parts), 16));
+  const std::vector<Segment> segments = segments_of(s, segment_channels);
+  const int64_t channel_parts = std::min(wanted_parts, static_cast<int64_t>(segments.size()));
 
   Tensor grad_input = empty_4d(input, {s.batch, s.channels, s.height, s.width}, scalar_type_of<T>(), true);
-  torch::stable::zero_(grad_input);
+  if (need_input) torch::stable::zero_(grad_input);
   const int64_t offset_count = offset.numel(), mask_count = mask ? mask->numel() : 0, weight_count = weight.numel();
-  Tensor grad_offset = zeros_of<T>(input, {need_offset ? channel_parts : 0, offset_count});
-  Tensor grad_mask = zeros_of<T>(input, {need_offset && mask ? channel_parts : 0, mask_count});
-  Tensor grad_weight = zeros_of<T>(input, {need_weight ? image_parts : 0, weight_count});
+  const Tensor grad_offset = zeros_of<T>(input, {need_offset ? channel_parts : 0, offset_count});
+  const Tensor grad_mask = zeros_of<T>(input, {need_offset && mask ? channel_parts : 0, mask_count});
+  const Tensor grad_weight = zeros_of<T>(input, {need_weight ? image_parts : 0, weight_count});
 
-  const int64_t widest = std::min(s.group_channels(), kMaxSegment);
-  const int64_t tile = tile_size(s.taps() * widest * sizeof(T), s.positions(), 1);
   if (s.batch > 0) {
+    const int64_t widest = std::min(segment_channels, s.group_channels());
+    const int64_t tile = tile_size<T>(s.taps() * widest * int64_t{sizeof(T)}, s.positions(), 1);
     torch::stable::parallel_for(0, image_parts * channel_parts, 1, [&](int64_t first, int64_t last) {
       for (int64_t task = first; task < last; ++task) {
         const int64_t image_part = task / channel_parts, channel_part = task % channel_parts;
@@ -339,7 +396,7 @@ std::array<Tensor, 4> backward(const DeformConv2dSizes& s, const Tensor& grad, c
         if (need_offset) gradients.offset = grad_offset.template mutable_data_ptr<T>() + channel_part * offset_count;
         if (need_offset && mask) gradients.mask = grad_mask.template mutable_data_ptr<T>() + channel_part * mask_count;
         if (need_weight) gradients.weight = grad_weight.template mutable_data_ptr<T>() + image_part * weight_count;
-        BackwardTask<T> worker(operands, grad_data, channels_last, tile, gradients);
+        BackwardTask<T> worker(operands, grad_data, channels_last, tile, widest, gradients);
         const Range range = part_of(static_cast<int64_t>(segments.size()), channel_parts, channel_part);
         for (int64_t i = range.begin; i < range.end; ++i) {
           worker.run(segments[i], part_of(s.batch, image_parts, image_part));
@@ -349,22 +406,9 @@ std::array<Tensor, 4> backward(const DeformConv2dSizes& s, const Tensor& grad, c
   }
 
   const Tensor none = empty_result(grad);
-  const int64_t first_axis = 0;
-  const auto total = [&](const Tensor& parts, const Tensor& like) {
-    const torch::headeronly::IntHeaderOnlyArrayRef axis(&first_axis, 1);
-    return torch::stable::reshape(torch::stable::sum(parts, axis), like.sizes());
-  };
-  Tensor weight_result = none;
-  if (need_weight) {
-    // (out_channels, kernel_h, kernel_w, channels) as accumulated, to (out_channels, channels, kernel_h, kernel_w).
-    const std::array<int64_t, 1> axis{0};
-    const std::array<int64_t, 4> packed{s.out_channels, s.kernel_h, s.kernel_w, s.group_channels()};
-    Tensor summed = torch::stable::reshape(torch::stable::sum(grad_weight, axis), packed);
-    summed = torch::stable::transpose(torch::stable::transpose(summed, 2, 3), 1, 2);
-    weight_result = torch::stable::contiguous(summed);
-  }
-  return {need_input ? grad_input : none, need_offset ? total(grad_offset, offset) : none, weight_result,
-          need_offset && mask ? total(grad_mask, *mask) : none};
+  return {need_input ? grad_input : none, need_offset ? sum_parts(grad_offset, offset) : none,
+          need_weight ? sum_parts(grad_weight, weight) : none,
+          need_offset && mask ? sum_parts(grad_mask, *mask) : none};
 }
 
 Tensor deform_conv2d(Tensor input, Tensor offset, Tensor weight, std::optional<Tensor> bias,

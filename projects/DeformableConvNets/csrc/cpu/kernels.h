@@ -12,39 +12,69 @@ namespace dcn::cpu {
 
 constexpr int32_t kNoPixel = -1;  // a neighbour outside the image
 
-// The four neighbours that a sample reads, top left, top right, bottom left, bottom right.
+// The samples of one tap for `count` output positions, as arrays over the positions. Neighbours come in the order top
+// left, top right, bottom left, bottom right: neighbour k is row k / 2, column k % 2.
 template <typename T>
-struct Neighbours {
-  int32_t pixel[4];
-  T weight[4];  // modulated by the mask
+struct TapSamples {
+  int64_t count;
+  int32_t* pixel[4];
+  T* weight[4];  // modulated by the mask
+  // Factors of the derivatives, per row and per column of neighbours; null where they are not needed.
+  T *y_weight[2], *y_slope[2], *x_weight[2], *x_slope[2];
+  T* modulation;
 };
 
-// What the backward pass needs beside them.
+// The channels of an image that a pass works on.
 template <typename T>
-struct Derivatives {
-  T by_mask[4];  // derivatives of Neighbours::weight
-  T by_y[4];
-  T by_x[4];
+struct ImageChannels {
+  const T* image;
+  int64_t stride, channels;
+  const T* zeros;  // at least `channels` zeros, read in place of neighbours outside
+};
+
+// c = or += a @ b for a tile. `a` is given in chunks of `depth` columns: a(row, chunk * depth + k) is
+// a[row * a_row + chunk * a_chunk + k], or a[k * a_row + row] where `transposed` (one chunk only). `b` is packed into
+// panels of panel_vectors vectors' width, `b_panel` values apart, each with chunks * depth rows.
+template <typename T>
+struct TileProduct {
+  const T* a;
+  int64_t a_row, a_chunk, chunks, depth;
+  bool transposed;
+  const T* b;
+  int64_t b_panel, panel_vectors;
+  T* c;
+  int64_t c_row, rows, columns;
+  bool accumulate;
 };
 
 template <typename T>
 struct Kernels {
-  // Locates the samples of deform group `group` for output positions [begin, end) of one image, position-major, taps
-  // within. `offset` and `mask` point to the image; `mask` and `derivatives` may be null.
-  void (*locate)(const DeformConv2dSizes& sizes, const T* offset, const T* mask, int64_t group, int64_t begin,
-                 int64_t end, Neighbours<T>* samples, Derivatives<T>* derivatives);
+  int64_t lanes;          // values in a vector
+  int64_t rows;           // rows that a product handles at a time
+  int64_t panel_vectors;  // the widest panel: 1, 2 or 4 vectors
 
-  // columns[s * column_stride + c] = sample s of channel c. `zeros` holds at least `channels` zeros.
-  void (*gather)(const T* image, int64_t stride, const T* zeros, const Neighbours<T>* samples, int64_t count,
-                 int64_t channels, T* columns, int64_t column_stride);
+  // Locates the samples of one tap of deform group `group` for output positions from `begin` on. `offset` and `mask`
+  // point to the image; `mask` may be null.
+  void (*locate)(const DeformConv2dSizes& sizes, const T* offset, const T* mask, int64_t group, int64_t tap,
+                 int64_t begin, const TapSamples<T>& samples);
 
-  // Adds every gradient column to the pixels that it was read from.
-  void (*scatter)(const T* grad_columns, int64_t column_stride, const Neighbours<T>* samples, int64_t count,
-                  int64_t channels, T* grad_image, int64_t stride);
+  // columns[p * column_stride + c] = sample p of channel c.
+  void (*gather)(const ImageChannels<T>& from, const TapSamples<T>& samples, T* columns, int64_t column_stride);
 
-  // dots[4 * s + k] = <gradient column of sample s, neighbour k of sample s>.
-  void (*dot)(const T* grad_columns, int64_t column_stride, const T* image, int64_t stride,
-              const Neighbours<T>* samples, int64_t count, int64_t channels, T* dots);
+  // From gradient columns: adds each to the pixels of `grad_image` that it was read from, writes
+  // dots[k][p] = <gradient column p, neighbour k of sample p>, and puts the samples in the gradient columns' place.
+  // `grad_image` and `dots` may be null; `trash` holds at least `channels` values, written in place of neighbours
+  // outside.
+  void (*backward)(const ImageChannels<T>& from, const TapSamples<T>& samples, T* columns, int64_t column_stride,
+                   T* grad_image, T* const* dots, T* trash);
+
+  // Adds the gradients that follow from the dots; `grad_mask` may be null.
+  void (*add_offset_gradients)(const TapSamples<T>& samples, const T* const* dots, T* grad_y, T* grad_x, T* grad_mask);
+
+  void (*multiply)(const TileProduct<T>& product);
+
+  // to[c * to_stride + r] = from[r * from_stride + c].
+  void (*transpose)(const T* from, int64_t from_stride, int64_t rows, int64_t columns, T* to, int64_t to_stride);
 
   // a[c] += scale * b[c], and <a, b>.
   void (*add_scaled)(T* a, const T* b, T scale, int64_t count);

@@ -2,6 +2,9 @@
 // The kernels for x86-64 processors with AVX2 and FMA. Headers come before the target is set: what they define must
 // stay fit for every processor.
 #if defined(__x86_64__)
+#include <algorithm>
+#include <utility>
+
 #include "kernels.h"
 
 #if defined(__clang__)
@@ -11,6 +14,9 @@
 #endif
 
 #define DCN_ISA avx2
+#define DCN_VECTOR_BYTES 32
+#define DCN_ROWS 6
+#define DCN_PANEL_VECTORS 2
 #include "kernels_impl.h"
 
 #if defined(__clang__)

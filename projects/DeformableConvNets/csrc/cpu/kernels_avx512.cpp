@@ -2,6 +2,9 @@
 // The kernels for x86-64 processors with AVX-512. Headers come before the target is set: what they define must
 // stay fit for every processor.
 #if defined(__x86_64__)
+#include <algorithm>
+#include <utility>
+
 #include "kernels.h"
 
 #if defined(__clang__)
@@ -12,6 +15,9 @@
 #endif
 
 #define DCN_ISA avx512
+#define DCN_VECTOR_BYTES 64
+#define DCN_ROWS 6
+#define DCN_PANEL_VECTORS 4
 #include "kernels_impl.h"
 
 #if defined(__clang__)

@@ -1,55 +1,217 @@
 // Copyright (c) the dcn_d2 authors. SPDX-License-Identifier: Apache-2.0
-// Bodies of the kernels in kernels.h. Each kernels_<isa>.cpp sets DCN_ISA and the compiler's target, then includes
-// this; everything below is in a namespace of that name, so no function of one target is linked into another.
+// Bodies of the kernels in kernels.h. Each kernels_<isa>.cpp sets DCN_ISA, DCN_VECTOR_BYTES, DCN_ROWS,
+// DCN_PANEL_VECTORS and the compiler's target, then includes this; everything below is in a namespace of that name, so
+// no function of one target is linked into another.
+#include "gemm_impl.h"
 
 namespace dcn::cpu::DCN_ISA {
 namespace {
 
-template <typename T>
-void locate(const DeformConv2dSizes& sizes, const T* offset, const T* mask, int64_t group, int64_t begin, int64_t end,
-            Neighbours<T>* samples, Derivatives<T>* derivatives) {
-  const int64_t taps = sizes.taps(), positions = sizes.positions();
+// One row of output positions: `count` of them from column w on.
+template <typename T, bool kDerivatives>
+void locate_row(const DeformConv2dSizes& sizes, const T* offset_y, const T* offset_x, const T* mask, T y, int64_t w,
+                int64_t j, int64_t count, const TapSamples<T>& samples, int64_t at) {
   const auto height = static_cast<int32_t>(sizes.height), width = static_cast<int32_t>(sizes.width);
-  offset += group * taps * 2 * positions;
-  if (mask) mask += group * taps * positions;
-  for (int64_t p = begin; p < end; ++p) {
-    const int64_t h = p / sizes.out_w, w = p % sizes.out_w;
-    for (int64_t i = 0, tap = 0; i < sizes.kernel_h; ++i) {
-      for (int64_t j = 0; j < sizes.kernel_w; ++j, ++tap) {
-        const T* shift = offset + 2 * tap * positions + p;
-        const AxisSample<T> y = sample_axis_zeros(tap_y<T>(sizes, h, i) + shift[0], height);
-        const AxisSample<T> x = sample_axis_zeros(tap_x<T>(sizes, w, j) + shift[positions], width);
-        const T modulation = mask ? mask[tap * positions + p] : T(1);
-        for (int k = 0; k < 4; ++k) {
-          const int a = k / 2, b = k % 2;
-          const bool exists = y.exists[a] && x.exists[b];
-          samples->pixel[k] = exists ? (y.low + a) * width + x.low + b : kNoPixel;
-          samples->weight[k] = modulation * y.weight[a] * x.weight[b];
-          if (derivatives) {
-            derivatives->by_mask[k] = y.weight[a] * x.weight[b];
-            derivatives->by_y[k] = modulation * y.slope[a] * x.weight[b];
-            derivatives->by_x[k] = modulation * y.weight[a] * x.slope[b];
-          }
-        }
-        ++samples;
-        if (derivatives) ++derivatives;
+  const auto step = static_cast<T>(sizes.stride_w);
+  const T x = tap_x<T>(sizes, w, j);
+#pragma omp simd
+  for (int32_t p = 0; p < static_cast<int32_t>(count); ++p) {
+    const AxisSample<T> row = sample_axis_zeros(y + offset_y[p], height);
+    const AxisSample<T> column = sample_axis_zeros((x + static_cast<T>(p) * step) + offset_x[p], width);
+    const T modulation = mask ? mask[p] : T(1);
+    for (int k = 0; k < 4; ++k) {
+      const int a = k / 2, b = k % 2;
+      const int32_t pixel = (row.low + a) * width + column.low + b;
+      samples.pixel[k][at + p] = row.exists[a] && column.exists[b] ? pixel : kNoPixel;
+      samples.weight[k][at + p] = modulation * row.weight[a] * column.weight[b];
+    }
+    if (kDerivatives) {
+      for (int a = 0; a < 2; ++a) {
+        samples.y_weight[a][at + p] = row.weight[a];
+        samples.y_slope[a][at + p] = row.slope[a];
+        samples.x_weight[a][at + p] = column.weight[a];
+        samples.x_slope[a][at + p] = column.slope[a];
       }
+      samples.modulation[at + p] = modulation;
     }
   }
 }
 
 template <typename T>
-void gather(const T* image, int64_t stride, const T* zeros, const Neighbours<T>* samples, int64_t count,
-            int64_t channels, T* columns, int64_t column_stride) {
-  for (int64_t s = 0; s < count; ++s, columns += column_stride) {
-    const T* row[4];
-    for (int k = 0; k < 4; ++k) {
-      row[k] = samples[s].pixel[k] == kNoPixel ? zeros : image + samples[s].pixel[k] * stride;
+void locate(const DeformConv2dSizes& sizes, const T* offset, const T* mask, int64_t group, int64_t tap, int64_t begin,
+            const TapSamples<T>& samples) {
+  const int64_t positions = sizes.positions(), i = tap / sizes.kernel_w, j = tap % sizes.kernel_w;
+  const T* offset_y = offset + 2 * (group * sizes.taps() + tap) * positions;
+  const T* offset_x = offset_y + positions;
+  if (mask) mask += (group * sizes.taps() + tap) * positions;
+  for (int64_t done = 0; done < samples.count;) {
+    const int64_t p = begin + done, h = p / sizes.out_w, w = p % sizes.out_w;
+    const int64_t count = std::min(samples.count - done, sizes.out_w - w);
+    const T y = tap_y<T>(sizes, h, i);
+    const T* modulation = mask ? mask + p : nullptr;
+    if (samples.modulation) {
+      locate_row<T, true>(sizes, offset_y + p, offset_x + p, modulation, y, w, j, count, samples, done);
+    } else {
+      locate_row<T, false>(sizes, offset_y + p, offset_x + p, modulation, y, w, j, count, samples, done);
     }
-    const T *r0 = row[0], *r1 = row[1], *r2 = row[2], *r3 = row[3];
-    const T w0 = samples[s].weight[0], w1 = samples[s].weight[1], w2 = samples[s].weight[2], w3 = samples[s].weight[3];
+    done += count;
+  }
+}
+
+template <typename T>
+void gather(const ImageChannels<T>& from, const TapSamples<T>& samples, T* columns, int64_t column_stride) {
+  constexpr int64_t lanes = kLanes<T>;
+  const ImageChannels<T> image = from;  // a copy: what is stored below cannot be part of it
+  const int64_t channels = image.channels, whole = channels / lanes * lanes, count = samples.count;
+  const int32_t* const pixels[4] = {samples.pixel[0], samples.pixel[1], samples.pixel[2], samples.pixel[3]};
+  const T* const weights[4] = {samples.weight[0], samples.weight[1], samples.weight[2], samples.weight[3]};
+  for (int64_t p = 0; p < count; ++p, columns += column_stride) {
+    const T* row[4];
+    Vector<T> weight[4];
+#pragma GCC unroll 4
+    for (int k = 0; k < 4; ++k) {
+      const int32_t pixel = pixels[k][p];
+      row[k] = pixel == kNoPixel ? image.zeros : image.image + pixel * image.stride;
+      weight[k] = Vector<T>{} + weights[k][p];
+    }
+    for (int64_t c = 0; c < whole; c += lanes) {
+      store(columns + c, weight[0] * load(row[0] + c) + weight[1] * load(row[1] + c) + weight[2] * load(row[2] + c) +
+                             weight[3] * load(row[3] + c));
+    }
+    for (int64_t c = whole; c < channels; ++c) {
+      columns[c] =
+          weight[0][0] * row[0][c] + weight[1][0] * row[1][c] + weight[2][0] * row[2][c] + weight[3][0] * row[3][c];
+    }
+  }
+}
+
+template <typename T>
+[[gnu::always_inline]] inline T sum_of(const Vector<T>& vector) {
+  T sum = 0;
+  for (int64_t i = 0; i < kLanes<T>; ++i) sum += vector[i];
+  return sum;
+}
+
+template <typename T, bool kInput, bool kOffset>
+void backward_pass(const ImageChannels<T>& from, const TapSamples<T>& samples, T* columns, int64_t column_stride,
+                   T* grad_image, T* const* dots, T* trash) {
+  constexpr int64_t lanes = kLanes<T>;
+  const int64_t channels = from.channels, whole = channels / lanes * lanes;
+  for (int64_t p = 0; p < samples.count; ++p, columns += column_stride) {
+    const T* row[4];
+    T *grad_row[4], weight[4], tail[4];
+    for (int k = 0; k < 4; ++k) {
+      const int32_t pixel = samples.pixel[k][p];
+      row[k] = pixel == kNoPixel ? from.zeros : from.image + pixel * from.stride;
+      grad_row[k] = pixel == kNoPixel || !kInput ? trash : grad_image + pixel * from.stride;
+      weight[k] = samples.weight[k][p];
+      tail[k] = 0;
+    }
+    Vector<T> dot[4] = {};
+    for (int64_t c = 0; c < whole; c += lanes) {
+      const Vector<T> gradient = load(columns + c);
+      Vector<T> column = {};
+#pragma GCC unroll 4
+      for (int k = 0; k < 4; ++k) {
+        const Vector<T> value = load(row[k] + c);
+        column += weight[k] * value;
+        if (kOffset) dot[k] += gradient * value;
+        if (kInput) store(grad_row[k] + c, load(grad_row[k] + c) + weight[k] * gradient);
+      }
+      store(columns + c, column);
+    }
+    for (int64_t c = whole; c < channels; ++c) {
+      const T gradient = columns[c];
+      T column = 0;
+      for (int k = 0; k < 4; ++k) {
+        column += weight[k] * row[k][c];
+        if (kOffset) tail[k] += gradient * row[k][c];
+        if (kInput) grad_row[k][c] += weight[k] * gradient;
+      }
+      columns[c] = column;
+    }
+    if (kOffset) {
+      for (int k = 0; k < 4; ++k) dots[k][p] = sum_of<T>(dot[k]) + tail[k];
+    }
+  }
+}
+
+template <typename T>
+void backward(const ImageChannels<T>& from, const TapSamples<T>& samples, T* columns, int64_t column_stride,
+              T* grad_image, T* const* dots, T* trash) {
+  if (grad_image && dots) {
+    backward_pass<T, true, true>(from, samples, columns, column_stride, grad_image, dots, trash);
+  } else if (grad_image) {
+    backward_pass<T, true, false>(from, samples, columns, column_stride, grad_image, dots, trash);
+  } else {
+    backward_pass<T, false, true>(from, samples, columns, column_stride, grad_image, dots, trash);
+  }
+}
+
+template <typename T>
+void add_offset_gradients(const TapSamples<T>& samples, const T* const* dots, T* grad_y, T* grad_x, T* grad_mask) {
 #pragma omp simd
-    for (int64_t c = 0; c < channels; ++c) columns[c] = w0 * r0[c] + w1 * r1[c] + w2 * r2[c] + w3 * r3[c];
+  for (int64_t p = 0; p < samples.count; ++p) {
+    T by_y = 0, by_x = 0;
+    for (int k = 0; k < 4; ++k) {
+      by_y += samples.y_slope[k / 2][p] * samples.x_weight[k % 2][p] * dots[k][p];
+      by_x += samples.y_weight[k / 2][p] * samples.x_slope[k % 2][p] * dots[k][p];
+    }
+    grad_y[p] += samples.modulation[p] * by_y;
+    grad_x[p] += samples.modulation[p] * by_x;
+  }
+  if (!grad_mask) return;
+#pragma omp simd
+  for (int64_t p = 0; p < samples.count; ++p) {
+    T by_mask = 0;
+    for (int k = 0; k < 4; ++k) by_mask += samples.y_weight[k / 2][p] * samples.x_weight[k % 2][p] * dots[k][p];
+    grad_mask[p] += by_mask;
+  }
+}
+
+// Halves of a's and b's values, in turns: from their first halves (kHigh 0) or their second ones (1).
+template <typename T, int kHigh, size_t... kIndex>
+[[gnu::always_inline]] inline Vector<T> interleave(const Vector<T>& a, const Vector<T>& b,
+                                                   std::index_sequence<kIndex...>) {
+  constexpr int lanes = kLanes<T>;
+  return __builtin_shufflevector(a, b, (static_cast<int>(kIndex / 2) + kHigh * lanes / 2 + (kIndex % 2) * lanes)...);
+}
+
+// Transposes a square of as many rows as a vector has lanes: every round of interleaving moves one bit of a value's row
+// number to its column number.
+template <typename T>
+[[gnu::always_inline]] inline void transpose_square(const T* from, int64_t from_stride, T* to, int64_t to_stride) {
+  constexpr int lanes = kLanes<T>;
+  constexpr auto indices = std::make_index_sequence<lanes>();
+  Vector<T> row[lanes], next[lanes];
+#pragma GCC unroll 16
+  for (int i = 0; i < lanes; ++i) row[i] = load(from + i * from_stride);
+#pragma GCC unroll 4
+  for (int round = 1; round < lanes; round *= 2) {
+#pragma GCC unroll 8
+    for (int i = 0; i < lanes / 2; ++i) {
+      next[2 * i] = interleave<T, 0>(row[i], row[i + lanes / 2], indices);
+      next[2 * i + 1] = interleave<T, 1>(row[i], row[i + lanes / 2], indices);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < lanes; ++i) row[i] = next[i];
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < lanes; ++i) store(to + i * to_stride, row[i]);
+}
+
+template <typename T>
+void transpose(const T* from, int64_t from_stride, int64_t rows, int64_t columns, T* to, int64_t to_stride) {
+  constexpr int64_t lanes = kLanes<T>;
+  const int64_t whole_rows = rows / lanes * lanes, whole_columns = columns / lanes * lanes;
+  for (int64_t c = 0; c < whole_columns; c += lanes) {
+    for (int64_t r = 0; r < whole_rows; r += lanes) {
+      transpose_square(from + r * from_stride + c, from_stride, to + c * to_stride + r, to_stride);
+    }
+  }
+  for (int64_t c = 0; c < columns; ++c) {
+    for (int64_t r = c < whole_columns ? whole_rows : 0; r < rows; ++r)
+      to[c * to_stride + r] = from[r * from_stride + c];
   }
 }
 
@@ -68,32 +230,14 @@ T inner(const T* a, const T* b, int64_t count) {
 }
 
 template <typename T>
-void scatter(const T* grad_columns, int64_t column_stride, const Neighbours<T>* samples, int64_t count,
-             int64_t channels, T* grad_image, int64_t stride) {
-  for (int64_t s = 0; s < count; ++s, grad_columns += column_stride) {
-    for (int k = 0; k < 4; ++k) {
-      if (samples[s].pixel[k] == kNoPixel) continue;
-      add_scaled(grad_image + samples[s].pixel[k] * stride, grad_columns, samples[s].weight[k], channels);
-    }
-  }
-}
-
-template <typename T>
-void dot(const T* grad_columns, int64_t column_stride, const T* image, int64_t stride, const Neighbours<T>* samples,
-         int64_t count, int64_t channels, T* dots) {
-  for (int64_t s = 0; s < count; ++s, grad_columns += column_stride) {
-    for (int k = 0; k < 4; ++k) {
-      const int32_t pixel = samples[s].pixel[k];
-      dots[4 * s + k] = pixel == kNoPixel ? T(0) : inner(grad_columns, image + pixel * stride, channels);
-    }
-  }
+constexpr Kernels<T> all_kernels() {
+  return {kLanes<T>,   kRows,        DCN_PANEL_VECTORS, locate<T>, gather<T>, backward<T>, add_offset_gradients<T>,
+          multiply<T>, transpose<T>, add_scaled<T>,     inner<T>};
 }
 
 }  // namespace
 
-const Kernels<float> float_kernels{locate<float>, gather<float>,     scatter<float>,
-                                   dot<float>,    add_scaled<float>, inner<float>};
-const Kernels<double> double_kernels{locate<double>, gather<double>,     scatter<double>,
-                                     dot<double>,    add_scaled<double>, inner<double>};
+const Kernels<float> float_kernels = all_kernels<float>();
+const Kernels<double> double_kernels = all_kernels<double>();
 
 }  // namespace dcn::cpu::DCN_ISA

@@ -1,0 +1,138 @@
+// Copyright (c) the dcn_d2 authors. SPDX-License-Identifier: Apache-2.0
+// Matrix products of a tile, for kernels_impl.h. The right factor is packed into panels of a few vectors' width, so
+// that a block of it stays in the first-level cache while all rows of the left factor go past it.
+
+namespace dcn::cpu::DCN_ISA {
+namespace {
+
+template <typename T>
+struct VectorOf;
+template <>
+struct VectorOf<float> {
+  typedef float type __attribute__((vector_size(DCN_VECTOR_BYTES)));
+};
+template <>
+struct VectorOf<double> {
+  typedef double type __attribute__((vector_size(DCN_VECTOR_BYTES)));
+};
+template <typename T>
+using Vector = typename VectorOf<T>::type;
+
+template <typename T>
+constexpr int64_t kLanes = DCN_VECTOR_BYTES / sizeof(T);
+
+// Memory need not be aligned, hence memcpy, which compiles to one instruction.
+template <typename T>
+[[gnu::always_inline]] inline Vector<T> load(const T* from) {
+  Vector<T> vector;
+  __builtin_memcpy(&vector, from, sizeof(vector));
+  return vector;
+}
+template <typename T>
+[[gnu::always_inline]] inline void store(T* to, const Vector<T>& vector) {
+  __builtin_memcpy(to, &vector, sizeof(vector));
+}
+
+// Rows of the left factor that a micro-kernel holds in registers: with 4 vectors of columns, they and the factors fill
+// the register file of the instruction set.
+constexpr int kRows = DCN_ROWS;
+
+// c (kR x kV vectors) = or += a @ b. a(i, chunk * depth + k) is a[i * a_row + chunk * a_chunk + k], or
+// a[k * a_row + i] where kTransposed (one chunk only); b's rows are kV vectors long, one after the other.
+template <typename T, int kR, int kV, bool kTransposed>
+[[gnu::always_inline]] inline void micro_kernel(const T* a, int64_t a_row, int64_t a_chunk, int64_t chunks,
+                                                int64_t depth, const T* b, T* c, int64_t c_row, bool accumulate) {
+  constexpr int64_t lanes = kLanes<T>;
+  Vector<T> sum[kR][kV];
+#pragma GCC unroll 16
+  for (int i = 0; i < kR; ++i) {
+#pragma GCC unroll 4
+    for (int j = 0; j < kV; ++j) sum[i][j] = accumulate ? load(c + i * c_row + j * lanes) : Vector<T>{};
+  }
+  for (int64_t chunk = 0; chunk < chunks; ++chunk, a += a_chunk) {
+    for (int64_t k = 0; k < depth; ++k, b += kV * lanes) {
+      Vector<T> right[kV];
+#pragma GCC unroll 4
+      for (int j = 0; j < kV; ++j) right[j] = load(b + j * lanes);
+      __builtin_prefetch(b + 8 * kV * lanes);
+#pragma GCC unroll 16
+      for (int i = 0; i < kR; ++i) {
+        const T left = kTransposed ? a[k * a_row + i] : a[i * a_row + k];
+#pragma GCC unroll 4
+        for (int j = 0; j < kV; ++j) sum[i][j] += left * right[j];
+      }
+    }
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < kR; ++i) {
+#pragma GCC unroll 4
+    for (int j = 0; j < kV; ++j) store(c + i * c_row + j * lanes, sum[i][j]);
+  }
+}
+
+// As micro_kernel, for up to kRows rows and some of the panel's columns.
+template <typename T, int kV, bool kTransposed>
+void edge_kernel(const T* a, int64_t a_row, int64_t a_chunk, int64_t chunks, int64_t depth, const T* b, T* c,
+                 int64_t c_row, bool accumulate, int64_t rows, int64_t columns) {
+  constexpr int64_t width = kV * kLanes<T>;
+  T block[kRows * width];
+  if (rows == kRows) {
+    micro_kernel<T, kRows, kV, kTransposed>(a, a_row, a_chunk, chunks, depth, b, block, width, false);
+  } else {
+    for (int64_t i = 0; i < rows; ++i) {
+      micro_kernel<T, 1, kV, kTransposed>(kTransposed ? a + i : a + i * a_row, a_row, a_chunk, chunks, depth, b,
+                                          block + i * width, width, false);
+    }
+  }
+  for (int64_t i = 0; i < rows; ++i) {
+    for (int64_t j = 0; j < columns; ++j) {
+      c[i * c_row + j] = accumulate ? c[i * c_row + j] + block[i * width + j] : block[i * width + j];
+    }
+  }
+}
+
+template <typename T, int kV, bool kTransposed>
+void multiply_panels(const TileProduct<T>& p) {
+  constexpr int64_t width = kV * kLanes<T>;
+  // A block of a panel fits the first-level cache.
+  constexpr int64_t kBlock = 32768 / (width * int64_t{sizeof(T)});
+  const int64_t chunks_at_once = std::max<int64_t>(kBlock / p.depth, 1);
+  const int64_t depth_at_once = std::min(p.depth, kBlock);
+  for (int64_t chunk = 0; chunk < p.chunks; chunk += chunks_at_once) {
+    const int64_t chunks = std::min(chunks_at_once, p.chunks - chunk);
+    for (int64_t k = 0; k < p.depth; k += depth_at_once) {
+      const int64_t depth = std::min(depth_at_once, p.depth - k);
+      const bool accumulate = p.accumulate || chunk > 0 || k > 0;
+      const T* a = p.a + (kTransposed ? k * p.a_row : chunk * p.a_chunk + k);
+      const T* b = p.b + (chunk * p.depth + k) * width;
+      for (int64_t column = 0; column < p.columns; column += width, b += p.b_panel) {
+        const int64_t columns = std::min(width, p.columns - column);
+        for (int64_t row = 0; row < p.rows; row += kRows) {
+          const T* left = kTransposed ? a + row : a + row * p.a_row;
+          T* c = p.c + row * p.c_row + column;
+          if (columns == width && p.rows - row >= kRows) {
+            micro_kernel<T, kRows, kV, kTransposed>(left, p.a_row, p.a_chunk, chunks, depth, b, c, p.c_row, accumulate);
+          } else {
+            edge_kernel<T, kV, kTransposed>(left, p.a_row, p.a_chunk, chunks, depth, b, c, p.c_row, accumulate,
+                                            std::min<int64_t>(kRows, p.rows - row), columns);
+          }
+        }
+      }
+    }
+  }
+}
+
+template <typename T>
+void multiply(const TileProduct<T>& p) {
+  if (p.transposed) {
+    if (p.panel_vectors == 4) return multiply_panels<T, 4, true>(p);
+    if (p.panel_vectors == 2) return multiply_panels<T, 2, true>(p);
+    return multiply_panels<T, 1, true>(p);
+  }
+  if (p.panel_vectors == 4) return multiply_panels<T, 4, false>(p);
+  if (p.panel_vectors == 2) return multiply_panels<T, 2, false>(p);
+  return multiply_panels<T, 1, false>(p);
+}
+
+}  // namespace
+}  // namespace dcn::cpu::DCN_ISA
