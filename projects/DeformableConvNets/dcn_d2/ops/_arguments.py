@@ -25,6 +25,12 @@ def pair(value: IntPair, name: str) -> list[int]:
     return values
 
 
+def new_empty_in_format_of(input: Tensor, shape: Sequence[int]) -> Tensor:
+    """Gives what a kernel allocates: channels_last where `input` is, else contiguous."""
+    empty = input.new_empty(shape)
+    return empty.contiguous(memory_format=torch._prims_common.suggest_memory_format(input))
+
+
 def check(condition: object, message: Callable[[], str]) -> None:
     """Raises RuntimeError with the message unless the condition holds; understands symbolic sizes."""
     torch._check(condition, message)  # type: ignore[arg-type]

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from . import reference
+from ._arguments import new_empty_in_format_of
 from ._library import define, needed_gradients, refuse_nondeterministic, register_autocast, register_fallback
 
 
@@ -71,8 +72,9 @@ def register_roi_pool(
         grad: Tensor, input: Tensor, rois: Tensor, offset: Tensor | None, mask: Tensor | None, *rest: Any
     ) -> tuple[Tensor, ...]:
         *_, need_input, need_offset = rest
-        needed = ((input, need_input), (offset, need_offset), (mask, need_offset))
-        return tuple(grad.new_empty(0 if t is None or not need else t.shape) for t, need in needed)
+        none = grad.new_empty(0)
+        grad_input = new_empty_in_format_of(input, input.shape) if need_input else none
+        return grad_input, *(none if t is None or not need_offset else t.new_empty(t.shape) for t in (offset, mask))
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         input, rois, offset, *ctx.geometry, mask = inputs

@@ -10,7 +10,15 @@ import torch
 from torch import Tensor
 
 from . import reference
-from ._arguments import IntPair, check, check_input_dtype, check_shape, check_tensor, pair
+from ._arguments import (
+    IntPair,
+    check,
+    check_input_dtype,
+    check_shape,
+    check_tensor,
+    new_empty_in_format_of,
+    pair,
+)
 from ._library import define, needed_gradients, refuse_nondeterministic, register_autocast, register_fallback
 
 define(
@@ -177,8 +185,7 @@ def _fake(
     mask: Tensor | None = None,
 ) -> Tensor:
     out_h, out_w = _check_operands(input, offset, weight, bias, stride, padding, dilation, mask)
-    output = input.new_empty(input.shape[0], weight.shape[0], out_h, out_w)
-    return output.contiguous(memory_format=torch._prims_common.suggest_memory_format(input))
+    return new_empty_in_format_of(input, (input.shape[0], weight.shape[0], out_h, out_w))
 
 
 @torch.library.register_fake("dcn_d2::deform_conv2d_backward")
@@ -198,9 +205,7 @@ def _fake_backward(
     def empty(like: Tensor | None, needed: bool) -> Tensor:
         return grad.new_empty(0) if like is None or not needed else like.new_empty(like.shape)
 
-    grad_input = empty(input, need_input)
-    if need_input:
-        grad_input = grad_input.contiguous(memory_format=torch._prims_common.suggest_memory_format(input))
+    grad_input = new_empty_in_format_of(input, input.shape) if need_input else grad.new_empty(0)
     return grad_input, empty(offset, need_offset), empty(weight, need_weight), empty(mask, need_offset)
 
 

@@ -77,8 +77,11 @@ def test_gradcheck(sample: ConvSample, device: str) -> None:
 
 
 @pytest.mark.parametrize("sample", [CONV_SAMPLES[2], CONV_SAMPLES[4], EMPTY_BATCH], ids=by_name)
-def test_opcheck(sample: ConvSample) -> None:
-    operands = {name: t.requires_grad_() for name, t in sample.tensors().items()}
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_opcheck(sample: ConvSample, memory_format: torch.memory_format) -> None:
+    operands = sample.tensors()
+    operands["input"] = operands["input"].contiguous(memory_format=memory_format)
+    operands = {name: t.requires_grad_() for name, t in operands.items()}
     arguments = (operands["input"], operands["offset"], operands["weight"], operands["bias"])
     torch.library.opcheck(
         torch.ops.dcn_d2.deform_conv2d.default, arguments, dict(sample.geometry, mask=operands["mask"])

@@ -49,8 +49,10 @@ def test_gradcheck(sample: RoiSample, device: str) -> None:
 
 
 @pytest.mark.parametrize("sample", [PSROI_SAMPLES[0], PSROI_SAMPLES[2], PSROI_SAMPLES[-1]], ids=by_name)
-def test_opcheck(sample: RoiSample) -> None:
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_opcheck(sample: RoiSample, memory_format: torch.memory_format) -> None:
     operands = sample.tensors()
+    operands["input"] = operands["input"].contiguous(memory_format=memory_format)
     for name, tensor in operands.items():
         if isinstance(tensor, Tensor) and name != "rois":
             tensor.requires_grad_()

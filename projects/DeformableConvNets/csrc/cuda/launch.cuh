@@ -1,0 +1,88 @@
+// Copyright (c) the dcn_d2 authors. SPDX-License-Identifier: Apache-2.0
+// What kernels and entry points need of CUDA, in one place: tests/emulation runs the same sources on the CPU with
+// DCN_EMULATE defined, where every CUDA thread is a fiber. Hence kernels are launched by DCN_LAUNCH, not by <<<>>>,
+// have their shared memory in one struct declared by DCN_SHARED, and use one-dimensional grids and blocks.
+#pragma once
+
+#include <algorithm>
+#include <type_traits>
+
+#include "sample.h"
+#include "tensor.h"
+
+#if defined(DCN_EMULATE)
+#include "emulate.h"
+#else
+#include <cuda_runtime.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/macros.h>
+
+#define DCN_SHARED(Type, name) __shared__ Type name
+#define DCN_LAUNCH(kernel, blocks, threads, stream, ...)                          \
+  do {                                                                            \
+    kernel<<<static_cast<unsigned>(blocks), threads, 0, (stream)>>>(__VA_ARGS__); \
+    STD_CUDA_KERNEL_LAUNCH_CHECK();                                               \
+  } while (0)
+
+namespace dcn::cuda {
+
+constexpr int64_t kMaxBlocks = (int64_t{1} << 31) - 1;  // of one launch; kernels loop where there is more work
+constexpr int64_t kEnoughBlocks = 2048;                 // fill every GPU; more would only add atomics
+
+// Makes the tensor's device the current one while it lives. Kernels go to that device's current stream.
+class DeviceScope {
+ public:
+  explicit DeviceScope(const Tensor& tensor) : guard_(tensor.get_device_index()) {
+    void* stream = nullptr;
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));
+    stream_ = static_cast<cudaStream_t>(stream);
+  }
+  cudaStream_t stream() const { return stream_; }
+
+ private:
+  torch::stable::accelerator::DeviceGuard guard_;
+  cudaStream_t stream_;
+};
+
+}  // namespace dcn::cuda
+#endif
+
+namespace dcn::cuda {
+
+// The type in which a kernel for T computes.
+template <typename T>
+using Accumulate = std::conditional_t<std::is_same_v<T, double>, double, float>;
+
+constexpr int kWarp = 32;
+constexpr unsigned kAllLanes = 0xffffffffu;
+
+DCN_HOST_DEVICE int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Sum over aligned groups of `lanes` neighbouring lanes, known to all of them; `lanes` is a power of two.
+template <typename A>
+__device__ __forceinline__ A sum_lanes(A value, int lanes) {
+  for (int distance = lanes / 2; distance > 0; distance /= 2) value += __shfl_xor_sync(kAllLanes, value, distance);
+  return value;
+}
+
+// Calls function(T()) for the C++ type of `dtype`, one of the four that check_input_dtype lets through.
+template <typename Function>
+auto dispatch(ScalarType dtype, const Function& function) {
+  switch (dtype) {
+    case ScalarType::Double:
+      return function(double());
+    case ScalarType::Half:
+      return function(torch::headeronly::Half());
+    case ScalarType::BFloat16:
+      return function(torch::headeronly::BFloat16());
+    default:
+      return function(float());
+  }
+}
+
+// `tensor`, which is channels_last, in `dtype` and as dense as `like` is: channels_last or contiguous.
+inline Tensor as_dense_as(const Tensor& tensor, const Tensor& like, ScalarType dtype) {
+  return dense(tensor, dtype, is_channels_last(like) ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
+}
+
+}  // namespace dcn::cuda

@@ -1,0 +1,335 @@
+# Copyright (c) the dcn_d2 authors. SPDX-License-Identifier: Apache-2.0
+"""Runs the CUDA sources, entry points included, on the CPU: see emulate.h for what that proves and what not."""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.cpp_extension import include_paths
+
+from dcn_d2.ops import reference
+from tests.ops.samples import (
+    CONV_SAMPLES,
+    EMPTY_BATCH,
+    PSROI_SAMPLES,
+    ROI_SAMPLES,
+    ConvSample,
+    RoiSample,
+    assert_same,
+    by_name,
+)
+
+HERE = Path(__file__).parent
+PROJECT = HERE.parents[1]
+SANITIZED = "DCN_SANITIZED"  # names the sanitized library in the process that runs under the sanitizers
+ROUND_ROBIN, GREEDY_WARP = 0, 1
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 4e-3, torch.bfloat16: 3e-2}
+# What the backward operators return.
+GRADIENTS = {
+    "deform_conv2d": ("input", "offset", "weight", "mask"),
+    "deform_roi_pool": ("input", "offset", "mask"),
+    "deform_psroi_pool": ("input", "offset", "mask"),
+}
+
+# The samples of all operators' tests, and such as cross the borders of the kernels' tiles and warps.
+EMULATED_CONV_SAMPLES = [
+    *(sample for sample in CONV_SAMPLES if sample.name != "many_positions"),
+    EMPTY_BATCH,
+    ConvSample("many_channels", channels=66, out_channels=67, size=(9, 8), kernel=(1, 2), padding=(0, 1)),
+    ConvSample("wide_groups", channels=40, out_channels=2, groups=2, deform_groups=2, size=(4, 5), kernel=(2, 1)),
+    ConvSample("no_outputs", out_channels=0),
+    ConvSample("no_rows", size=(0, 3), kernel=(2, 2)),
+]
+POOLING_SAMPLES = [
+    *(("deform_roi_pool", sample) for sample in ROI_SAMPLES),
+    *(("deform_psroi_pool", sample) for sample in PSROI_SAMPLES),
+]
+for operator in ("deform_roi_pool", "deform_psroi_pool"):
+    POOLING_SAMPLES += [
+        (operator, RoiSample("more_channels_than_lanes", channels=35)),
+        (operator, RoiSample("empty_map", size=(0, 4), rois=((0, 0.0, 0.0, 8.0, 8.0),), offset=False)),
+        (operator, RoiSample("no_channels", channels=0)),
+        (operator, RoiSample("far_larger_than_the_map", rois=((1, -150.0, -100.0, 250.0, 200.0),), spatial_scale=1.0)),
+        (operator, RoiSample("no_area", rois=((0, 3.0, 4.0, 3.0, 20.0),))),
+    ]
+
+
+def compile_library(library: Path, *flags: str) -> Path:
+    """Compiles the kernels with the host's C++ compiler."""
+    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
+    if compiler is None:
+        pytest.skip("no C++ compiler to compile the emulated kernels with")
+    target = re.search(r'TORCH_TARGET_VERSION = "(\w+)"', (PROJECT / "setup.py").read_text())
+    assert target is not None
+    command = [
+        *shlex.split(compiler),
+        "-std=c++20",
+        "-O1",
+        "-g1",
+        "-shared",
+        "-fPIC",
+        "-fvisibility=hidden",
+        "-Wall",
+        "-Wextra",
+        "-Werror",
+    ]
+    command += ["-Wno-unknown-pragmas", f"-DTORCH_TARGET_VERSION={target[1]}", f"-I{PROJECT / 'csrc'}", f"-I{HERE}"]
+    command += [word for path in include_paths("cpu") for word in ("-isystem", path)]
+    command += [*flags, str(HERE / "emulated.cpp"), "-o", str(library)]
+    subprocess.run([*command, f"-L{Path(torch.__file__).parent / 'lib'}", "-ltorch_cpu"], check=True)
+    return library
+
+
+def schema_of(name: str) -> Any:
+    return getattr(torch.ops.dcn_d2, name).default._schema
+
+
+@pytest.fixture(scope="session")
+def library_path(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Compiles the library once, also where several processes run the tests."""
+    if SANITIZED in os.environ:
+        return os.environ[SANITIZED]
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent
+    with open(folder / "emulation.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        library = folder / "emulated.so"
+        return str(library if library.exists() else compile_library(library))
+
+
+@pytest.fixture(scope="session")
+def configure(library_path: str) -> Iterator[Any]:
+    """Loads the library and defines its operators; gives the function that sets schedule and removed barrier."""
+    library = torch.library.Library("dcn_d2_emulated", "DEF")
+    for name in GRADIENTS:
+        for suffix in ("", "_backward"):
+            library.define(str(schema_of(name + suffix)).removeprefix("dcn_d2::"))
+    torch.ops.load_library(library_path)
+    yield ctypes.CDLL(library_path).dcn_emulate_configure
+    library._destroy()
+
+
+@pytest.fixture(autouse=True)
+def poisoned_outputs() -> Iterator[None]:
+    """Fills what torch allocates with NaN."""
+    torch.use_deterministic_algorithms(True)
+    assert torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+# Under the sanitizers one schedule will do: both touch the same memory.
+@pytest.fixture(params=[ROUND_ROBIN] if SANITIZED in os.environ else [ROUND_ROBIN, GREEDY_WARP])
+def schedule(request: pytest.FixtureRequest, configure: Any) -> None:
+    configure(request.param, 0)
+
+
+def call(namespace: Any, name: str, values: dict[str, Any]) -> Any:
+    """Calls an operator, or its backward, by argument names; those not given take the operator's defaults."""
+    defaults = {a.name: a.default_value for a in schema_of(name.removesuffix("_backward")).arguments}
+    return getattr(namespace, name)(*((defaults | values)[a.name] for a in schema_of(name).arguments))
+
+
+def emulate(name: str, values: dict[str, Any], **need: bool) -> dict[str, Tensor]:
+    """Runs an emulated operator forward and backward. Gives its output and gradients by name."""
+    operators = torch.ops.dcn_d2_emulated
+    output = call(operators, name, values)
+    generator = torch.Generator().manual_seed(1)
+    grad = values.get("grad", torch.randn(output.shape, generator=generator, dtype=torch.float64).to(output.dtype))
+    needed = dict.fromkeys(("need_input", "need_offset", "need_weight"), True) | need
+    found = call(operators, f"{name}_backward", values | needed | {"grad": grad})
+    return {"output": output, "grad": grad} | dict(zip(GRADIENTS[name], found))
+
+
+def check(name: str, values: dict[str, Any], **need: bool) -> dict[str, Tensor]:
+    """Compares an emulated operator with the reference."""
+    actual = emulate(name, values, **need)
+    grad, names = actual["grad"], GRADIENTS[name]
+    needed = [need.get(f"need_{'offset' if n == 'mask' else n}", True) for n in names]
+    expected = reference.gradients(
+        lambda *leaves: call(reference, name, values | dict(zip(names, leaves))),
+        [values.get(n) for n in names],
+        grad,
+        needed,
+    )
+    oracle = {"output": call(reference, name, values), "grad": grad} | dict(zip(names, expected))
+    for key, value in oracle.items():
+        assert (actual[key].dtype, actual[key].shape) == (value.dtype, value.shape), key
+    assert_same(actual, oracle, TOLERANCE[grad.dtype])
+    return actual
+
+
+def conv_values(sample: ConvSample, dtype: torch.dtype = torch.float64) -> dict[str, Any]:
+    values: dict[str, Any] = sample.tensors(dtype) | sample.geometry
+    if values["offset"].numel() > 8:
+        values["offset"].view(-1)[:3] = torch.tensor([float("nan"), float("inf"), -1e30])
+    return values
+
+
+def roi_values(sample: RoiSample, dtype: torch.dtype = torch.float64) -> dict[str, Any]:
+    values = sample.tensors(dtype) | sample.arguments
+    if values["offset"] is not None and values["offset"].numel() > 8:
+        values["offset"].view(-1)[:2] = torch.tensor([float("nan"), float("inf")])
+    return values
+
+
+def conv_sample(name: str) -> ConvSample:
+    return next(sample for sample in EMULATED_CONV_SAMPLES if sample.name == name)
+
+
+@pytest.mark.usefixtures("schedule")
+@pytest.mark.parametrize("sample", EMULATED_CONV_SAMPLES, ids=by_name)
+def test_deform_conv2d(sample: ConvSample) -> None:
+    check("deform_conv2d", conv_values(sample))
+
+
+@pytest.mark.usefixtures("schedule")
+@pytest.mark.parametrize(("operator", "sample"), [pytest.param(o, s, id=f"{o}-{s.name}") for o, s in POOLING_SAMPLES])
+def test_roi_pooling(operator: str, sample: RoiSample) -> None:
+    check(operator, roi_values(sample))
+
+
+@pytest.mark.usefixtures("schedule")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_dtypes(dtype: torch.dtype) -> None:
+    check("deform_conv2d", conv_values(conv_sample("groups_across_deform_groups"), dtype))
+    check("deform_roi_pool", roi_values(RoiSample("modulated"), dtype))
+    check("deform_psroi_pool", roi_values(RoiSample("modulated"), dtype))
+
+
+@pytest.mark.usefixtures("schedule")
+@pytest.mark.parametrize("needed", ["need_input", "need_offset", "need_weight"])
+def test_computes_what_is_needed(needed: str) -> None:
+    need = {name: name == needed for name in ("need_input", "need_offset", "need_weight")}
+    check("deform_conv2d", conv_values(conv_sample("deform_groups")), **need)
+    if needed != "need_weight":
+        check("deform_roi_pool", roi_values(RoiSample("modulated")), **need)
+
+
+@pytest.mark.usefixtures("schedule")
+@pytest.mark.parametrize("operator", GRADIENTS)
+def test_memory_formats(operator: str) -> None:
+    conv = operator == "deform_conv2d"
+    values = conv_values(conv_sample("uneven")) if conv else roi_values(RoiSample("modulated"))
+    values["grad"] = torch.randn_like(call(reference, operator, values))
+
+    def strided(tensor: Tensor) -> Tensor:
+        return torch.stack([tensor, tensor], -1)[..., 1]
+
+    def channels_last(tensor: Tensor) -> Tensor:
+        return tensor.to(memory_format=torch.channels_last) if tensor.dim() == 4 else tensor
+
+    check(operator, {name: strided(t) if isinstance(t, Tensor) else t for name, t in values.items()})
+    found = check(operator, {name: channels_last(t) if isinstance(t, Tensor) else t for name, t in values.items()})
+    assert found["input"].is_contiguous(memory_format=torch.channels_last)
+    assert found["output"].is_contiguous(memory_format=torch.channels_last) == conv
+
+
+@pytest.mark.usefixtures("schedule")
+@pytest.mark.parametrize("operator", ["deform_roi_pool", "deform_psroi_pool"])
+@pytest.mark.parametrize("index", [-1.0, 2.0, float("nan"), float("inf")])
+def test_a_roi_outside_the_batch_gives_nan_and_no_gradient(operator: str, index: float) -> None:
+    values = roi_values(RoiSample("modulated"))
+    expected = emulate(operator, values)
+    values["rois"][1, 0] = index
+    found = emulate(operator, values)
+    others = [0, 2]
+    assert found["output"][1].isnan().all()
+    assert torch.equal(found["output"][others], expected["output"][others])
+    for name in ("offset", "mask"):
+        assert (found[name][1] == 0).all()
+        assert torch.equal(found[name][others], expected[name][others])
+    assert (found["input"][1] != expected["input"][1]).any()
+    assert torch.allclose(found["input"][0], expected["input"][0])
+
+
+@pytest.mark.usefixtures("schedule")
+@pytest.mark.parametrize("operator", ["deform_roi_pool", "deform_psroi_pool"])
+def test_a_roi_that_is_not_finite_gives_zero(operator: str) -> None:
+    rois = ((0, 1.0, float("inf"), 9.0, 9.0), (1, 1.0, 1.0, float("nan"), 9.0), (1, -3e38, 1.0, 3e38, 2.0))
+    found = emulate(operator, roi_values(RoiSample("not_finite", rois=rois, spatial_scale=1.0), torch.float32))
+    assert all((found[name] == 0).all() for name in ("output", *GRADIENTS[operator]))
+
+
+@pytest.mark.usefixtures("schedule")
+def test_entry_points_check_their_operands() -> None:
+    values = conv_values(conv_sample("modulated"))
+    with pytest.raises(RuntimeError, match="offset must have shape"):
+        emulate("deform_conv2d", values | {"offset": values["offset"][..., 1:]})
+    with pytest.raises(RuntimeError, match="grad must have shape"):
+        emulate("deform_conv2d", values | {"grad": torch.zeros(2, 6, 7, 8, dtype=torch.float64)})
+    for operator in ("deform_roi_pool", "deform_psroi_pool"):
+        values = roi_values(RoiSample("modulated"))
+        with pytest.raises(RuntimeError, match="mask must have shape"):
+            emulate(operator, values | {"mask": values["mask"][1:]})
+        with pytest.raises(RuntimeError, match="grad must have shape"):
+            emulate(operator, values | {"grad": torch.zeros(3, 3, 3, 3, dtype=torch.float64)})
+
+
+def barriers() -> list[int]:
+    """Lines of the kernels' barriers."""
+    lines = (PROJECT / "csrc/cuda/deform_conv2d.cuh").read_text().splitlines()
+    return [number for number, line in enumerate(lines, 1) if "__syncthreads()" in line]
+
+
+@pytest.mark.parametrize("line", barriers())
+def test_a_removed_barrier_is_noticed(configure: Any, line: int) -> None:
+    """The emulator finds each of the kernels' barriers missing, so it would find one that was forgotten."""
+    values = conv_values(conv_sample("many_channels"))
+    configure(ROUND_ROBIN, 0)
+    expected = emulate("deform_conv2d", values)
+    noticed = False
+    for schedule in (ROUND_ROBIN, GREEDY_WARP):
+        configure(schedule, line)
+        try:
+            found = emulate("deform_conv2d", values)
+        except RuntimeError as error:
+            assert "emulated kernel" in str(error)
+            noticed = True
+        else:
+            noticed |= any(not torch.allclose(found[name], value) for name, value in expected.items())
+    assert noticed, f"deform_conv2d.cuh:{line}: nothing needs this barrier, or the emulator does not see what does"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(SANITIZED in os.environ, reason="runs in this process")
+def test_under_sanitizers(tmp_path: Path) -> None:
+    """Repeats the tests of this file under the address and the undefined behaviour sanitizers."""
+    compiler = shlex.split(os.environ.get("CXX", "g++"))
+    # The sanitizer must be loaded first, and next to it the C++ library whose functions it wraps.
+    runtimes = [
+        subprocess.run([*compiler, f"-print-file-name={name}"], capture_output=True, text=True).stdout.strip()
+        for name in ("libasan.so", "libstdc++.so")
+    ]
+    if not all(map(os.path.isabs, runtimes)):
+        pytest.skip("the compiler has no address sanitizer")
+    kinds = "address,bounds,bool,float-cast-overflow,integer-divide-by-zero,shift,signed-integer-overflow"
+    library = compile_library(tmp_path / "emulated.so", f"-fsanitize={kinds}", "-fno-sanitize-recover=all")
+    environment = os.environ | {
+        "LD_PRELOAD": " ".join(runtimes),
+        "ASAN_OPTIONS": "detect_leaks=0",  # Python keeps memory until the end
+        SANITIZED: str(library),
+    }
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "--capture=sys"]
+    result = subprocess.run(
+        [*command, str(HERE), "-k", "not barrier and not sanitizers"],
+        cwd=PROJECT,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-4000:]

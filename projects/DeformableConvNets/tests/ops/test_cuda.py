@@ -1,0 +1,96 @@
+# Copyright (c) the dcn_d2 authors. SPDX-License-Identifier: Apache-2.0
+"""What only a GPU can show: streams, several devices, tensors of more than 2^31 elements."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from dcn_d2.ops import deform_conv2d, deform_roi_pool
+
+from .samples import CONV_SAMPLES, ConvSample, RoiSample
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU is visible to torch")
+
+
+def need_memory(gigabytes: int) -> None:
+    free, _ = torch.cuda.mem_get_info()
+    if free < gigabytes << 30:
+        pytest.skip(f"needs {gigabytes} GB of GPU memory, {free >> 30} are free")
+
+
+def run(sample: ConvSample | RoiSample, device: str) -> list[Tensor]:
+    """Output and gradients of one sample."""
+    operands = sample.tensors(torch.float32, device)
+    leaves = {name: t.requires_grad_(name != "rois") for name, t in operands.items()}
+    if isinstance(sample, ConvSample):
+        output = deform_conv2d(**leaves, **sample.geometry)
+    else:
+        output = deform_roi_pool(**leaves, **sample.arguments)
+    return [output, *torch.autograd.grad(output.sum(), [t for t in leaves.values() if t.requires_grad])]
+
+
+@pytest.mark.parametrize("sample", [CONV_SAMPLES[1], RoiSample("modulated")], ids=["deform_conv2d", "deform_roi_pool"])
+def test_kernels_go_to_the_current_stream(sample: ConvSample | RoiSample) -> None:
+    expected = run(sample, "cuda")
+    torch.cuda.synchronize()
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(50_000_000)  # a kernel on another stream would not wait for this one, nor for what follows
+        found = run(sample, "cuda")
+        copies = [t.clone() for t in found]
+    stream.synchronize()
+    for a, b in zip(copies, expected):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="only one GPU is visible to torch")
+@pytest.mark.parametrize("sample", [CONV_SAMPLES[1], RoiSample("modulated")], ids=["deform_conv2d", "deform_roi_pool"])
+def test_tensors_on_another_device_than_the_current_one(sample: ConvSample | RoiSample) -> None:
+    with torch.cuda.device(0):
+        found = run(sample, "cuda:1")
+        assert torch.cuda.current_device() == 0
+    for a, b in zip(found, run(sample, "cuda:0")):
+        assert a.device == torch.device("cuda:1")
+        torch.testing.assert_close(a.cpu(), b.cpu(), rtol=1e-4, atol=1e-4)
+
+
+def conv_parts(values: dict[str, Tensor], grad: Tensor, images: slice) -> list[Tensor]:
+    """Output and the gradients of input and offset of some images."""
+    geometry: list[Any] = [[1, 1], [0, 0], [1, 1]]
+    input, offset = values["input"][images], values["offset"][images]
+    output = torch.ops.dcn_d2.deform_conv2d(input, offset, values["weight"], None, *geometry, None)
+    grad_input, grad_offset, _, _ = torch.ops.dcn_d2.deform_conv2d_backward(
+        grad[images], input, offset, values["weight"], None, *geometry, True, True, False
+    )
+    return [output, grad_input, grad_offset]
+
+
+@pytest.mark.slow
+def test_deform_conv2d_past_2_31_elements(size: int = 8000, device: str = "cuda") -> None:
+    need_memory(70)
+    options: dict[str, Any] = {"dtype": torch.float16, "device": device}
+    values = {
+        "input": torch.randn(3, 16, size, size, **options),
+        "offset": torch.randn(3, 2, size, size, **options),
+        "weight": torch.randn(16, 16, 1, 1, **options),
+    }
+    grad = torch.randn(3, 16, size, size, **options)
+    last = [t[2:].clone() for t in conv_parts(values, grad, slice(None))]
+    for a, b in zip(last, conv_parts(values, grad, slice(2, 3))):
+        assert (a - b).abs().max() <= 0.02 * b.abs().max()
+
+
+@pytest.mark.slow
+def test_deform_roi_pool_past_2_31_elements(count: int = 100_000, device: str = "cuda") -> None:
+    need_memory(20)
+    options: dict[str, Any] = {"dtype": torch.float16, "device": device}
+    input = torch.randn(2, 512, 32, 32, **options)
+    corners = (torch.rand(count, 2, 2, device=device) * 32).sort(1).values.flatten(1)
+    rois = torch.cat([torch.arange(count, device=device)[:, None] % 2, corners], 1)
+    offset = torch.randn(count, 2, 7, 7, **options)
+    last = deform_roi_pool(input, rois, offset, 7)[-10:].clone()
+    assert torch.equal(last, deform_roi_pool(input, rois[-10:], offset[-10:], 7))
