@@ -8,12 +8,18 @@ PyTorch and Detectron2 are imported in the functions, so that --help and mistype
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
 from typing import Any
 
 from dcn_d2.quiet import silence_detectron2_warnings
 
 silence_detectron2_warnings()  # here, because each process of a distributed job imports this file first
+
+# Points of AP: 0.1 for decoding and resizing images with other libraries than the publisher's, and 0.05 because the
+# published numbers are rounded.
+TOLERANCE = 0.15
+PUBLISHED_ON = "coco_2017_val"
 
 EXAMPLES = """
 examples:
@@ -23,6 +29,10 @@ examples:
     train_net.py --num-gpus 8 --config-file ... --resume
   evaluate a model:
     train_net.py --eval-only --config-file ... MODEL.WEIGHTS output/model_final.pth
+  evaluate the published weights of a row and compare with the published AP:
+    train_net.py --published --num-gpus 8 --config-file configs/faster_rcnn_R_50_FPN_1x_mdconv_c3-c5.yaml
+  the same without a network, with a copy of the published file:
+    train_net.py --published --config-file ... PUBLISHED.WEIGHTS /path/to/faster_rcnn_..._20200130-d099253b.pth
   train on 2 machines with 8 GPUs each, the second one with --machine-rank 1:
     train_net.py --num-machines 2 --machine-rank 0 --num-gpus 8 --dist-url tcp://FIRST_MACHINE:29500 --config-file ...
 """
@@ -38,6 +48,12 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--config-file", default="", metavar="FILE", help="YAML of the model, data and schedule")
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in OUTPUT_DIR, if any")
     parser.add_argument("--eval-only", action="store_true", help="evaluate MODEL.WEIGHTS on DATASETS.TEST; no training")
+    parser.add_argument(
+        "--published",
+        action="store_true",
+        help="fetch and evaluate the published weights of a row of the zoo; fails if an AP is more than "
+        f"{TOLERANCE} away from the published one",
+    )
     parser.add_argument(
         "--num-gpus",
         type=int,
@@ -69,20 +85,66 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error("several machines need --dist-url tcp://FIRST_MACHINE:PORT")
     if len(args.opts) % 2:
         parser.error(f"KEY VALUE must come in pairs, got {' '.join(args.opts)}")
+    if args.published and (args.resume or "MODEL.WEIGHTS" in args.opts):
+        parser.error(
+            "--published chooses the weights: leave out --resume and MODEL.WEIGHTS (PUBLISHED.WEIGHTS may be set)"
+        )
+    args.eval_only |= args.published
     return args
 
 
 def check_job(args: argparse.Namespace) -> None:
-    """Finds what cannot work before processes are started: config, data sets, number of GPUs."""
+    """Finds what cannot work before processes are started: config, data sets, number of GPUs, published weights."""
     import torch
 
     from dcn_d2.engine import check_data_sets, load_config
 
+    if args.published:
+        use_published_weights(args)
     cfg = load_config(args.config_file, args.opts)
     check_data_sets([*(() if args.eval_only else cfg.DATASETS.TRAIN), *cfg.DATASETS.TEST])
     gpus = torch.cuda.device_count()
     if torch.cuda.is_available() and args.num_gpus > gpus:
         raise ValueError(f"--num-gpus is {args.num_gpus}, but this machine has {gpus}")
+    if args.published:
+        from detectron2.utils.file_io import PathManager
+
+        PathManager.get_local_path(cfg.MODEL.WEIGHTS)  # so that the processes find it in the cache
+
+
+def use_published_weights(args: argparse.Namespace) -> None:
+    """Makes MODEL.WEIGHTS the published weights of the config."""
+    from dcn_d2.engine import load_config
+
+    cfg = load_config(args.config_file, args.opts)
+    if not cfg.PUBLISHED.WEIGHTS or not cfg.PUBLISHED.BOX_AP:
+        raise ValueError(f"--published: the config {args.config_file!r} has no PUBLISHED.WEIGHTS and PUBLISHED.BOX_AP")
+    if cfg.DATASETS.TEST != (PUBLISHED_ON,):
+        raise ValueError(f"--published: the published AP is for {PUBLISHED_ON}, DATASETS.TEST is {cfg.DATASETS.TEST}")
+    args.opts += ["MODEL.WEIGHTS", f"mmdet://{cfg.PUBLISHED.WEIGHTS}"]
+
+
+def compare_with_published(published: dict[str, float], results: dict[str, Any]) -> tuple[str, list[str]]:
+    """Compares an evaluation with what is published.
+
+    Args:
+        published: BOX_AP and, for a model with masks, MASK_AP; 0 stands for nothing.
+        results: of the evaluation, {"bbox": {"AP": …}, …}.
+
+    Returns:
+        A table, and the names of the numbers that are further away than `TOLERANCE`.
+    """
+    lines, off = [f"{'':10}{'published':>10}{'measured':>10}{'difference':>12}"], []
+    for name, key, task in (("box AP", "BOX_AP", "bbox"), ("mask AP", "MASK_AP", "segm")):
+        expected = published.get(key, 0)
+        if not expected:
+            continue
+        measured = results.get(task, {}).get("AP", float("nan"))
+        difference = measured - expected
+        lines.append(f"{name:10}{expected:10.1f}{measured:10.2f}{difference:+12.2f}")
+        if not abs(difference) <= TOLERANCE:  # so that nan is off
+            off.append(name)
+    return "\n".join(lines), off
 
 
 def main(args: argparse.Namespace) -> Any:
@@ -103,6 +165,11 @@ def main(args: argparse.Namespace) -> Any:
     results = DCNTrainer.test(cfg, model)
     if comm.is_main_process():
         verify_results(cfg, results)
+    if args.published and comm.is_main_process():
+        table, off = compare_with_published(cfg.PUBLISHED, results)
+        logging.getLogger("dcn_d2").info(f"{cfg.PUBLISHED.WEIGHTS}:\n{table}")
+        if off:
+            sys.exit(f"train_net.py: more than {TOLERANCE} away from the published value: {', '.join(off)}")
     return results
 
 

@@ -12,16 +12,24 @@ from pathlib import Path
 
 import torch
 from detectron2.config import CfgNode, get_cfg
-from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.engine import DefaultTrainer, create_ddp_model, default_setup
+from detectron2.data import (
+    DatasetCatalog,
+    DatasetMapper,
+    MetadataCatalog,
+    build_detection_test_loader,
+    build_detection_train_loader,
+)
+from detectron2.engine import DefaultPredictor, DefaultTrainer, create_ddp_model, default_setup
 from detectron2.engine.train_loop import AMPTrainer, SimpleTrainer, TrainerBase
 from detectron2.evaluation import COCOEvaluator
 from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
 from detectron2.utils.logger import setup_logger
+from torch import nn
 
 from .checkpoint import DCNCheckpointer
 from .config import add_dcn_config
+from .data.transforms import build_augmentation
 
 logger = logging.getLogger(__name__)
 
@@ -140,11 +148,37 @@ class DCNTrainer(DefaultTrainer):
         model = create_ddp_model(model, broadcast_buffers=False, **({"device_ids": None} if on_cpu else {}))
         self._trainer = (AMPTrainer if cfg.SOLVER.AMP.ENABLED else SimpleTrainer)(model, loader, optimizer)
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
-        self.checkpointer = DCNCheckpointer(model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
+        self.checkpointer = DCNCheckpointer(model, cfg.OUTPUT_DIR, fine_tune=True, trainer=weakref.proxy(self))
         self.start_iter = 0
         self.max_iter = cfg.SOLVER.MAX_ITER
         self.cfg = cfg
         self.register_hooks(self.build_hooks())
+
+    @classmethod
+    def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
+        """Builds Detectron2's optimizer, with SOLVER.OFFSET_LR_FACTOR for convolutions that predict offsets."""
+        optimizer = super().build_optimizer(cfg, model)
+        # conv2_offset in Detectron2's blocks, conv_offset in the layers that have their own.
+        offsets = {p for name, p in model.named_parameters() if name.endswith(("_offset.weight", "_offset.bias"))}
+        for group in list(optimizer.param_groups):
+            moved = [parameter for parameter in group["params"] if parameter in offsets]
+            if moved and cfg.SOLVER.OFFSET_LR_FACTOR != 1:
+                group["params"] = [parameter for parameter in group["params"] if parameter not in offsets]
+                lr = group["lr"] * cfg.SOLVER.OFFSET_LR_FACTOR
+                optimizer.add_param_group({**group, "params": moved, "lr": lr})
+        return optimizer
+
+    @classmethod
+    def build_train_loader(cls, cfg: CfgNode) -> Iterable:
+        """Builds Detectron2's loader, resizing images with what INPUT.RESIZE_WITH names."""
+        mapper = DatasetMapper(cfg, is_train=True, augmentations=build_augmentation(cfg, is_train=True))
+        return build_detection_train_loader(cfg, mapper=mapper)
+
+    @classmethod
+    def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> Iterable:
+        """As `build_train_loader`, for evaluation."""
+        mapper = DatasetMapper(cfg, is_train=False, augmentations=build_augmentation(cfg, is_train=False))
+        return build_detection_test_loader(cfg, dataset_name, mapper=mapper)
 
     @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> COCOEvaluator:
@@ -155,3 +189,14 @@ class DCNTrainer(DefaultTrainer):
             tasks=[task for task, predicted in tasks.items() if predicted],
             output_dir=str(Path(cfg.OUTPUT_DIR) / "inference" / dataset_name),
         )
+
+
+class DCNPredictor(DefaultPredictor):
+    """Detectron2's `DefaultPredictor`, which resizes images with what INPUT.RESIZE_WITH names.
+
+    `DefaultPredictor` itself always resizes with PIL: on enlarged images that changes grey levels by 1 at most.
+    """
+
+    def __init__(self, cfg: CfgNode) -> None:
+        super().__init__(cfg)
+        (self.aug,) = build_augmentation(cfg, is_train=False)

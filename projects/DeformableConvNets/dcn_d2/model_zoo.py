@@ -71,6 +71,7 @@ def get_config(name: str, trained: bool = False) -> CfgNode:
     Args:
         name: the row.
         trained: sets MODEL.WEIGHTS to the published weights instead of the ImageNet weights that training starts from.
+            Detectron2 fetches, checks and converts them when it loads them.
     """
     from detectron2.config import get_cfg
 
@@ -80,7 +81,7 @@ def get_config(name: str, trained: bool = False) -> CfgNode:
     add_dcn_config(cfg)
     cfg.merge_from_file(get_config_file(name))
     if trained:
-        cfg.MODEL.WEIGHTS = get_checkpoint_url(name)
+        cfg.MODEL.WEIGHTS = f"mmdet://{get_checkpoint_url(name)}"
     return cfg
 
 

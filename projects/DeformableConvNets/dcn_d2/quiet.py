@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 
 
@@ -16,3 +17,6 @@ def silence_detectron2_warnings() -> None:
     warnings.filterwarnings("ignore", message="pkg_resources is deprecated")
     warnings.filterwarnings("ignore", message=".*broadcast_buffers.* is deprecated")
     warnings.filterwarnings("ignore", message=".*torch.cuda.amp.GradScaler.* is deprecated")
+    # Said through torch's log, once, when Detectron2 asks whether it is being traced.
+    tracing = logging.getLogger("torch.fx._symbolic_trace")
+    tracing.addFilter(lambda record: "is_fx_tracing" not in record.getMessage())

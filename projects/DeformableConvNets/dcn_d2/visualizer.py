@@ -266,10 +266,11 @@ class SamplingAnnotator:
                 canvas += (np.array(color, dtype=np.float32) - canvas) * strength[..., None]
         result = canvas.round().astype(np.uint8)
         _cross(result, point, radius)
-        return self._write_label(result, traced) if self.label else result
+        below = point[0] < image.shape[0] / 2
+        return self._write_label(result, traced, below) if self.label else result
 
-    def _write_label(self, image: np.ndarray, traced: Sequence[TracedLayer]) -> np.ndarray:
-        """Writes one line for each layer into the lower left corner, each with its colour's dot."""
+    def _write_label(self, image: np.ndarray, traced: Sequence[TracedLayer], below: bool) -> np.ndarray:
+        """Writes one line for each layer, with its colour's dot, into the left corner that is away from the point."""
         size = max(11, round(min(image.shape[:2]) / 32))
         lines = [f"{_short(layer.name)}: {len(layer.positions)} samples" for layer in traced]
         picture = Image.fromarray(image)
@@ -277,8 +278,9 @@ class SamplingAnnotator:
         font = ImageFont.load_default(size)
         step, pad = round(size * 1.35), size // 2
         width = max(pen.textlength(line, font=font) for line in lines) + 3 * pad + size // 2
-        top = image.shape[0] - step * len(lines) - 2 * pad
-        pen.rectangle((0, top, width, image.shape[0]), fill=(0, 0, 0, 150))
+        height = step * len(lines) + 2 * pad
+        top = image.shape[0] - height if below else 0
+        pen.rectangle((0, top, width, top + height), fill=(0, 0, 0, 150))
         for level, line in enumerate(lines):
             middle = top + pad + step * (level + 0.5)
             r = size * 0.28 * 0.9**level

@@ -4,10 +4,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from detectron2.config import get_cfg
 from detectron2.data import DatasetCatalog
-from detectron2.modeling import BACKBONE_REGISTRY
+from detectron2.modeling import BACKBONE_REGISTRY, PROPOSAL_GENERATOR_REGISTRY, ROI_HEADS_REGISTRY
 from detectron2.modeling.backbone import resnet
+from detectron2.utils.file_io import PathManager
 
 import dcn_d2.layers
 from dcn_d2 import add_dcn_config
@@ -17,8 +19,16 @@ def test_defaults_leave_detectron2_as_it_is() -> None:
     cfg, plain = get_cfg(), get_cfg()
     add_dcn_config(cfg)
     assert cfg.MODEL.DCN.NORM_EVAL is False
+    assert cfg.INPUT.RESIZE_WITH == "PIL"
     assert cfg.SOLVER.REFERENCE_IMS_PER_BATCH == 0
-    del cfg["PUBLISHED"], cfg.MODEL["DCN"], cfg.SOLVER["REFERENCE_IMS_PER_BATCH"]
+    assert cfg.SOLVER.OFFSET_LR_FACTOR == 1.0
+    del (
+        cfg["PUBLISHED"],
+        cfg.MODEL["DCN"],
+        cfg.INPUT["RESIZE_WITH"],
+        cfg.SOLVER["REFERENCE_IMS_PER_BATCH"],
+        cfg.SOLVER["OFFSET_LR_FACTOR"],
+    )
     assert cfg == plain
 
 
@@ -37,6 +47,10 @@ def test_everything_is_registered() -> None:
     for name in ("build_dcn_resnet_backbone", "build_dcn_resnet_fpn_backbone"):
         assert name in BACKBONE_REGISTRY
     assert {"nuclei_train", "nuclei_val"} <= set(DatasetCatalog)
+    assert "DCNRPN" in PROPOSAL_GENERATOR_REGISTRY
+    assert "DCNROIHeads" in ROI_HEADS_REGISTRY and "DCNCascadeROIHeads" in ROI_HEADS_REGISTRY
+    with pytest.raises(FileNotFoundError, match="there is no file /nowhere/a.pth"):  # the handler was asked
+        PathManager.get_local_path("mmdet:///nowhere/a.pth")
     assert resnet.DeformConv is dcn_d2.layers.DeformConv
     assert resnet.ModulatedDeformConv is dcn_d2.layers.ModulatedDeformConv
 

@@ -1,6 +1,7 @@
 # Copyright (c) the dcn_d2 authors. SPDX-License-Identifier: Apache-2.0
 import json
 import os
+import re
 import subprocess
 import sys
 from argparse import Namespace
@@ -13,9 +14,11 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.engine import default_argument_parser
+from detectron2.modeling import build_model
 from PIL import Image
 
-from dcn_d2 import engine
+from dcn_d2 import engine, model_zoo
+from dcn_d2.checkpoint import to_mmdet
 
 from .slim import SLIM, slim_config
 
@@ -137,7 +140,72 @@ def test_row_of_the_zoo_trains_on_coco(run: Run, tmp_path: Path) -> None:
     log = run(*arguments, DETECTRON2_DATASETS=tmp_path / "data").stdout
     assert "Evaluation results for segm" in log
     losses = next(line for line in metrics(tmp_path / "out") if "total_loss" in line)
-    assert {"loss_box_reg_stage2", "loss_mask"} <= losses.keys() and np.isfinite(losses["total_loss"])
+    assert {"loss_box_reg_stage2", "loss_mask_stage2"} <= losses.keys() and np.isfinite(losses["total_loss"])
+
+
+def save_published(path: Path) -> list[object]:
+    """Saves a slim model of ROW as MMDetection does; returns the arguments that evaluate it as published."""
+    model = build_model(engine.load_config(str(ROW), SLIM))
+    torch.save({"meta": {}, "state_dict": to_mmdet(model.state_dict())}, path)
+    return ["--published", "--config-file", ROW, *SLIM[:2], *SLIM[4:], *FAST, "PUBLISHED.WEIGHTS", path]
+
+
+def test_published_weights_are_evaluated_and_compared(run: Run, tmp_path: Path) -> None:
+    write_coco(tmp_path / "data")
+    arguments = save_published(tmp_path / "published.pth")
+    # Untrained weights have an AP of about 0, so that 0.1 is near enough and 41.1 is not.
+    arguments += ["PUBLISHED.BOX_AP", 0.1, "PUBLISHED.MASK_AP", 41.1, "OUTPUT_DIR", "out", "DATALOADER.NUM_WORKERS", 0]
+    arguments += ["MODEL.ROI_HEADS.SCORE_THRESH_TEST", 0.0]
+    done = run(*arguments, fails=True, DETECTRON2_DATASETS=tmp_path / "data", FVCORE_CACHE=tmp_path / "cache")
+    assert f"mmdet://{tmp_path}/published.pth" in done.stdout
+    assert re.search(
+        r"published +measured +difference\nbox AP +0\.1 +0\.\d+ .*\nmask AP +41\.1 +0\.\d+ +-41", done.stdout
+    )
+    assert "more than 0.15 away from the published value: mask AP" in done.stdout
+    assert "Traceback" not in done.stdout
+
+
+def test_published_weights_that_score_as_published_are_fine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_coco(tmp_path)
+    arguments = [*map(str, save_published(tmp_path / "published.pth")), "OUTPUT_DIR", str(tmp_path / "out")]
+    monkeypatch.setenv("FVCORE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(engine, "check_data_sets", lambda names: None)
+    published = model_zoo.get_published(ROW.stem)
+    results = {"bbox": {"AP": published["BOX_AP"] - 0.1}, "segm": {"AP": published["MASK_AP"] + 0.1}}
+    monkeypatch.setattr(engine.DCNTrainer, "test", lambda cfg, model: results)
+    train_net.run(arguments)
+    results["bbox"]["AP"] -= 0.1
+    with pytest.raises(SystemExit, match="more than 0.15 away from the published value: box AP$"):
+        train_net.run(arguments)
+
+
+def test_comparison_with_published_numbers() -> None:
+    published = {"BOX_AP": 41.8, "MASK_AP": 37.4}
+    table, off = train_net.compare_with_published(published, {"bbox": {"AP": 41.71}, "segm": {"AP": 37.0}})
+    assert table.splitlines()[1:] == [
+        "box AP          41.8     41.71       -0.09",
+        "mask AP         37.4     37.00       -0.40",
+    ]
+    assert off == ["mask AP"]
+    # A model without masks, and an evaluation without a result.
+    assert train_net.compare_with_published({"BOX_AP": 41.3, "MASK_AP": 0.0}, {"bbox": {"AP": 41.4}})[1] == []
+    assert train_net.compare_with_published(published, {"bbox": {"AP": float("nan")}})[1] == ["box AP", "mask AP"]
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--config-file", str(NUCLEI)], "nuclei_.*yaml' has no PUBLISHED.WEIGHTS"),
+        (["--config-file", str(ROW), "DATASETS.TEST", "('nuclei_val',)"], "is for coco_2017_val, DATASETS.TEST is"),
+        (["--config-file", str(ROW), "PUBLISHED.WEIGHTS", "/nowhere/a.pth"], "there is no file /nowhere/a.pth"),
+    ],
+)
+def test_published_needs_a_row_its_data_and_its_file(
+    arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine, "check_data_sets", lambda names: None)
+    with pytest.raises(SystemExit, match=f"^train_net.py: .*{message}"):
+        train_net.run(["--published", *arguments])
 
 
 def test_missing_data_set_is_named_with_its_place(run: Run, tmp_path: Path) -> None:
@@ -184,6 +252,8 @@ def test_mistakes_in_the_config_are_told_in_a_line(arguments: list[str], message
         (["--num-machines", "2", "--machine-rank", "2"], "--machine-rank must be below --num-machines"),
         (["--num-machines", "2"], "several machines need --dist-url"),
         (["SEED"], "KEY VALUE must come in pairs, got SEED"),
+        (["--published", "--resume"], "--published chooses the weights: leave out --resume"),
+        (["--published", "MODEL.WEIGHTS", "a.pth"], "--published chooses the weights"),
     ],
 )
 def test_mistakes_on_the_command_line_are_refused(
@@ -210,6 +280,7 @@ def test_arguments_are_those_of_detectron2() -> None:
 
     mine, theirs = facts(train_net.build_parser()), facts(default_argument_parser())
     assert mine.pop("dist_url")[0] == theirs.pop("dist_url")[0]
+    mine.pop("published")  # ours alone
     assert mine == theirs
 
 
@@ -276,3 +347,19 @@ def test_setup_saves_the_config_that_runs(tmp_path: Path) -> None:
     assert cfg.is_frozen()
     saved = engine.load_config(str(tmp_path / "config.yaml"))
     assert json.dumps(saved) == json.dumps(cfg)  # which takes a tuple and a list for the same
+
+
+@pytest.mark.parametrize("factor", [1.0, 0.1])
+def test_offset_branches_may_learn_more_slowly(factor: float) -> None:
+    cfg = slim_config(DEFORM_ON_PER_STAGE=[False, False, True, True], DEFORM_MODULATED=True)
+    cfg.SOLVER.BASE_LR, cfg.SOLVER.OFFSET_LR_FACTOR = 0.02, factor
+    cfg.SOLVER.CLIP_GRADIENTS.ENABLED = True  # makes Detectron2 wrap the optimizer's class
+    model = engine.DCNTrainer.build_model(cfg)
+    optimizer = engine.DCNTrainer.build_optimizer(cfg, model)
+    rates = [(id(parameter), group["lr"]) for group in optimizer.param_groups for parameter in group["params"]]
+    assert len(rates) == len(dict(rates)) == len(list(model.parameters())), "each parameter is there once"
+    slow = {name for name, parameter in model.named_parameters() if dict(rates)[id(parameter)] != 0.02}
+    branches = {name for name, _ in model.named_parameters() if ".conv2_offset." in name}
+    assert len(branches) == 2 * (6 + 3), "weight and bias of each block of res4 and res5"
+    assert slow == (branches if factor != 1 else set())
+    assert all(dict(rates)[id(p)] == 0.02 * factor for name, p in model.named_parameters() if name in branches)

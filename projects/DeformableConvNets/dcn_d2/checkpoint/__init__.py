@@ -1,7 +1,45 @@
 # Copyright (c) the dcn_d2 authors. SPDX-License-Identifier: Apache-2.0
-"""Reading of weights: renaming as pure functions over dictionaries, and the checkpointer that applies it."""
+"""Reading of weights: renaming as pure functions over dictionaries, and what applies it to files and models.
 
-from .checkpointer import DCNCheckpointer
-from .torchvision import convert_torchvision_resnet, is_torchvision_resnet
+The names below are imported when they are first used, so that the renaming needs neither torch nor Detectron2.
+"""
 
-__all__ = ["DCNCheckpointer", "convert_torchvision_resnet", "is_torchvision_resnet"]
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .checkpointer import DCNCheckpointer
+    from .mmdet import convert_mmdet_state_dict, to_mmdet
+    from .path_handlers import register_path_handlers
+    from .reader import CorruptCheckpointError, read_checkpoint
+    from .torchvision import convert_torchvision_resnet, is_torchvision_resnet
+
+_HOMES = {
+    "DCNCheckpointer": "checkpointer",
+    "convert_mmdet_state_dict": "mmdet",
+    "to_mmdet": "mmdet",
+    "register_path_handlers": "path_handlers",
+    "CorruptCheckpointError": "reader",
+    "read_checkpoint": "reader",
+    "convert_torchvision_resnet": "torchvision",
+    "is_torchvision_resnet": "torchvision",
+}
+
+__all__ = [
+    "CorruptCheckpointError",
+    "DCNCheckpointer",
+    "convert_mmdet_state_dict",
+    "convert_torchvision_resnet",
+    "is_torchvision_resnet",
+    "read_checkpoint",
+    "register_path_handlers",
+    "to_mmdet",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_HOMES[name]}", __name__), name)

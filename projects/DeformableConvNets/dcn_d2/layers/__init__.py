@@ -8,14 +8,17 @@ from .deform_conv import (
     ModulatedDeformConvPack,
     split_offset_and_mask,
 )
+from .deform_psroi_pool import DeformPSRoIPool, ModulatedDeformPSRoIPool
 from .deform_roi_pool import DeformRoIPool, ModulatedDeformRoIPool
 
 __all__ = [
     "DeformConv",
     "DeformConvPack",
+    "DeformPSRoIPool",
     "DeformRoIPool",
     "ModulatedDeformConv",
     "ModulatedDeformConvPack",
+    "ModulatedDeformPSRoIPool",
     "ModulatedDeformRoIPool",
     "split_offset_and_mask",
 ]

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from torch import Tensor, nn
 from torch.nn.modules.utils import _pair
 
@@ -15,21 +17,14 @@ def _zero_init(linear: nn.Linear) -> nn.Linear:
     return linear
 
 
-class DeformRoIPool(nn.Module):
-    """Deformable RoI pooling: RoIAlign whose bins move by offsets predicted from the undeformed pooling.
+class PoolWithOffsetBranch(nn.Module):
+    """What the deformable RoI pooling layers share: the branches that predict offsets and masks.
 
-    It starts as RoIAlign (aligned, adaptive sampling): the last layer of the offset branch starts with zeros.
-    Source: Dai et al., "Deformable Convolutional Networks", ICCV 2017, section 2.2; numerics of mmcv's
-    `deform_roi_pool`, and the parameter names of MMDetection's models, `offset_fc.{0,2,4}`.
-
-    Args:
-        output_size: bins a side, a number or (height, width).
-        spatial_scale: size of the feature map over size of the image.
-        in_channels: channels of the feature map, and so of the output.
-        deform_fc_channels: width of the hidden layers of the offset branch.
-        sampling_ratio: samples a side of a bin; 0 takes one for each feature-map pixel that a bin spans, rounded up.
-        gamma: an offset of 1 moves a bin by this share of the RoI's width or height.
+    Parameters have the names of MMDetection's models: `offset_fc.{0,2,4}` and, if modulated, `mask_fc.{0,2}`. The last
+    layer of each branch starts with zeros. A subclass says which operator pools. Arguments as for `DeformRoIPool`.
     """
+
+    modulated: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -55,6 +50,13 @@ class DeformRoIPool(nn.Module):
             nn.ReLU(inplace=True),
             _zero_init(nn.Linear(deform_fc_channels, 2 * bins)),
         )
+        if self.modulated:
+            self.mask_fc = nn.Sequential(
+                nn.Linear(in_channels * bins, deform_fc_channels),
+                nn.ReLU(inplace=True),
+                _zero_init(nn.Linear(deform_fc_channels, bins)),
+                nn.Sigmoid(),
+            )
 
     def forward(self, x: Tensor, rois: Tensor) -> Tensor:
         """Pools (N, in_channels, H, W) `x` over (R, 5) `rois`, (batch index, x0, y0, x1, y1) in image pixels.
@@ -63,21 +65,40 @@ class DeformRoIPool(nn.Module):
             (R, in_channels, output_h, output_w). No RoIs give an empty tensor through which gradients still flow
             to all parameters, as zeros.
         """
-        plain = self._pool(x, rois, None).flatten(1)
-        return self._pool(x, rois, self._offset(plain))
+        plain = self._pool(x, rois, None, None).flatten(1)
+        offset = self.offset_fc(plain).unflatten(1, (2, *self.output_size))  # x before y
+        mask = self.mask_fc(plain).unflatten(1, (1, *self.output_size)) if self.modulated else None
+        return self._pool(x, rois, offset, mask)
 
-    def _pool(self, x: Tensor, rois: Tensor, offset: Tensor | None, mask: Tensor | None = None) -> Tensor:
-        return deform_roi_pool(
-            x, rois, offset, self.output_size, self.spatial_scale, self.sampling_ratio, self.gamma, mask
-        )
-
-    def _offset(self, plain: Tensor) -> Tensor:
-        """Gives (R, 2, output_h, output_w) offsets, x before y, from the flattened undeformed pooling."""
-        return self.offset_fc(plain).unflatten(1, (2, *self.output_size))
+    def _pool(self, x: Tensor, rois: Tensor, offset: Tensor | None, mask: Tensor | None) -> Tensor:
+        """Runs the operator; without `offset` and `mask` it is the undeformed pooling that both branches read."""
+        raise NotImplementedError
 
     def extra_repr(self) -> str:
         names = "output_size spatial_scale in_channels deform_fc_channels sampling_ratio gamma".split()
         return ", ".join(f"{name}={getattr(self, name)}" for name in names)
+
+
+class DeformRoIPool(PoolWithOffsetBranch):
+    """Deformable RoI pooling: RoIAlign whose bins move by offsets predicted from the undeformed pooling.
+
+    It starts as RoIAlign (aligned, adaptive sampling): the last layer of the offset branch starts with zeros.
+    Source: Dai et al., "Deformable Convolutional Networks", ICCV 2017, section 2.2; numerics of mmcv's
+    `deform_roi_pool`, and the parameter names of MMDetection's models, `offset_fc.{0,2,4}`.
+
+    Args:
+        output_size: bins a side, a number or (height, width).
+        spatial_scale: size of the feature map over size of the image.
+        in_channels: channels of the feature map, and so of the output.
+        deform_fc_channels: width of the hidden layers of the branches.
+        sampling_ratio: samples a side of a bin; 0 takes one for each feature-map pixel that a bin spans, rounded up.
+        gamma: an offset of 1 moves a bin by this share of the RoI's width or height.
+    """
+
+    def _pool(self, x: Tensor, rois: Tensor, offset: Tensor | None, mask: Tensor | None) -> Tensor:
+        return deform_roi_pool(
+            x, rois, offset, self.output_size, self.spatial_scale, self.sampling_ratio, self.gamma, mask
+        )
 
 
 class ModulatedDeformRoIPool(DeformRoIPool):
@@ -88,26 +109,4 @@ class ModulatedDeformRoIPool(DeformRoIPool):
     `mask_fc.{0,2}`.
     """
 
-    def __init__(
-        self,
-        output_size: int | tuple[int, int],
-        spatial_scale: float,
-        in_channels: int,
-        deform_fc_channels: int = 1024,
-        sampling_ratio: int = 0,
-        gamma: float = 0.1,
-    ) -> None:
-        super().__init__(output_size, spatial_scale, in_channels, deform_fc_channels, sampling_ratio, gamma)
-        bins = self.output_size[0] * self.output_size[1]
-        self.mask_fc = nn.Sequential(
-            nn.Linear(in_channels * bins, deform_fc_channels),
-            nn.ReLU(inplace=True),
-            _zero_init(nn.Linear(deform_fc_channels, bins)),
-            nn.Sigmoid(),
-        )
-
-    def forward(self, x: Tensor, rois: Tensor) -> Tensor:
-        """Pools like `DeformRoIPool`."""
-        plain = self._pool(x, rois, None).flatten(1)
-        mask = self.mask_fc(plain).unflatten(1, (1, *self.output_size))
-        return self._pool(x, rois, self._offset(plain), mask)
+    modulated = True

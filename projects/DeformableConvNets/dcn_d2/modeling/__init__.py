@@ -7,13 +7,26 @@ from .backbone import (
     build_dcn_resnet_fpn_backbone,
     use_dcn_layers_in_detectron2,
 )
+from .mask_heads import MaskHeadPerStage
+from .matcher import MinimumIoUMatcher
 from .norm import FixedStatsBatchNorm2d, fix_batch_norm_statistics
+from .poolers import ROI_POOLER_REGISTRY, DCNROIPooler, build_roi_pooler
+from .roi_heads import DCNCascadeROIHeads, DCNROIHeads
+from .rpn import DCNRPN
 
 __all__ = [
+    "DCNCascadeROIHeads",
+    "DCNROIHeads",
+    "DCNROIPooler",
+    "DCNRPN",
     "DeformBottleneckBlock",
     "FixedStatsBatchNorm2d",
+    "MaskHeadPerStage",
+    "MinimumIoUMatcher",
+    "ROI_POOLER_REGISTRY",
     "build_dcn_resnet_backbone",
     "build_dcn_resnet_fpn_backbone",
+    "build_roi_pooler",
     "fix_batch_norm_statistics",
     "use_dcn_layers_in_detectron2",
 ]

@@ -4,9 +4,10 @@ import torch
 from torch import nn
 from torchvision.ops import roi_align
 
-from dcn_d2.layers import DeformRoIPool, ModulatedDeformRoIPool
+from dcn_d2.layers import DeformPSRoIPool, DeformRoIPool, ModulatedDeformPSRoIPool, ModulatedDeformRoIPool
+from dcn_d2.ops import deform_psroi_pool
 
-LAYERS = [DeformRoIPool, ModulatedDeformRoIPool]
+LAYERS = [DeformRoIPool, ModulatedDeformRoIPool, DeformPSRoIPool, ModulatedDeformPSRoIPool]
 
 
 @pytest.fixture(autouse=True)
@@ -33,6 +34,30 @@ def test_starts_as_aligned_pooling(layer_class: type[nn.Module], factor: float, 
     torch.testing.assert_close(pooled, factor * expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("sampling_ratio, samples", [(0, 4), (3, 3)])
+@pytest.mark.parametrize("layer_class, factor", [(DeformPSRoIPool, 1.0), (ModulatedDeformPSRoIPool, 0.5)])
+def test_psroi_layer_starts_as_its_plain_pooling(
+    layer_class: type[nn.Module], factor: float, sampling_ratio: int, samples: int
+) -> None:
+    features = torch.randn(2, 5, 28, 36)
+    pooled = make(layer_class, sampling_ratio=sampling_ratio)(features, rois())
+    expected = deform_psroi_pool(features, rois(), None, (3, 4), 0.25, sample_per_part=samples)
+    torch.testing.assert_close(pooled, factor * expected)
+    aligned = roi_align(features, rois(), (3, 4), 0.25, sampling_ratio or -1, aligned=True)
+    assert (pooled - factor * aligned).abs().max() > 0.1, "the two operators do not compute the same"
+
+
+def test_psroi_branches_read_the_plain_pooling_of_their_own_operator() -> None:
+    layer = make(ModulatedDeformPSRoIPool, gamma=0.2)
+    for parameter in layer.parameters():
+        nn.init.normal_(parameter, std=0.1)
+    features = torch.randn(2, 5, 28, 36)
+    plain = deform_psroi_pool(features, rois(), None, (3, 4), 0.25).flatten(1)
+    offset, mask = layer.offset_fc(plain).view(3, 2, 3, 4), layer.mask_fc(plain).view(3, 1, 3, 4)
+    expected = deform_psroi_pool(features, rois(), offset, (3, 4), 0.25, trans_std=0.2) * mask
+    torch.testing.assert_close(layer(features, rois()), expected)
+
+
 @pytest.mark.parametrize("axis", [0, 1])
 def test_offsets_are_x_before_y_and_shares_of_the_roi(axis: int) -> None:
     # An offset of 1 in all bins is a RoI moved by gamma times its own width (axis 0) or height (axis 1).
@@ -57,10 +82,11 @@ def test_mask_scales_each_bin() -> None:
     torch.testing.assert_close(layer(features, rois()), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_parameters_fit_the_published_models() -> None:
+@pytest.mark.parametrize("layer_class", [ModulatedDeformRoIPool, ModulatedDeformPSRoIPool])
+def test_parameters_fit_the_published_models(layer_class: type[nn.Module]) -> None:
     # Names below roi_layers.<level>. and shapes of MMDetection's dpool and mdpool rows (256 channels, 7 x 7 bins).
     with torch.device("meta"):
-        layer = ModulatedDeformRoIPool(7, 1 / 4, 256)
+        layer = layer_class(7, 1 / 4, 256)
     assert {name: tuple(value.shape) for name, value in layer.state_dict().items()} == {
         "offset_fc.0.weight": (1024, 12544),
         "offset_fc.0.bias": (1024,),

@@ -1,0 +1,91 @@
+# Copyright (c) the dcn_d2 authors. SPDX-License-Identifier: Apache-2.0
+"""Resizing as MMDetection does it, with OpenCV, where INPUT.RESIZE_WITH asks for it."""
+
+from __future__ import annotations
+
+import numpy as np
+from detectron2.config import CfgNode
+from detectron2.data import transforms as T
+from detectron2.data.detection_utils import build_augmentation as build_detectron2_augmentation
+
+
+class OpenCVResizeTransform(T.ResizeTransform):
+    """Resizes with OpenCV: bilinear on the pixels as they are, without the smoothing that PIL does to shrink an image.
+
+    Enlarged images differ from PIL's by a grey level at most, shrunk ones by tens. Segmentations take the nearest
+    pixel. Coordinates and arguments are those of `ResizeTransform`.
+    """
+
+    def apply_image(self, img: np.ndarray, interp: int | None = None) -> np.ndarray:
+        """Resizes (h, w) or (h, w, c) pixels; another `interp` than the default is left to `ResizeTransform`."""
+        import cv2
+
+        if interp is not None:
+            return super().apply_image(img, interp)
+        return self._resize(img, cv2.INTER_LINEAR)
+
+    def apply_segmentation(self, segmentation: np.ndarray) -> np.ndarray:
+        import cv2
+
+        return self._resize(segmentation, cv2.INTER_NEAREST)
+
+    def inverse(self) -> OpenCVResizeTransform:
+        return OpenCVResizeTransform(self.new_h, self.new_w, self.h, self.w, self.interp)
+
+    def _resize(self, pixels: np.ndarray, interpolation: int) -> np.ndarray:
+        import cv2
+
+        if pixels.shape[:2] != (self.h, self.w):
+            raise ValueError(f"the image is {pixels.shape[:2]} and not {(self.h, self.w)}, (height, width)")
+        resized = cv2.resize(np.ascontiguousarray(pixels), (self.new_w, self.new_h), interpolation=interpolation)
+        return resized.reshape(self.new_h, self.new_w, *pixels.shape[2:])  # OpenCV drops a single channel
+
+
+class OpenCVResizeShortestEdge(T.ResizeShortestEdge):
+    """`ResizeShortestEdge` with OpenCV and MMDetection's sizes; arguments as there."""
+
+    def get_transform(self, image: np.ndarray) -> T.Transform:
+        """Draws the length of the shorter edge, as `ResizeShortestEdge` does."""
+        if self.is_range:
+            size = np.random.randint(self.short_edge_length[0], self.short_edge_length[1] + 1)
+        else:
+            size = np.random.choice(self.short_edge_length)
+        if size == 0:
+            return T.NoOpTransform()
+        height, width = image.shape[:2]
+        return OpenCVResizeTransform(height, width, *self.get_output_shape(height, width, size, self.max_size))
+
+    @staticmethod
+    def get_output_shape(oldh: int, oldw: int, short_edge_length: int, max_size: int) -> tuple[int, int]:
+        """Gives (height, width): both sides times one factor, and half a pixel rounds up.
+
+        Detectron2 rounds twice, which differs by a pixel for few shapes, extreme ones.
+        """
+        factor = min(max_size / max(oldh, oldw), short_edge_length / min(oldh, oldw))
+        return int(oldh * factor + 0.5), int(oldw * factor + 0.5)
+
+
+def with_opencv(augmentation: T.Augmentation) -> T.Augmentation:
+    """Gives a `ResizeShortestEdge` the way of `OpenCVResizeShortestEdge`; others are left as they are."""
+    if type(augmentation) is not T.ResizeShortestEdge:
+        return augmentation
+    return OpenCVResizeShortestEdge(
+        augmentation.short_edge_length,
+        augmentation.max_size,
+        "range" if augmentation.is_range else "choice",
+    )
+
+
+def build_augmentation(cfg: CfgNode, is_train: bool) -> list[T.Augmentation]:
+    """Builds what Detectron2's function of this name builds, resizing with what INPUT.RESIZE_WITH names.
+
+    Cropping, where the config has it for training, comes first, as in Detectron2's `DatasetMapper`.
+    """
+    augmentations = build_detectron2_augmentation(cfg, is_train)
+    if is_train and cfg.INPUT.CROP.ENABLED:
+        augmentations.insert(0, T.RandomCrop(cfg.INPUT.CROP.TYPE, cfg.INPUT.CROP.SIZE))
+    if cfg.INPUT.RESIZE_WITH == "PIL":
+        return augmentations
+    if cfg.INPUT.RESIZE_WITH != "cv2":
+        raise ValueError(f'INPUT.RESIZE_WITH must be "PIL" or "cv2", got {cfg.INPUT.RESIZE_WITH!r}')
+    return [with_opencv(augmentation) for augmentation in augmentations]

@@ -1,0 +1,51 @@
+# Copyright (c) the dcn_d2 authors. SPDX-License-Identifier: Apache-2.0
+"""The original deformable RoI pooling of DCNv1 and v2 as layers, with the parameters of `DeformRoIPool`."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ..ops import deform_psroi_pool
+from .deform_roi_pool import PoolWithOffsetBranch
+
+# What DCNv1 and v2 use, and the published models with them.
+SAMPLES_PER_PART = 4
+
+
+class DeformPSRoIPool(PoolWithOffsetBranch):
+    """Deformable RoI pooling as the authors of DCNv1 computed it, with offsets from the undeformed pooling.
+
+    MMDetection's published dpool model was trained and scored with it. Parameters fit those of `DeformRoIPool`, but
+    the numbers differ: `dcn_d2.ops.deform_psroi_pool` says how. Group size 1, so it is not position-sensitive, whatever
+    its name. Source: Dai et al., "Deformable Convolutional Networks", ICCV 2017, section 2.2, and the authors' code.
+
+    Args:
+        output_size: bins a side, a number or (height, width).
+        spatial_scale: size of the feature map over size of the image.
+        in_channels: channels of the feature map, and so of the output.
+        deform_fc_channels: width of the hidden layers of the branches.
+        sampling_ratio: samples a side of a bin (sample_per_part of the operator); 0 takes the authors' 4.
+        gamma: an offset of 1 moves a bin by this share of the RoI's width or height (trans_std of the operator).
+    """
+
+    def _pool(self, x: Tensor, rois: Tensor, offset: Tensor | None, mask: Tensor | None) -> Tensor:
+        return deform_psroi_pool(
+            x,
+            rois,
+            offset,
+            self.output_size,
+            self.spatial_scale,
+            sample_per_part=self.sampling_ratio or SAMPLES_PER_PART,
+            trans_std=self.gamma,
+            mask=mask,
+        )
+
+
+class ModulatedDeformPSRoIPool(DeformPSRoIPool):
+    """The pooling of `DeformPSRoIPool` with a factor in (0, 1) for each bin, as in DCNv2; all factors start at 0.5.
+
+    MMDetection's published mdpool model was trained and scored with it. Arguments as for `DeformPSRoIPool`. Source: Zhu
+    et al., "Deformable ConvNets v2: More Deformable, Better Results", CVPR 2019.
+    """
+
+    modulated = True

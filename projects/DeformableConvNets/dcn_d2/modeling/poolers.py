@@ -1,0 +1,119 @@
+# Copyright (c) the dcn_d2 authors. SPDX-License-Identifier: Apache-2.0
+"""RoI poolers with parameters, in the mechanics of Detectron2's `ROIPooler`, chosen by name in the config."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.layers import ShapeSpec
+from detectron2.modeling.poolers import ROIPooler, convert_boxes_to_pooler_format
+from detectron2.structures import Boxes
+from detectron2.utils.registry import Registry
+from torch import Tensor, nn
+
+from ..layers import DeformPSRoIPool, DeformRoIPool, ModulatedDeformPSRoIPool, ModulatedDeformRoIPool
+
+ROI_POOLER_REGISTRY = Registry("ROI_POOLER")
+ROI_POOLER_REGISTRY.__doc__ = """
+Poolers that POOLER_TYPE of MODEL.ROI_BOX_HEAD (and of MODEL.ROI_MASK_HEAD) may name, besides those of Detectron2.
+
+A registered object is called once for each FPN level, with the keywords
+
+- output_size: bins a side, a number,
+- spatial_scale: size of the level's feature map over size of the image,
+- in_channels: channels of the feature map,
+- deform_fc_channels: MODEL.DCN.POOLER_FC_DIM,
+- sampling_ratio: POOLER_SAMPLING_RATIO of the head's config; 0 leaves the choice to the pooler,
+
+and returns a module that maps an (N, in_channels, H, W) feature map and (R, 5) RoIs, (batch index, x0, y0, x1, y1) in
+image pixels, to (R, in_channels, output_size, output_size). It is also called with no RoIs, and must give its
+parameters a gradient (zero) then: distributed training waits for the gradients of all parameters.
+"""
+
+for _layer in (DeformRoIPool, ModulatedDeformRoIPool, DeformPSRoIPool, ModulatedDeformPSRoIPool):
+    ROI_POOLER_REGISTRY.register(_layer)
+
+
+class DCNROIPooler(ROIPooler):
+    """Detectron2's `ROIPooler` with a pooler of one's own on each level, and MMDetection's level assignment.
+
+    Args:
+        output_size: bins a side.
+        scales: size over size of the image, for each level's feature map, finest first; factors of 2.
+        sampling_ratio: samples a side of a bin; 0 is adaptive.
+        pooler_type: one of Detectron2's.
+        level_pooler: makes the pooler of a level from its scale, in place of `pooler_type`'s.
+        mmdet_levels: assign levels with MMDetection's formula.
+    """
+
+    def __init__(
+        self,
+        output_size: int,
+        scales: Sequence[float],
+        sampling_ratio: int,
+        pooler_type: str,
+        level_pooler: Callable[[float], nn.Module] | None = None,
+        mmdet_levels: bool = False,
+    ) -> None:
+        super().__init__(output_size, scales, sampling_ratio, pooler_type)
+        if level_pooler is not None:
+            self.level_poolers = nn.ModuleList(level_pooler(scale) for scale in scales)
+        self.mmdet_levels = mmdet_levels
+
+    def forward(self, x: list[Tensor], box_lists: list[Boxes]) -> Tensor:
+        """Pools each box from the level of its size; arguments and result as in `ROIPooler`."""
+        if not self.mmdet_levels or len(box_lists) == 0 or len(x) == 1:
+            return super().forward(x, box_lists)
+        levels = self._mmdet_levels(box_lists)
+        rois = convert_boxes_to_pooler_format(box_lists)
+        output = x[0].new_zeros(len(rois), x[0].shape[1], *self.output_size)
+        for level, (pooler, features) in enumerate(zip(self.level_poolers, x)):
+            (indices,) = (levels == level).nonzero(as_tuple=True)
+            # In place, also with no indices: that is what leads gradients to the parameters of an empty level.
+            output.index_put_((indices,), pooler(features, rois[indices]))
+        return output
+
+    def _mmdet_levels(self, box_lists: list[Boxes]) -> Tensor:
+        """Gives the index of each box's level.
+
+        floor(log2(size / 56 + 1e-6)), where Detectron2 has floor(4 + log2(size / 224 + 1e-8)) - 2: they differ for
+        boxes a hair smaller than 112, 224 and 448 pixels.
+        """
+        finest = self.canonical_box_size / 2 ** (self.canonical_level - self.min_level)
+        sizes = torch.cat([boxes.area() for boxes in box_lists]).sqrt()
+        levels = torch.floor(torch.log2(sizes / finest + 1e-6))
+        return levels.clamp(min=0, max=len(self.level_poolers) - 1).long()
+
+
+def build_roi_pooler(cfg: CfgNode, head: CfgNode, input_shape: Mapping[str, ShapeSpec]) -> ROIPooler:
+    """Builds the pooler of a head of the ROI heads.
+
+    Args:
+        cfg: the config; reads MODEL.ROI_HEADS.IN_FEATURES, MODEL.DCN.POOLER_FC_DIM and MODEL.DCN.POOLER_MMDET_LEVELS.
+        head: node of the head, MODEL.ROI_BOX_HEAD or MODEL.ROI_MASK_HEAD; reads POOLER_TYPE, POOLER_RESOLUTION and
+            POOLER_SAMPLING_RATIO. A type that is not in `ROI_POOLER_REGISTRY` is left to Detectron2's `ROIPooler`.
+        input_shape: what the backbone gives.
+    """
+    shapes = [input_shape[name] for name in cfg.MODEL.ROI_HEADS.IN_FEATURES]
+    scales = tuple(1.0 / shape.stride for shape in shapes)
+    resolution, sampling_ratio = head.POOLER_RESOLUTION, head.POOLER_SAMPLING_RATIO
+    mmdet_levels = cfg.MODEL.DCN.POOLER_MMDET_LEVELS
+    if head.POOLER_TYPE not in ROI_POOLER_REGISTRY:
+        if not mmdet_levels:
+            return ROIPooler(resolution, scales, sampling_ratio, head.POOLER_TYPE)
+        return DCNROIPooler(resolution, scales, sampling_ratio, head.POOLER_TYPE, mmdet_levels=True)
+    registered = ROI_POOLER_REGISTRY.get(head.POOLER_TYPE)
+
+    def level_pooler(scale: float) -> nn.Module:
+        return registered(
+            output_size=resolution,
+            spatial_scale=scale,
+            in_channels=shapes[0].channels,
+            deform_fc_channels=cfg.MODEL.DCN.POOLER_FC_DIM,
+            sampling_ratio=sampling_ratio,
+        )
+
+    # The parent must be given a type of its own; what it makes of it is replaced.
+    return DCNROIPooler(resolution, scales, sampling_ratio, "ROIAlignV2", level_pooler, mmdet_levels)

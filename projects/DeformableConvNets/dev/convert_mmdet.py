@@ -1,0 +1,54 @@
+# Copyright (c) the dcn_d2 authors. SPDX-License-Identifier: Apache-2.0
+"""Converts a checkpoint of MMDetection into one of Detectron2, and back.
+
+    python dev/convert_mmdet.py IN OUT              of MMDetection, any version, or an ImageNet ResNet of torchvision
+    python dev/convert_mmdet.py --to-mmdet IN OUT   of a detector trained here, for MMDetection 2.x and 3.x
+
+There is no need to convert by hand what MODEL.WEIGHTS names as mmdet://FILE. A digest at the end of IN's name is
+not checked here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections import OrderedDict
+from typing import Any
+
+import torch
+
+from dcn_d2 import __version__
+from dcn_d2.checkpoint import read_checkpoint, to_mmdet
+from dcn_d2.checkpoint.conversion import convert_checkpoint, warn_of_v1
+from dcn_d2.checkpoint.reader import write_atomically
+
+
+def convert_back(checkpoint: dict[str, Any], origin: str) -> dict[str, Any]:
+    """Turns the content of one of our files into that of one of MMDetection's."""
+    try:
+        return {"meta": {"dcn_d2_version": __version__}, "state_dict": OrderedDict(to_mmdet(checkpoint))}
+    except ValueError as error:
+        raise ValueError(f"{origin}: {error}") from error
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Runs the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("source", metavar="IN", help="checkpoint to read")
+    parser.add_argument("target", metavar="OUT", help="checkpoint to write")
+    parser.add_argument("--to-mmdet", action="store_true", help="from Detectron2's names to MMDetection's")
+    args = parser.parse_args(arguments)
+    try:
+        checkpoint = read_checkpoint(args.source)
+        converted = (convert_back if args.to_mmdet else convert_checkpoint)(checkpoint, args.source)
+        warn_of_v1(converted, args.source)
+        with write_atomically(args.target) as file:
+            torch.save(converted, file)
+    except (OSError, ValueError) as error:
+        sys.exit(f"convert_mmdet.py: {error}")
+    weights = converted["state_dict" if args.to_mmdet else "model"]
+    print(f"wrote {args.target} with {len(weights)} entries")
+
+
+if __name__ == "__main__":
+    main()

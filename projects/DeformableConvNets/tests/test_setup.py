@@ -1,0 +1,116 @@
+# Copyright (c) the dcn_d2 authors. SPDX-License-Identifier: Apache-2.0
+"""The set-up: which versions it asks for, and what it says where something is missing."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from dev import pins
+
+REQUIREMENTS = "torch>=2.10\ntorchvision>=0.25  # comment\nnumpy>=1.26\n"
+TESTED = 'torch==2.14.1\ntorchvision==0.29.1\nnumpy==2.4.6; python_version >= "3"\nnumpy==1.0; python_version < "3"\n'
+
+
+def resolve(tmp_path: Path, installed: dict[str, str]) -> list[str]:
+    (tmp_path / "requirements.txt").write_text(REQUIREMENTS)
+    (tmp_path / "constraints.txt").write_text(TESTED)
+    requirements, tested = (pins.read(tmp_path / name) for name in ("requirements.txt", "constraints.txt"))
+    return list(pins.pins(requirements, tested, installed.get))
+
+
+@pytest.mark.parametrize(
+    ("installed", "expected"),
+    [
+        ({}, ["torch==2.14.1", "torchvision==0.29.1", "numpy==2.4.6"]),
+        ({"numpy": "1.26.4"}, ["torch==2.14.1", "torchvision==0.29.1", "numpy==1.26.4"]),
+        ({"numpy": "1.24.0"}, ["torch==2.14.1", "torchvision==0.29.1", "numpy==2.4.6"]),
+        ({"torch": "2.11.0+cu130"}, ["torch==2.11.0+cu130", "numpy==2.4.6"]),
+        (
+            {"torch": "2.16.0.dev20270101", "torchvision": "0.31.0a0"},
+            ["torch==2.16.0.dev20270101", "torchvision==0.31.0a0", "numpy==2.4.6"],
+        ),
+    ],
+    ids=["nothing", "numpy stays", "numpy too old", "torch without torchvision", "nightly stays"],
+)
+def test_pins_keep_what_is_installed(tmp_path: Path, installed: dict[str, str], expected: list[str]) -> None:
+    assert resolve(tmp_path, installed) == expected
+
+
+def test_pins_refuse_to_replace_a_torch_that_is_too_old(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match=r"torch 2\.4\.1, but torch>=2\.10 is needed"):
+        resolve(tmp_path, {"torch": "2.4.1"})
+
+
+def test_every_tested_version_satisfies_its_requirement(project: Path) -> None:
+    accepted = {r.name: r.specifier for r in pins.read(project / "dev/requirements.txt")}
+    for pin in pins.read(project / "dev/constraints.txt"):
+        (version,) = (specifier.version for specifier in pin.specifier)
+        assert accepted[pin.name].contains(version), pin
+
+
+@pytest.fixture
+def stub(tmp_path: Path) -> Callable[[str, str], Path]:
+    """Makes executables below `tmp_path`, whose bin/ `run_setup` puts first on the PATH."""
+
+    def make(name: str, script: str) -> Path:
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"#!/bin/sh\n{script}\n")
+        path.chmod(0o755)
+        return path
+
+    return make
+
+
+def run_setup(project: Path, tmp_path: Path, **environment: str) -> str:
+    """Runs the first part of the set-up, which must fail, and returns its last line."""
+    path = f"{tmp_path / 'bin'}:{os.environ['PATH']}"
+    kept = {key: value for key, value in os.environ.items() if key not in ("CXX", "INSTALLER", "PYTHON")}
+    done = subprocess.run(
+        [str(project / "dev/setup.sh"), "packages"],
+        env={**kept, "PATH": path, "VENV": str(tmp_path / "venv"), **environment},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1, done.stdout
+    return done.stderr.strip().splitlines()[-1]
+
+
+def test_missing_python_is_explained(project: Path, tmp_path: Path) -> None:
+    message = run_setup(project, tmp_path, PYTHON="python-that-is-not-there")
+    assert message.startswith("Set-up stopped: python-that-is-not-there was not found") and "PYTHON=" in message
+
+
+def test_old_python_is_explained(project: Path, tmp_path: Path, stub: Callable[[str, str], Path]) -> None:
+    stub("bin/python3", 'case "$1" in -V) echo "Python 3.8.1" ;; *) exit 1 ;; esac')
+    assert "python3 is Python 3.8.1, but 3.10 or newer is needed" in run_setup(project, tmp_path)
+
+
+def test_python_without_venv_is_explained(project: Path, tmp_path: Path, stub: Callable[[str, str], Path]) -> None:
+    stub("bin/python3", 'case "$*" in *ensurepip*) exit 1 ;; esac')
+    assert "apt install python3-venv" in run_setup(project, tmp_path)
+
+
+def test_compiler_that_does_not_work_is_explained(project: Path, tmp_path: Path) -> None:
+    message = run_setup(project, tmp_path, CXX="false")
+    assert "compiler 'false' cannot compile" in message and "g++ 10 or newer" in message
+
+
+def test_full_disk_is_explained(project: Path, tmp_path: Path, stub: Callable[[str, str], Path]) -> None:
+    stub("bin/df", "echo header; echo /dev/sda1 9999999 8888888 3145728 99% /")
+    # An environment that has pip and nothing else.
+    stub("venv/bin/python", 'case "$*" in *pip*) exit 0 ;; *) exit 1 ;; esac')
+    message = run_setup(project, tmp_path)
+    assert f"the disk of {tmp_path / 'venv'} has 3 GB free, but 8 GB are needed" in message
+
+
+def test_existing_environment_without_pip_is_explained(
+    project: Path, tmp_path: Path, stub: Callable[[str, str], Path]
+) -> None:
+    stub("venv/bin/python", "exit 1")
+    assert "has no pip" in run_setup(project, tmp_path)
