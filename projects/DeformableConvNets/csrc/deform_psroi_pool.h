@@ -2,6 +2,7 @@
 // Operands of deform_psroi_pool: sizes, checks and the RoI's geometry that the CPU and the CUDA sources share.
 #pragma once
 
+#include "roi_pool_sizes.h"
 #include "sample.h"
 #include "tensor.h"
 
@@ -49,6 +50,11 @@ DCN_HOST_DEVICE PsRoiAxis<T> psroi_axis(T low, T high, T spatial_scale, int64_t 
 template <typename T>
 DCN_HOST_DEVICE T psroi_sample_position(const PsRoiAxis<T>& axis, int64_t bin, int64_t k, T offset, T trans_std) {
   return T(bin) * axis.bin_size + axis.start + offset * trans_std * axis.size + T(k) * axis.sample_size;
+}
+
+inline RoiPoolSizes sizes_of(const DeformPsRoiPoolSizes& s) {
+  return {s.batch, s.height, s.width,   s.rois,    s.out_channels,
+          s.out_h, s.out_w,  s.cells(), s.classes, s.part_h * s.part_w};
 }
 
 // Raises an error that names the operand and both values where something does not fit.

@@ -2,6 +2,7 @@
 // Operands of deform_roi_pool: sizes and checks that the CPU and the CUDA entry points share.
 #pragma once
 
+#include "roi_pool_sizes.h"
 #include "sample.h"
 #include "tensor.h"
 
@@ -39,6 +40,10 @@ DCN_HOST_DEVICE Roi<T> read_roi(const DeformRoiPoolSizes& s, const T* row) {
   const bool finite = roi.y.size - roi.y.size == T(0) && roi.x.size - roi.x.size == T(0);
   if (!finite) roi.y = roi.x = {T(0), T(0), T(0), 0};
   return roi;
+}
+
+inline RoiPoolSizes sizes_of(const DeformRoiPoolSizes& s) {
+  return {s.batch, s.height, s.width, s.rois, s.channels, s.out_h, s.out_w, 1, 1, s.out_h * s.out_w};
 }
 
 // Raises an error that names the operand and both values where something does not fit.

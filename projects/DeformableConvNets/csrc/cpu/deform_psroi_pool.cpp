@@ -7,11 +7,6 @@
 namespace dcn::cpu {
 namespace {
 
-RoiPoolSizes sizes_of(const DeformPsRoiPoolSizes& s) {
-  return {s.batch, s.height, s.width,   s.rois,    s.out_channels,
-          s.out_h, s.out_w,  s.cells(), s.classes, s.part_h * s.part_w};
-}
-
 // Finds the samples of a bin; see deform_psroi_pool.h for the geometry.
 template <typename T>
 struct Locate {

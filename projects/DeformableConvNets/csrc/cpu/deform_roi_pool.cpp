@@ -7,10 +7,6 @@
 namespace dcn::cpu {
 namespace {
 
-RoiPoolSizes sizes_of(const DeformRoiPoolSizes& s) {
-  return {s.batch, s.height, s.width, s.rois, s.channels, s.out_h, s.out_w, 1, 1, s.out_h * s.out_w};
-}
-
 // Finds the samples of a bin; see deform_roi_pool.h for the geometry.
 template <typename T>
 struct Locate {

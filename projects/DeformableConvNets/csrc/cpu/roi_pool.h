@@ -4,6 +4,7 @@
 #pragma once
 
 #include "kernels.h"
+#include "roi_pool_sizes.h"
 #include "tiles.h"
 
 namespace dcn::cpu {
@@ -68,15 +69,6 @@ struct Bin {
   }
 };
 
-// Sizes that all RoI poolings have. Input channel = channel * cells + cell; each of the `blocks` of output channels has
-// two planes of `parts` offsets, x then y.
-struct RoiPoolSizes {
-  int64_t batch, height, width, rois, channels, out_h, out_w, cells, blocks, parts;
-
-  int64_t bins() const { return out_h * out_w; }
-  int64_t pixels() const { return height * width; }
-};
-
 // The operands of one call, dense, in the dtype of the computation.
 template <typename T>
 struct RoiPoolOperands {
@@ -104,7 +96,7 @@ struct RoiPoolOperands {
     }
   }
 
-  int64_t pixel_stride() const { return sizes.cells * sizes.channels; }
+  int64_t pixel_stride() const { return sizes.input_channels(); }
   int64_t image_begin(int64_t r) const { return static_cast<int64_t>(rois[5 * r]) * sizes.pixels() * pixel_stride(); }
   // The offset of a part in x and in y; zero where there are no offsets.
   int64_t offset_index(int64_t r, int64_t block, int64_t part) const {
@@ -141,7 +133,7 @@ Tensor roi_pool_forward(const char* op, const RoiPoolSizes& s, const Tensor& inp
   const RoiPoolOperands<T> operands(op, s, input, rois, offset, mask);
   if (output.numel() == 0) return output;
   T* out = output.template mutable_data_ptr<T>();
-  const int64_t bins = s.bins(), block_channels = s.channels / s.blocks;
+  const int64_t bins = s.bins(), block_channels = s.block_channels();
   torch::stable::parallel_for(0, s.rois, 1, [&](int64_t first, int64_t last) {
     Bin<T> bin;
     std::vector<T> pooled(s.channels * bins);
@@ -178,7 +170,7 @@ std::array<Tensor, 3> roi_pool_backward(const char* op, const RoiPoolSizes& s, c
   // (rois, bins, channels): the channels of a bin side by side.
   const Tensor grad_bins = dense(grad, scalar_type_of<T>(), MemoryFormat::ChannelsLast);
   const T* grad_data = grad_bins.template const_data_ptr<T>();
-  const int64_t bins = s.bins(), block_channels = s.channels / s.blocks, offsets = s.rois * s.blocks * 2 * s.parts;
+  const int64_t bins = s.bins(), block_channels = s.block_channels(), offsets = s.rois * s.blocks * 2 * s.parts;
   const int64_t parts = std::clamp<int64_t>(s.channels / 16, 1, torch::stable::get_num_threads());
 
   const auto zeros = [&](const std::vector<int64_t>& sizes) {

@@ -6,11 +6,6 @@
 namespace dcn::cuda {
 namespace {
 
-RoiPoolSizes sizes_of(const DeformPsRoiPoolSizes& s) {
-  return {s.batch, s.height, s.width,   s.rois,    s.out_channels,
-          s.out_h, s.out_w,  s.cells(), s.classes, s.part_h * s.part_w};
-}
-
 // See deform_psroi_pool.h for the geometry.
 template <typename A>
 struct DeformPsRoiPoolBins {

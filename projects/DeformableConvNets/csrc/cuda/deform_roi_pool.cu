@@ -6,10 +6,6 @@
 namespace dcn::cuda {
 namespace {
 
-RoiPoolSizes sizes_of(const DeformRoiPoolSizes& s) {
-  return {s.batch, s.height, s.width, s.rois, s.channels, s.out_h, s.out_w, 1, 1, s.out_h * s.out_w};
-}
-
 // See deform_roi_pool.h for the geometry.
 template <typename A>
 struct DeformRoiPoolBins {

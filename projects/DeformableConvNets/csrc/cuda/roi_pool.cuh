@@ -10,22 +10,12 @@
 #pragma once
 
 #include "launch.cuh"
+#include "roi_pool_sizes.h"
 
 namespace dcn::cuda {
 
 constexpr int kBinsPerBlock = 4;
 constexpr int kRoiThreads = kBinsPerBlock * kWarp;
-
-// Sizes that all RoI poolings have. Input channel = channel * cells + cell; each of the `blocks` of output channels has
-// two planes of `parts` offsets, x then y.
-struct RoiPoolSizes {
-  int64_t batch, height, width, rois, channels, out_h, out_w, cells, blocks, parts;
-
-  DCN_HOST_DEVICE int64_t bins() const { return out_h * out_w; }
-  DCN_HOST_DEVICE int64_t pixels() const { return height * width; }
-  DCN_HOST_DEVICE int64_t block_channels() const { return channels / blocks; }
-  DCN_HOST_DEVICE int64_t input_channels() const { return channels * cells; }
-};
 
 // The operands of one call, dense.
 template <typename T>
