@@ -23,7 +23,7 @@ run "mypy" "$bin/mypy"
 run "README in sync" "$bin/python" dev/readme.py --check
 
 workers=()
-processors=$(nproc 2>/dev/null || echo 1)
+processors=$(env -u OMP_NUM_THREADS nproc 2>/dev/null || echo 1)  # nproc would say what OMP_NUM_THREADS says
 if [ "$processors" -ge 2 ]; then
   workers=(-n "$((processors < 8 ? processors : 8))" --dist worksteal)
 fi

@@ -88,7 +88,7 @@ def register_path_handlers() -> None:
 
 
 def _fetch(path: str, force: bool) -> tuple[str, bool]:
-    """Local file for a path that the handler takes, and whether it was downloaded."""
+    """Local file for a path that the handler takes, and whether it is our download, which may be deleted."""
     # Detectron2's checkpointer passes a path through urlparse, which makes "mmdet:/file" of "mmdet:///file".
     place = path.removeprefix(PREFIX).removeprefix("//") if path.startswith(PREFIX) else path
     place = IMAGENET.get(place, place)
@@ -101,7 +101,7 @@ def _fetch(path: str, force: bool) -> tuple[str, bool]:
         place = ROOT + place
     manager = _downloads if place.startswith(("http://", "https://", "ftp://")) else PathManager
     try:
-        return manager.get_local_path(place, force=force), True
+        return manager.get_local_path(place, force=force), manager is _downloads
     except OSError as error:
         raise OSError(
             f"{place} could not be fetched: {error}. Without a network, copy the file here by other means and give "
