@@ -4,6 +4,7 @@
 #include <utility>
 
 #include "kernels.h"
+#include "layout.h"
 #include "panels.h"
 #include "tiles.h"
 
@@ -85,7 +86,7 @@ struct Operands {
 
   Operands(const DeformConv2dSizes& s, const Tensor& input, const Tensor& offset, const Tensor& weight,
            const std::optional<Tensor>& mask)
-      : image_tensor(dense(input, scalar_type_of<T>(), MemoryFormat::ChannelsLast)),
+      : image_tensor(to_channels_last<T>(input)),
         offset_tensor(dense(offset, scalar_type_of<T>())),
         weight_tensor(dense(weight, scalar_type_of<T>())),
         sizes(s),
@@ -406,7 +407,7 @@ std::array<Tensor, 4> backward(const DeformConv2dSizes& s, const Tensor& grad, c
   }
 
   const Tensor none = empty_result(grad);
-  return {need_input ? grad_input : none, need_offset ? sum_parts(grad_offset, offset) : none,
+  return {need_input ? like_input<T>(grad_input, input) : none, need_offset ? sum_parts(grad_offset, offset) : none,
           need_weight ? sum_parts(grad_weight, weight) : none,
           need_offset && mask ? sum_parts(grad_mask, *mask) : none};
 }
@@ -432,7 +433,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> deform_conv2d_backward(
       dtype == ScalarType::Double
           ? backward<double>(s, grad, input, offset, weight, mask, need_input, need_offset, need_weight)
           : backward<float>(s, grad, input, offset, weight, mask, need_input, need_offset, need_weight);
-  if (need_input && !is_channels_last(input)) gradients[0] = torch::stable::contiguous(gradients[0]);
   for (Tensor& gradient : gradients) {
     if (gradient.scalar_type() != dtype) gradient = torch::stable::to(gradient, dtype);
   }

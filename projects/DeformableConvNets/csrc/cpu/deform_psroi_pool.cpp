@@ -68,7 +68,7 @@ std::tuple<Tensor, Tensor, Tensor> deform_psroi_pool_backward(Tensor grad, Tenso
                                       need_offset, Locate<double>{s})
           : roi_pool_backward<float>("deform_psroi_pool", sizes, grad, input, rois, offset, mask, need_input,
                                      need_offset, Locate<float>{s});
-  return as_results(gradients, input, need_input);
+  return as_results(gradients, input);
 }
 
 }  // namespace

@@ -32,6 +32,21 @@ struct ImageChannels {
   const T* zeros;  // at least `channels` zeros, read in place of neighbours outside
 };
 
+// A row or a column of pixels that a bin reads.
+template <typename T>
+struct AxisEntry {
+  int32_t pixel;
+  T weight, slope;
+};
+
+// The pixels of one bin of a RoI: all pairs of its rows and columns.
+template <typename T>
+struct BinPixels {
+  const AxisEntry<T>*rows, *columns;
+  int64_t row_count, column_count;
+  int64_t width, stride;  // of the image: pixels in a row, values of a pixel
+};
+
 // c = or += a @ b for a tile. `a` is given in chunks of `depth` columns: a(row, chunk * depth + k) is
 // a[row * a_row + chunk * a_chunk + k], or a[k * a_row + row] where `transposed` (one chunk only). `b` is packed into
 // panels of panel_vectors vectors' width, `b_panel` values apart, each with chunks * depth rows.
@@ -76,9 +91,16 @@ struct Kernels {
   // to[c * to_stride + r] = from[r * from_stride + c].
   void (*transpose)(const T* from, int64_t from_stride, int64_t rows, int64_t columns, T* to, int64_t to_stride);
 
-  // a[c] += scale * b[c], and <a, b>.
+  // a[c] += scale * b[c].
   void (*add_scaled)(T* a, const T* b, T scale, int64_t count);
-  T (*inner)(const T* a, const T* b, int64_t count);
+
+  // sum[c] = scale * the bin's weighted sum of channel c.
+  void (*pool)(const BinPixels<T>& bin, const T* image, int64_t channels, T scale, T* sum);
+
+  // Adds scale * gradient to the bin's pixels of `grad_image`, and to `sums` the gradient's product with the bin's
+  // derivatives by x and y and with its sum. `grad_image` and `sums` may be null.
+  void (*pool_backward)(const BinPixels<T>& bin, const T* image, int64_t channels, T scale, const T* gradient,
+                        T* grad_image, T* sums);
 };
 
 // The kernels of the best instruction set that this processor has. DCN_CPU_CAPABILITY=default|avx2|avx512 caps it.

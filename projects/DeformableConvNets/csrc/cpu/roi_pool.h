@@ -4,6 +4,7 @@
 #pragma once
 
 #include "kernels.h"
+#include "layout.h"
 #include "roi_pool_sizes.h"
 #include "tiles.h"
 
@@ -13,11 +14,6 @@ namespace dcn::cpu {
 template <typename T>
 class AxisSum {
  public:
-  struct Entry {
-    int32_t pixel;
-    T weight, slope;
-  };
-
   void clear() {
     entries_.clear();
     samples_ = 0;
@@ -30,14 +26,14 @@ class AxisSum {
     samples_ += sample.exists[0] || sample.exists[1];
   }
 
-  const std::vector<Entry>& entries() const { return entries_; }
+  const std::vector<AxisEntry<T>>& entries() const { return entries_; }
   int64_t samples() const { return samples_; }  // those on the map
 
  private:
   void add(int32_t pixel, T weight, T slope) {
     // Positions rise from sample to sample, so a pixel that is met again is one of the last two.
     for (size_t back = 1; back <= 2 && back <= entries_.size(); ++back) {
-      Entry& entry = entries_[entries_.size() - back];
+      AxisEntry<T>& entry = entries_[entries_.size() - back];
       if (entry.pixel == pixel) {
         entry.weight += weight;
         entry.slope += slope;
@@ -47,7 +43,7 @@ class AxisSum {
     entries_.push_back({pixel, weight, slope});
   }
 
-  std::vector<Entry> entries_;
+  std::vector<AxisEntry<T>> entries_;
   int64_t samples_ = 0;
 };
 
@@ -60,12 +56,13 @@ struct Bin {
   int64_t cell;      // which group of the input's channels it reads
   int64_t part;      // index of its offset in a plane of the offset tensor
 
-  // Calls visit(pixel, row, column) for every pixel of the bin.
-  template <typename Visit>
-  void for_each_pixel(int64_t width, const Visit& visit) const {
-    for (const auto& row : rows.entries()) {
-      for (const auto& column : columns.entries()) visit(row.pixel * width + column.pixel, row, column);
-    }
+  BinPixels<T> pixels(int64_t width, int64_t stride) const {
+    return {rows.entries().data(),
+            columns.entries().data(),
+            static_cast<int64_t>(rows.entries().size()),
+            static_cast<int64_t>(columns.entries().size()),
+            width,
+            stride};
   }
 };
 
@@ -111,7 +108,7 @@ struct RoiPoolOperands {
   T modulation(int64_t r, int64_t b) const { return masks ? masks[r * sizes.bins() + b] : T(1); }
 
   static Tensor split_cells(const Tensor& input, const RoiPoolSizes& s) {
-    if (s.cells == 1) return dense(input, scalar_type_of<T>(), MemoryFormat::ChannelsLast);
+    if (s.cells == 1) return to_channels_last<T>(input);
     const Tensor split = torch::stable::reshape(dense(input, scalar_type_of<T>()),
                                                 std::vector<int64_t>{s.batch, s.channels, s.cells, s.pixels()});
     return torch::stable::contiguous(torch::stable::transpose(split, 1, 3));
@@ -136,24 +133,18 @@ Tensor roi_pool_forward(const char* op, const RoiPoolSizes& s, const Tensor& inp
   const int64_t bins = s.bins(), block_channels = s.block_channels();
   torch::stable::parallel_for(0, s.rois, 1, [&](int64_t first, int64_t last) {
     Bin<T> bin;
-    std::vector<T> pooled(s.channels * bins);
+    std::vector<T> pooled(s.channels * bins);  // (bins, channels)
     for (int64_t r = first; r < last; ++r) {
-      std::fill(pooled.begin(), pooled.end(), T(0));
       for (int64_t block = 0; block < s.blocks; ++block) {
         for (int64_t b = 0; b < bins; ++b) {
           locate(bin, operands, r, block, b / s.out_w, b % s.out_w);
-          const T* image = operands.images + operands.image_begin(r) + bin.cell * s.channels + block * block_channels;
-          T* sum = pooled.data() + b * s.channels + block * block_channels;
-          const T scale = bin.average * operands.modulation(r, b);
-          bin.for_each_pixel(s.width, [&](int64_t pixel, const auto& row, const auto& column) {
-            kernels<T>().add_scaled(sum, image + pixel * operands.pixel_stride(), row.weight * column.weight * scale,
-                                    block_channels);
-          });
+          kernels<T>().pool(bin.pixels(s.width, operands.pixel_stride()),
+                            operands.images + operands.image_begin(r) + bin.cell * s.channels + block * block_channels,
+                            block_channels, bin.average * operands.modulation(r, b),
+                            pooled.data() + b * s.channels + block * block_channels);
         }
       }
-      for (int64_t c = 0; c < s.channels; ++c) {
-        for (int64_t b = 0; b < bins; ++b) out[(r * s.channels + c) * bins + b] = pooled[b * s.channels + c];
-      }
+      kernels<T>().transpose(pooled.data(), s.channels, bins, s.channels, out + r * s.channels * bins, bins);
     }
   });
   return output;
@@ -168,7 +159,7 @@ std::array<Tensor, 3> roi_pool_backward(const char* op, const RoiPoolSizes& s, c
                                         const Locate& locate) {
   const RoiPoolOperands<T> operands(op, s, input, rois, offset, mask);
   // (rois, bins, channels): the channels of a bin side by side.
-  const Tensor grad_bins = dense(grad, scalar_type_of<T>(), MemoryFormat::ChannelsLast);
+  const Tensor grad_bins = to_channels_last<T>(grad);
   const T* grad_data = grad_bins.template const_data_ptr<T>();
   const int64_t bins = s.bins(), block_channels = s.block_channels(), offsets = s.rois * s.blocks * 2 * s.parts;
   const int64_t parts = std::clamp<int64_t>(s.channels / 16, 1, torch::stable::get_num_threads());
@@ -187,25 +178,14 @@ std::array<Tensor, 3> roi_pool_backward(const char* op, const RoiPoolSizes& s, c
     const T* gradient = grad_data + (r * bins + b) * s.channels + channels.begin;
     const int64_t begin = operands.image_begin(r) + bin.cell * s.channels + channels.begin;
     const int64_t count = channels.end - channels.begin;
-    const T modulation = operands.modulation(r, b);
-    T by_x = 0, by_y = 0, by_mask = 0;
-    bin.for_each_pixel(s.width, [&](int64_t pixel, const auto& row, const auto& column) {
-      const int64_t at = begin + pixel * operands.pixel_stride();
-      const T weight = row.weight * column.weight;
-      if (need_input) {
-        kernels<T>().add_scaled(image_data + at, gradient, weight * bin.average * modulation, count);
-      }
-      if (need_offset) {
-        const T dot = kernels<T>().inner(gradient, operands.images + at, count);
-        by_x += row.weight * column.slope * dot;
-        by_y += row.slope * column.weight * dot;
-        by_mask += weight * dot;
-      }
-    });
+    const T scale = bin.average * operands.modulation(r, b);
+    T sums[3] = {0, 0, 0};
+    kernels<T>().pool_backward(bin.pixels(s.width, operands.pixel_stride()), operands.images + begin, count, scale,
+                               gradient, need_input ? image_data + begin : nullptr, need_offset ? sums : nullptr);
     T* out = offset_data + thread * offsets + operands.offset_index(r, block, bin.part);
-    out[0] += by_x * bin.unit_x * bin.average * modulation;
-    out[s.parts] += by_y * bin.unit_y * bin.average * modulation;
-    mask_data[(thread * s.rois + r) * bins + b] += by_mask * bin.average;
+    out[0] += sums[0] * bin.unit_x * scale;
+    out[s.parts] += sums[1] * bin.unit_y * scale;
+    mask_data[(thread * s.rois + r) * bins + b] += sums[2] * bin.average;
   };
   torch::stable::parallel_for(0, parts, 1, [&](int64_t first, int64_t last) {
     Bin<T> bin;
@@ -228,19 +208,13 @@ std::array<Tensor, 3> roi_pool_backward(const char* op, const RoiPoolSizes& s, c
   const auto total = [](const Tensor& partial, const Tensor& like) {
     return torch::stable::reshape(torch::stable::sum(partial, std::array<int64_t, 1>{0}), like.sizes());
   };
-  return {need_input ? RoiPoolOperands<T>::merge_cells(grad_image, s) : none,
+  return {need_input ? like_input<T>(RoiPoolOperands<T>::merge_cells(grad_image, s), input) : none,
           need_offset && offset ? total(grad_offset, *offset) : none,
           need_offset && mask ? total(grad_mask, *mask) : none};
 }
 
-// Gives the gradients the dtype and, for the input's, the memory format that callers expect.
-inline std::tuple<Tensor, Tensor, Tensor> as_results(std::array<Tensor, 3> gradients, const Tensor& input,
-                                                     bool need_input) {
-  if (need_input) {
-    const bool last = is_channels_last(input);
-    gradients[0] =
-        torch::stable::contiguous(gradients[0], last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
-  }
+// Gives the gradients the input's dtype.
+inline std::tuple<Tensor, Tensor, Tensor> as_results(std::array<Tensor, 3> gradients, const Tensor& input) {
   for (Tensor& gradient : gradients) {
     if (gradient.scalar_type() != input.scalar_type()) gradient = torch::stable::to(gradient, input.scalar_type());
   }
