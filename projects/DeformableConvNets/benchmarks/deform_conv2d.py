@@ -4,6 +4,8 @@
     python benchmarks/deform_conv2d.py                       the CPU, 1 thread and all threads
     python benchmarks/deform_conv2d.py --device cuda         the GPU
     python benchmarks/deform_conv2d.py --quick               one row a stage, forward and forward+backward
+    python benchmarks/deform_conv2d.py --memory              peak extra memory
+    python benchmarks/deform_conv2d.py --check FILE...       which goals hold
 
 Shapes are those of a ResNet-50's stages at 800 x 1216. All contestants are timed in turns in one process; the table
 shows medians, and the file under results/ has their spread. A price is the time over that of the plain convolution in
@@ -18,18 +20,17 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
+import goals
 import measure
 import torch
 import torch.nn.functional as F
 import torchvision
+from measure import LAST, prepare
 from torch import Tensor
 
 from dcn_d2.ops import deform_conv2d
-
-LAST = torch.channels_last
 
 
 @dataclass(frozen=True)
@@ -50,14 +51,14 @@ class Shape:
 STAGES = [Shape("c3", 128, 100, 152), Shape("c4", 256, 50, 76), Shape("c5", 512, 25, 38)]
 
 
-def shapes(device: str, quick: bool) -> list[Shape]:
-    """The rows of the table."""
+def shapes(device: str, quick: bool, stages: list[Shape]) -> list[Shape]:
+    """The rows of the table: the stages, each also with one thing changed."""
     changes: list[dict[str, Any]] = [{}]
     if not quick:
         changes += [{"mask": False}, {"deform_groups": 4}, {"stride": 2}, {"groups": 32}, {"batch": 2}]
     if device == "cuda" and not quick:
         changes += [{"batch": 16}, {"batch": 16, "groups": 32}]
-    return [replace(stage, **change) for change in changes for stage in STAGES]
+    return [replace(stage, **change) for change in changes for stage in stages]
 
 
 class Layer:
@@ -95,13 +96,17 @@ class Layer:
         plain, last = (self.input, self.weight), (self.input.contiguous(memory_format=LAST), self.weight)
         last_weight = self.weight.contiguous(memory_format=LAST)
         found = {
-            "conv NCHW": _run(self.plain, plain, self.grad, backward),
-            "conv NHWC": _run(self.plain, (last[0], last_weight), self.grad.contiguous(memory_format=LAST), backward),
-            "dcn_d2 NCHW": _run(self.deformable(deform_conv2d), (*plain, *moved), self.grad, backward),
-            "dcn_d2 NHWC": _run(
+            "conv NCHW": prepare(self.plain, plain, self.grad, backward),
+            "conv NHWC": prepare(
+                self.plain, (last[0], last_weight), self.grad.contiguous(memory_format=LAST), backward
+            ),
+            "dcn_d2 NCHW": prepare(self.deformable(deform_conv2d), (*plain, *moved), self.grad, backward),
+            "dcn_d2 NHWC": prepare(
                 self.deformable(deform_conv2d), (*last, *moved), self.grad.contiguous(memory_format=LAST), backward
             ),
-            "torchvision": _run(self.deformable(torchvision.ops.deform_conv2d), (*plain, *moved), self.grad, backward),
+            "torchvision": prepare(
+                self.deformable(torchvision.ops.deform_conv2d), (*plain, *moved), self.grad, backward
+            ),
         }
         if not backward and self.input.device.type == "cpu" and self.input.dtype == torch.float32:
             onnx_runtime = self._onnx_runtime()
@@ -141,20 +146,6 @@ class Layer:
         return lambda: session.run(None, arrays)
 
 
-def _run(
-    function: Callable[..., Tensor], operands: tuple[Tensor, ...], grad: Tensor, backward: bool
-) -> Callable[[], object]:
-    if not backward:
-
-        def forward() -> Tensor:
-            with torch.no_grad():
-                return function(*operands)
-
-        return forward
-    leaves = [t.detach().requires_grad_() for t in operands]
-    return lambda: torch.autograd.grad(function(*leaves), leaves, grad)
-
-
 def check_equal(layer: Layer) -> None:
     """Refuses to time implementations that do not compute the same."""
     calls = layer.contestants(backward=False)
@@ -167,13 +158,13 @@ def check_equal(layer: Layer) -> None:
             raise RuntimeError(f"{name} differs from torchvision by {error} (relative) at {layer.shape}")
 
 
-def measure_time(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+def measure_time(arguments: argparse.Namespace, stages: list[Shape]) -> list[dict[str, Any]]:
     """Times every shape, pass and number of threads; prints a line for each."""
     rows = []
     dtype = getattr(torch, arguments.dtype)
     for threads in arguments.threads:
         torch.set_num_threads(threads)
-        for shape in shapes(arguments.device, arguments.quick):
+        for shape in shapes(arguments.device, arguments.quick, stages):
             layer = Layer(shape, arguments.device, dtype)
             check_equal(layer)
             for direction in ("forward", "forward+backward"):
@@ -203,41 +194,35 @@ def describe(row: dict[str, Any]) -> str:
     )
 
 
-def measure_memory(quick: bool) -> list[dict[str, Any]]:
+def measure_memory(quick: bool, stages: list[Shape]) -> list[dict[str, Any]]:
     """Peak extra memory of every contestant on CPU, with one thread."""
     torch.set_num_threads(1)
-    rows = []
-    for shape in shapes("cpu", quick):
+    rows: list[dict[str, Any]] = []
+    for shape in shapes("cpu", quick, stages):
         layer = Layer(shape, "cpu", torch.float32)
         for direction in ("forward", "forward+backward"):
             calls = layer.contestants(direction != "forward")
             extra = {name: measure.peak_extra_mib(call) for name, call in calls.items()}
-            rows.append({"shape": asdict(shape), "pass": direction, "peak_extra_mib": extra})
+            rows.append({"shape": asdict(shape), "pass": direction, "dtype": "float32", "threads": 1})
+            rows[-1]["peak_extra_mib"] = extra
             print(direction, shape.name, extra, flush=True)
     return rows
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None, stages: list[Shape] = STAGES) -> None:
     """Measures what the arguments say and writes the results."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--dtype", default="float32", choices=["float32", "float16", "bfloat16"])
-    parser.add_argument("--threads", type=int, nargs="+", help="default: 1 and all, or 1 for CUDA")
-    parser.add_argument("--repeats", type=int, default=9)
-    parser.add_argument("--quick", action="store_true", help="only the three plain stage shapes")
-    parser.add_argument("--memory", action="store_true", help="measure peak extra memory instead of time (CPU)")
-    parser.add_argument("--output", type=Path, help="default: results/deform_conv2d[_memory]_<device>.json")
-    arguments = parser.parse_args()
-    if arguments.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: no GPU is visible to torch")
-    if arguments.memory and os.environ.get("MALLOC_MMAP_THRESHOLD_") is None:
+    options = measure.parser(__doc__ or "", "only the three plain stage shapes", repeats=9)
+    options.add_argument("--memory", action="store_true", help="measure peak extra memory instead of time (CPU)")
+    parsed = measure.parse(options, arguments)
+    if parsed.check:
+        print(goals.report(parsed.check))
+        return
+    if parsed.memory and os.environ.get("MALLOC_MMAP_THRESHOLD_") is None:
         environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
         sys.exit(subprocess.run([sys.executable, *sys.argv], env=environment, check=False).returncode)
-    threads = sorted({1, len(os.sched_getaffinity(0))}) if arguments.device == "cpu" else [1]
-    arguments.threads = arguments.threads or threads
-    rows = measure_memory(arguments.quick) if arguments.memory else measure_time(arguments)
-    name = f"deform_conv2d{'_memory' if arguments.memory else ''}_{arguments.device}.json"
-    measure.write(arguments.output or measure.RESULTS / name, arguments.device, rows)
+    rows = measure_memory(parsed.quick, stages) if parsed.memory else measure_time(parsed, stages)
+    name = "deform_conv2d_memory" if parsed.memory else "deform_conv2d"
+    measure.write(parsed.output, name, parsed.device, rows)
 
 
 if __name__ == "__main__":

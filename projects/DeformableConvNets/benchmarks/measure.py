@@ -1,8 +1,9 @@
 # Copyright (c) the dcn_d2 authors. SPDX-License-Identifier: Apache-2.0
-"""What the benchmarks share: interleaved timing, peak memory, and a result file that says where it comes from."""
+"""What the benchmarks share: options, interleaved timing, peak memory, a result file that says where it comes from."""
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import platform
@@ -16,8 +17,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
+
+from dcn_d2.quiet import silence_detectron2_warnings
+
+silence_detectron2_warnings()  # here, because benchmarks import this file before Detectron2
 
 MOST_SECONDS = 4.0
+LAST = torch.channels_last
 RESULTS = Path(__file__).resolve().parent.parent / "results"
 
 
@@ -31,11 +38,28 @@ class Timing:
     repeats: int
 
 
-def interleave(contestants: dict[str, Callable[[], object]], device: str, repeats: int) -> dict[str, Timing]:
+def prepare(
+    function: Callable[..., Tensor], operands: tuple[Tensor, ...], grad: Tensor, backward: bool
+) -> Callable[[], object]:
+    """Returns a call of `function(*operands)`: without gradients, or with those of all operands for `grad`."""
+    if not backward:
+
+        def forward() -> Tensor:
+            with torch.no_grad():
+                return function(*operands)
+
+        return forward
+    leaves = [t.detach().requires_grad_() for t in operands]
+    return lambda: torch.autograd.grad(function(*leaves), leaves, grad)
+
+
+def interleave(
+    contestants: dict[str, Callable[[], object]], device: str, repeats: int, most_seconds: float = MOST_SECONDS
+) -> dict[str, Timing]:
     """Times all contestants in turns, so that a busy moment of the machine hits all of them alike.
 
     On CPU with one thread it is the thread's CPU time, which other processes disturb little; with more threads the wall
-    time; on CUDA the time between two events. A contestant that has taken MOST_SECONDS drops out once it has been
+    time; on CUDA the time between two events. A contestant that has taken `most_seconds` drops out once it has been
     timed three times.
     """
     samples: dict[str, list[float]] = {name: [] for name in contestants}
@@ -43,7 +67,7 @@ def interleave(contestants: dict[str, Callable[[], object]], device: str, repeat
         call()
     for _ in range(repeats):
         for name, call in contestants.items():
-            if len(samples[name]) < 3 or sum(samples[name]) < MOST_SECONDS * 1e3:
+            if len(samples[name]) < 3 or sum(samples[name]) < most_seconds * 1e3:
                 samples[name].append(_milliseconds(call, device))
     return {name: _summary(values) for name, values in samples.items()}
 
@@ -71,16 +95,18 @@ def _summary(values: list[float]) -> Timing:
 def peak_extra_mib(call: Callable[[], object]) -> float:
     """Mebibytes by which the resident memory of this process rises at most while `call` runs (Linux only).
 
-    Run it with MALLOC_MMAP_THRESHOLD_=65536 in the environment: freed memory then goes back to the system at once,
-    and what an earlier call left behind is not counted as free.
+    What `call` returns does not count: it is memory on top of inputs and outputs. Run it with
+    MALLOC_MMAP_THRESHOLD_=65536 in the environment: freed memory then goes back to the system at once, and what an
+    earlier call left behind is not counted as free.
     """
     call()
     Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
     before = _status("VmRSS")
     result = call()
     peak = _status("VmHWM")
-    del result
-    return round((peak - before) / 1024, 2)
+    results = result if isinstance(result, (tuple, list)) else [result]
+    returned = sum(r.nbytes for r in results if hasattr(r, "nbytes"))  # tensors, and ONNX Runtime's arrays
+    return round(max((peak - before) / 1024 - returned / 2**20, 0.0), 2)
 
 
 def _status(field: str) -> int:
@@ -126,9 +152,35 @@ def _git(*arguments: str) -> str:
     return result.stdout.strip() or "unknown" if result.returncode == 0 else "unknown"
 
 
-def write(path: Path, device: str, rows: list[dict[str, Any]]) -> None:
-    """Writes rows with their environment as JSON."""
+def parser(description: str, quick: str, repeats: int) -> argparse.ArgumentParser:
+    """The options that all benchmarks have; `quick` says what --quick leaves out."""
+    options = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    options.add_argument("--dtype", default="float32", choices=["float32", "float16", "bfloat16"])
+    options.add_argument("--threads", type=int, nargs="+", help="default: 1 and all, or 1 for CUDA")
+    options.add_argument("--repeats", type=int, default=repeats)
+    options.add_argument("--quick", action="store_true", help=quick)
+    options.add_argument("--output", type=Path, help="default: results/<benchmark>_<device>.json")
+    options.add_argument("--check", type=Path, nargs="+", metavar="FILE", help="say which goals result files meet")
+    return options
+
+
+def parse(options: argparse.ArgumentParser, arguments: list[str] | None) -> argparse.Namespace:
+    """Parses, and sets what depends on the machine."""
+    parsed = options.parse_args(arguments)
+    if parsed.device == "cuda" and not torch.cuda.is_available():
+        options.error("--device cuda: no GPU is visible to torch")
+    if parsed.repeats < 2:
+        options.error(f"--repeats: a spread needs at least 2, got {parsed.repeats}")
+    available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    parsed.threads = parsed.threads or (sorted({1, available}) if parsed.device == "cpu" else [1])
+    return parsed
+
+
+def write(path: Path | None, benchmark: str, device: str, rows: list[dict[str, Any]]) -> None:
+    """Writes rows with their environment as JSON; without a path below results/."""
+    path = path or RESULTS / f"{benchmark}_{device}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    document = {"environment": environment(device), "rows": rows}
+    document = {"benchmark": benchmark, "device": device, "environment": environment(device), "rows": rows}
     path.write_text(json.dumps(document, indent=1, default=asdict) + "\n")
     print(f"written: {path}")

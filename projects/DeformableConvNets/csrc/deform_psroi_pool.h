@@ -69,6 +69,7 @@ inline DeformPsRoiPoolSizes check_deform_psroi_pool(
   check_least(op, "output_size", output_size, 1);
   if (part_size) check_least(op, "part_size", *part_size, 1);
   STD_TORCH_CHECK(group_size >= 1, op, ": group_size must be at least 1, got ", group_size);
+  STD_TORCH_CHECK(group_size <= kMostOfSize, op, ": group_size must be at most ", kMostOfSize, ", got ", group_size);
   STD_TORCH_CHECK(sample_per_part >= 1, op, ": sample_per_part must be at least 1, got ", sample_per_part);
   const std::vector<int64_t>& part = part_size ? *part_size : output_size;
   const int64_t cells = group_size * group_size, channels = input.size(1);

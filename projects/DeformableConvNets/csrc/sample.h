@@ -71,7 +71,8 @@ DCN_HOST_DEVICE AxisSample<T> sample_axis_half_pixel(T position, int32_t size) {
   const T clamped = position < T(0) ? T(0) : position > last ? last : position;
   const T floor_position = std::floor(clamped);
   const T fraction = clamped - floor_position;
-  const auto low = static_cast<int32_t>(floor_position);
+  // Of a map longer than 2^24, float32 may round the last index up to one past it.
+  const int32_t below = static_cast<int32_t>(floor_position), low = below < size ? below : size - 1;
   if (fraction == T(0)) return {low, {true, false}, {T(1), T(0)}, {T(0), T(0)}};
   return {low, {true, true}, {T(1) - fraction, fraction}, {T(-1), T(1)}};
 }

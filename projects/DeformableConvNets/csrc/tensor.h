@@ -10,6 +10,7 @@
 #include <torch/headeronly/util/Exception.h>
 
 #include <array>
+#include <limits>
 #include <optional>
 #include <sstream>
 #include <string>
@@ -58,9 +59,14 @@ inline void check_shape(const char* op, const char* name, const Tensor& tensor, 
   STD_TORCH_CHECK(same, op, ": ", name, " must have shape ", to_string(expected), ", got ", to_string(tensor.sizes()));
 }
 
+constexpr int64_t kMostOfSize = std::numeric_limits<int32_t>::max();
+
 inline void check_least(const char* op, const char* name, const std::vector<int64_t>& values, int64_t least) {
   STD_TORCH_CHECK(values.size() == 2 && values[0] >= least && values[1] >= least, op, ": ", name,
                   " must be two numbers of at least ", least, ", got ", to_string(values));
+  // Products of two such numbers cannot overflow.
+  STD_TORCH_CHECK(values[0] <= kMostOfSize && values[1] <= kMostOfSize, op, ": ", name,
+                  " must be two numbers of at most ", kMostOfSize, ", got ", to_string(values));
 }
 
 // RoIs (R, 5) for `input`. In half precision they could not name a pixel beyond 2048, so float32 RoIs go with half

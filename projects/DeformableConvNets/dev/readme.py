@@ -47,42 +47,117 @@ def zoo() -> str:
 
 
 def performance(results: Path = PROJECT / "results") -> str:
-    """The price of deformability, one table for each device that was measured; nothing where there are no results."""
-    files = [results / f"deform_conv2d_{device}.json" for device in ("cpu", "cuda")]
-    tables = [performance_table(path) for path in files if path.exists()]
-    if not tables:
-        return ""
-    introduction = (
-        "## Speed\n\n"
-        "Median milliseconds of one 3x3 layer of a ResNet-50 at 800 x 1216 (batch 1, modulated, one deform group), "
-        "each implementation in its faster memory format. The price is the time of dcn_d2 over that of the plain "
-        "convolution. Other shapes and the spread are in the files; "
-        "[benchmarks](projects/DeformableConvNets/benchmarks) measures them again."
-    )
-    return "\n\n".join([introduction, *tables])
+    """The tables of all benchmarks, one for each device that was measured; nothing where there are no results."""
+    benchmarks = {
+        "deform_conv2d": (performance_table, CONVOLUTION),
+        "deform_conv2d_memory": (memory_table, MEMORY),
+        "deform_roi_pool": (roi_pool_table, ROI_POOLING),
+        "detector": (detector_table, DETECTOR),
+    }
+    parts = []
+    for name, (make, introduction) in benchmarks.items():
+        # A file may say after the device what else is special about it, such as its dtype.
+        files = [path for device in ("cpu", "cuda") for path in sorted(results.glob(f"{name}_{device}*.json"))]
+        parts += [introduction, *(make(path) for path in files)] if files else []
+    return "\n\n".join([SPEED, *parts]) if parts else ""
+
+
+SPEED = (
+    "## Speed\n\n"
+    "All numbers are medians. Other shapes, both memory formats and the spread are in the files that the tables name; "
+    "[benchmarks](projects/DeformableConvNets/benchmarks) measures them again."
+)
+CONVOLUTION = (
+    "Milliseconds of one 3x3 layer of a ResNet-50 at 800 x 1216 (batch 1, modulated, one deform group), each "
+    "implementation in its faster memory format. The price is the time of dcn_d2 over that of the plain convolution."
+)
+MEMORY = "Mebibytes that the same layers need at most, on top of their inputs and outputs, in the memory format named."
+ROI_POOLING = (
+    "Milliseconds to pool 512 RoIs into 7 x 7 bins of 2 x 2 samples (256 channels, batch 1), each operator in its "
+    "faster memory format, beside torchvision's `roi_align`, which moves no bins. The factor is that of "
+    "`deform_roi_pool` with offsets and mask over `roi_align`."
+)
+DETECTOR = (
+    "Milliseconds of a Faster R-CNN R-50-FPN at 800 x 1216 (batch 1, random weights), without and with modulated "
+    "deformable convolutions in c3 to c5, each in its faster memory format. The trunk is the ResNet alone."
+)
+# The layers of the tables above: batch 1, modulated, one deform group.
+USUAL = {"batch": 1, "stride": 1, "groups": 1, "deform_groups": 1, "mask": True}
 
 
 def performance_table(path: Path) -> str:
     """The default shapes of one result file of benchmarks/deform_conv2d.py."""
     document = json.loads(path.read_text())
-    environment = document["environment"]
-    usual = {"batch": 1, "stride": 1, "groups": 1, "deform_groups": 1, "mask": True}
-    rows = [row for row in document["rows"] if usual.items() <= row["shape"].items()]
+    rows = [row for row in document["rows"] if USUAL.items() <= row["shape"].items()]
     lines = []
     for row in sorted(rows, key=lambda row: row["threads"]):
         ours, plain, *peers = (fastest(row, name) for name in ("dcn_d2", "conv", "torchvision", "onnxruntime"))
         times = [plain, ours, ours / plain, *peers]
+        lines.append([layer(row["shape"]), row["pass"], str(row["threads"]), *numbers(*times)])
+    header = ["layer", "pass", "threads", "plain convolution", "dcn_d2", "price", "torchvision", "ONNX Runtime"]
+    return f"{caption(path, document)}\n\n{table(header, lines)}"
+
+
+def memory_table(path: Path) -> str:
+    """The default shapes of `benchmarks/deform_conv2d.py --memory`."""
+    document = json.loads(path.read_text())
+    names = ["conv NCHW", "conv NHWC", "dcn_d2 NCHW", "dcn_d2 NHWC", "torchvision", "onnxruntime"]
+    lines = [
+        [layer(row["shape"]), row["pass"], *numbers(*(row["peak_extra_mib"].get(name) for name in names))]
+        for row in document["rows"]
+        if USUAL.items() <= row["shape"].items()
+    ]
+    plain, ours = (f"{what}, channels_last" for what in ("plain convolution", "dcn_d2"))
+    header = ["layer", "pass", "plain convolution, NCHW", plain, "dcn_d2, NCHW", ours, "torchvision", "ONNX Runtime"]
+    return f"{caption(path, document)}\n\n{table(header, lines)}"
+
+
+def layer(shape: dict[str, Any]) -> str:
+    """A row's first cell: the layer's name and sizes."""
+    return f"{shape['name']}: {shape['channels']} x {shape['height']} x {shape['width']}"
+
+
+def roi_pool_table(path: Path) -> str:
+    """The rows of benchmarks/deform_roi_pool.py with 2 x 2 samples a bin."""
+    document = json.loads(path.read_text())
+    lines = []
+    for row in sorted(document["rows"], key=lambda row: row["threads"]):
         shape = row["shape"]
-        layer = f"{shape['name']}: {shape['channels']} x {shape['height']} x {shape['width']}"
-        lines.append([layer, row["pass"], str(row["threads"]), *("" if t is None else f"{t:.3g}" for t in times)])
+        if shape["sampling"] == 2:
+            align, *ours = (fastest(row, name) for name in ("roi_align", "plain", "deformable", "modulated", "psroi"))
+            level = f"{shape['name']}: {shape['height']} x {shape['width']}"
+            lines.append([level, row["pass"], str(row["threads"]), *numbers(align, *ours, align / ours[2])])
+    modes = ["`deform_roi_pool`, plain", "deformable", "modulated", "`deform_psroi_pool`"]
+    header = ["map", "pass", "threads", "`roi_align`", *modes, "factor"]
+    return f"{caption(path, document)}\n\n{table(header, lines)}"
+
+
+def detector_table(path: Path) -> str:
+    """The rows of benchmarks/detector.py."""
+    document = json.loads(path.read_text())
+    lines = []
+    for row in sorted(document["rows"], key=lambda row: row["threads"]):
+        plain, ours, theirs = (fastest(row, name) for name in ("plain", "dcn_d2", "torchvision"))
+        part = row["pass"] if row["dtype"] == document["rows"][0]["dtype"] else f"{row['pass']}, {row['dtype']}"
+        lines.append([part, str(row["threads"]), *numbers(plain, ours, ours / plain, theirs)])
+    header = ["part", "threads", "plain", "dcn_d2", "price", "with torchvision's operator"]
+    return f"{caption(path, document)}\n\n{table(header, lines)}"
+
+
+def numbers(*values: float | None) -> list[str]:
+    """Three significant digits each, empty where there is no value; never in powers of ten."""
+    return ["" if value is None else f"{value:.0f}" if value >= 1000 else f"{value:.3g}" for value in values]
+
+
+def caption(path: Path, document: dict[str, Any]) -> str:
+    """What stands above a table: where, with what and when the numbers of a result file were measured."""
+    environment = document["environment"]
     versions = ", ".join(f"{name} {version}" for name, version in environment["versions"].items())
     commit = environment["commit"] + (" with changes" if environment["uncommitted_changes"] else "")
-    caption = (
-        f"{environment['device']}, {rows[0]['dtype']}, {versions}, commit {commit}, {environment['date']} "
+    return (
+        f"{environment['device']}, {document['rows'][0]['dtype']}, {versions}, commit {commit}, {environment['date']} "
         f"([{path.name}](projects/DeformableConvNets/results/{path.name})):"
     )
-    header = ["layer", "pass", "threads", "plain convolution", "dcn_d2", "price", "torchvision", "ONNX Runtime"]
-    return f"{caption}\n\n{table(header, lines)}"
 
 
 def fastest(row: dict[str, Any], name: str) -> Any:

@@ -373,7 +373,7 @@ std::array<Tensor, 4> backward(const DeformConv2dSizes& s, const Tensor& grad, c
   const int64_t workers = torch::stable::get_num_threads();
   const int64_t image_parts = std::clamp<int64_t>(s.batch, 1, workers);
   const int64_t wanted_parts = divide_up(workers, image_parts);
-  const int64_t weight_bytes = s.taps() * s.group_out_channels() * int64_t{sizeof(T)};
+  const int64_t weight_bytes = s.taps() * std::max<int64_t>(s.group_out_channels(), 1) * int64_t{sizeof(T)};
   const int64_t fitting = std::clamp<int64_t>(kWeightBytes / weight_bytes, 16, 128) / 16 * 16;
   const int64_t segment_channels = std::min(fitting, std::max<int64_t>(divide_up(s.channels, wanted_parts), 16));
   const std::vector<Segment> segments = segments_of(s, segment_channels);
@@ -386,7 +386,7 @@ std::array<Tensor, 4> backward(const DeformConv2dSizes& s, const Tensor& grad, c
   const Tensor grad_mask = zeros_of<T>(input, {need_offset && mask ? channel_parts : 0, mask_count});
   const Tensor grad_weight = zeros_of<T>(input, {need_weight ? image_parts : 0, weight_count});
 
-  if (s.batch > 0) {
+  if (s.batch > 0 && s.out_channels > 0) {
     const int64_t widest = std::min(segment_channels, s.group_channels());
     const int64_t tile = tile_size<T>(s.taps() * widest * int64_t{sizeof(T)}, s.positions(), 1);
     torch::stable::parallel_for(0, image_parts * channel_parts, 1, [&](int64_t first, int64_t last) {

@@ -162,7 +162,8 @@ std::array<Tensor, 3> roi_pool_backward(const char* op, const RoiPoolSizes& s, c
   const Tensor grad_bins = to_channels_last<T>(grad);
   const T* grad_data = grad_bins.template const_data_ptr<T>();
   const int64_t bins = s.bins(), block_channels = s.block_channels(), offsets = s.rois * s.blocks * 2 * s.parts;
-  const int64_t parts = std::clamp<int64_t>(s.channels / 16, 1, torch::stable::get_num_threads());
+  // None where there are no channels.
+  const int64_t parts = std::min(s.channels, std::clamp<int64_t>(s.channels / 16, 1, torch::stable::get_num_threads()));
 
   const auto zeros = [&](const std::vector<int64_t>& sizes) {
     return torch::stable::new_zeros(input, sizes, scalar_type_of<T>());

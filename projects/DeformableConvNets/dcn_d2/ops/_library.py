@@ -1,9 +1,14 @@
 # Copyright (c) the dcn_d2 authors. SPDX-License-Identifier: Apache-2.0
-"""The operator library `torch.ops.dcn_d2`: loads the compiled kernels and registers what Python adds to them."""
+"""The operator library `torch.ops.dcn_d2`: loads the compiled kernels and registers what Python adds to them.
+
+The environment variable DCN_LIBRARY names another build of the kernels to load in place of dcn_d2._C, such as the one
+that dev/sanitize.sh makes.
+"""
 
 from __future__ import annotations
 
 import importlib.util
+import os
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -15,7 +20,14 @@ _warned: set[str] = set()
 
 
 def _load_kernels() -> str:
-    """Loads `dcn_d2._C`. Returns "" or, where there is none, the reason."""
+    """Loads `dcn_d2._C`. Returns "" or, where there is none, the reason.
+
+    Raises:
+        OSError: the library that DCN_LIBRARY names does not load. It was asked for, so nothing stands in for it.
+    """
+    if named := os.environ.get("DCN_LIBRARY"):
+        torch.ops.load_library(named)
+        return ""
     try:
         spec = importlib.util.find_spec("dcn_d2._C")
     except ModuleNotFoundError:

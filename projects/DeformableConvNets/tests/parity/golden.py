@@ -28,7 +28,9 @@ CASES: dict[str, tuple[str, str, str]] = {
 }
 CLASSES, WIDTH, FPN_WIDTH, FC_WIDTH = 10, 16, 32, 64
 GROUPS, GROUP_WIDTH = 4, 8
-PROPOSALS, DETECTIONS = 100, 30
+PROPOSALS = 100
+# Masks are what makes files large. Without them all detections above the score threshold are compared.
+DETECTIONS_WITH_MASKS, DETECTIONS = 30, 1000
 SAMPLES = 200  # kept values of each FPN map
 
 
@@ -57,7 +59,7 @@ def slim_mmdet(config: Any) -> None:
         heads.mask_roi_extractor.out_channels = FPN_WIDTH
         heads.mask_head.update(in_channels=FPN_WIDTH, conv_out_channels=FPN_WIDTH, num_classes=CLASSES)
     model.test_cfg.rpn.update(nms_pre=2 * PROPOSALS, max_per_img=PROPOSALS)
-    model.test_cfg.rcnn.max_per_img = DETECTIONS
+    model.test_cfg.rcnn.max_per_img = DETECTIONS_WITH_MASKS if "mask_head" in heads else DETECTIONS
 
 
 def slim_detectron2(cfg: Any, pooler: str) -> None:
@@ -73,7 +75,7 @@ def slim_detectron2(cfg: Any, pooler: str) -> None:
     model.ROI_MASK_HEAD.CONV_DIM = FPN_WIDTH
     model.ROI_HEADS.NUM_CLASSES = CLASSES
     model.RPN.PRE_NMS_TOPK_TEST, model.RPN.POST_NMS_TOPK_TEST = 2 * PROPOSALS, PROPOSALS
-    cfg.TEST.DETECTIONS_PER_IMAGE = DETECTIONS
+    cfg.TEST.DETECTIONS_PER_IMAGE = DETECTIONS_WITH_MASKS if model.MASK_ON else DETECTIONS
     if pooler:
         model.ROI_BOX_HEAD.POOLER_TYPE = pooler
 
@@ -89,11 +91,7 @@ def thin(outputs: Outputs) -> Outputs:
 
 
 def make(name: str, seed: int) -> bool:
-    """Makes one golden file, unless a decision in it hangs by a thread: then another seed is needed.
-
-    The outputs must keep all their boxes when all weights change by about 3e-7 of their size, which does more to
-    them than the rounding of another processor.
-    """
+    """Makes one golden file, unless a decision in it hangs by a thread: then another seed is needed."""
     import mmcv
     import mmdet
     import torch
@@ -108,20 +106,8 @@ def make(name: str, seed: int) -> bool:
     with runner.pooled_as(pooling):
         gains, centres = oracle.calibrate(model, data, seed)
         outputs = thin(oracle.predict(model, data))
-        for attempt in range(3):
-            disturbed = oracle.build(config)
-            state = {key: value.clone() for key, value in model.state_dict().items()}
-            generator = torch.Generator().manual_seed(attempt)
-            for value in state.values():
-                if value.is_floating_point():
-                    value.mul_(1 + 3e-7 * torch.randn(value.shape, generator=generator))
-            disturbed.load_state_dict(state)
-            row_of = compare(thin(oracle.predict(disturbed, data)), outputs)
-            stable = row_of["proposals_matched"] == PROPOSALS and row_of["boxes_px"] < 3e-3 and row_of["scores"] < 3e-5
-            stable &= row_of["detections_matched"] == row_of["detections"] == row_of["detections_ours"]
-            print(f"{name}, seed {seed}, attempt {attempt}: {row_of}")
-            if not stable or row_of["detections"] < 10:
-                return False
+        if not _is_stable(oracle.build(config), model.state_dict(), data, outputs):
+            return False
     origin = {
         "made by": "python -m tests.parity.golden",
         "versions": {"mmdet": mmdet.__version__, "mmcv": mmcv.__version__, "torch": torch.__version__.split("+")[0]},
@@ -143,6 +129,32 @@ def make(name: str, seed: int) -> bool:
     return True
 
 
+def _is_stable(model: Any, state: dict[str, Any], data: dict[str, Any], outputs: Outputs) -> bool:
+    """Whether the outputs stay when all weights change by about 3e-7 of their size, thrice.
+
+    That does more to them than the rounding of another processor.
+    """
+    import torch
+
+    from . import oracle
+
+    for attempt in range(3):
+        generator = torch.Generator().manual_seed(attempt)
+
+        def disturbed(value: Any, generator: Any = generator) -> Any:
+            noise = 3e-7 * torch.randn(value.shape, generator=generator)
+            return value * (1 + noise) if value.is_floating_point() else value
+
+        model.load_state_dict({key: disturbed(value) for key, value in state.items()})
+        row = compare(thin(oracle.predict(model, data)), outputs)
+        print(row)
+        same = row["proposals_matched"] == PROPOSALS and row["boxes_px"] < 3e-3 and row["scores"] < 5e-5
+        same &= row["detections_matched"] == row["detections"] == row["detections_ours"] >= 10
+        if not same:
+            return False
+    return True
+
+
 def load(name: str) -> tuple[dict[str, Any], dict[str, np.ndarray], Outputs]:
     """Reads a golden file: its origin, centres, outputs."""
     with np.load(FOLDER / f"{name}.npz") as file:
@@ -158,5 +170,5 @@ def load(name: str) -> tuple[dict[str, Any], dict[str, np.ndarray], Outputs]:
 
 if __name__ == "__main__":
     for case in sys.argv[1:] or CASES:
-        if not any(make(case, seed) for seed in range(1, 20)):
+        if not any(make(case, seed) for seed in range(1, 40)):
             raise SystemExit(f"{case}: no seed gives stable outputs")

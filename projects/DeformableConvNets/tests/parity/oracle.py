@@ -30,10 +30,10 @@ from mmengine.runner.checkpoint import get_state_dict, save_checkpoint, weights_
 from mmengine.structures import InstanceData
 from torch import Tensor, nn
 
-from . import pooling
+from . import pooling, weights
 from .compare import Outputs
 from .rows import ROWS
-from .weights import RPN_LOGIT_MEAN, evenly_spaced_indices, is_centred, seeded_tensor, spread
+from .weights import evenly_spaced_indices, is_centred, seeded_tensor, spread
 
 POOLINGS = {"original": pooling.original, "aligned": pooling.aligned}
 
@@ -131,8 +131,7 @@ def calibrate(model: nn.Module, data: dict[str, Any], seed: int) -> tuple[dict[s
         state[weight].copy_(torch.from_numpy(seeded_tensor(weight, state[weight].shape, seed, gains[weight])))
         plain = plain * gains[weight]
         if centred:
-            wanted = RPN_LOGIT_MEAN if layer == "rpn_head.rpn_cls" else 0.0
-            centres[bias] = wanted - (mean * gains[weight]).flatten().numpy()
+            centres[bias] = weights.mean(layer) - (mean * gains[weight]).flatten().numpy()
         if bias_value is None:
             return plain
         bias_value.copy_(torch.from_numpy(seeded_tensor(bias, bias_value.shape, seed, 1.0, centres.get(bias))))

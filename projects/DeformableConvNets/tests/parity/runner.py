@@ -68,8 +68,9 @@ def compare_detections(
     model = oracle.build(oracle.load_config(row))
     pooling = pooling_of(row) if pooling is None else pooling
     with pooled_as(pooling):
-        oracle.calibrate(model, oracle.prepare(image, SMALL_SCALE), oracle.seed_of(row))
-        theirs = oracle.predict(model, oracle.prepare(image, scale))
+        data = oracle.prepare(image, scale)
+        oracle.calibrate(model, data, oracle.seed_of(row))
+        theirs = oracle.predict(model, data)
     weights = publish(model, folder, row, old_offset_names=old_offset_names)
     del model
     cfg = ours.config(row, f"mmdet://{weights}", scale)

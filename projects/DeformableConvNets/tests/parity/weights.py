@@ -20,17 +20,17 @@ _SPREADS = (
     (r".*\.conv_offset", 1.5),  # pixels of the map, and logits of the modulation
     (r".*\.offset_fc\.4", 0.7),  # shares of a tenth of the RoI
     (r".*\.mask_fc\.2", 1.5),
-    (r"rpn_head\.rpn_cls", 1.0),
-    (r"rpn_head\.rpn_reg", 0.35),
+    (r"rpn_head\.rpn_reg", 0.2),
     (r".*\.fc_cls", 3.0),
-    (r".*\.fc_reg", 1.2),
+    (r".*\.fc_reg", 0.4),
     (r".*\.conv_logits", 2.0),
 )
 # Layers whose outputs differ little from place to place around a large mean, which their bias has to take away.
-_CENTRED = re.compile(r".*\.(fc_cls|fc_reg|rpn_cls|rpn_reg|conv_logits)|.*\.(offset_fc\.4|mask_fc\.2)")
-# MMDetection ranks proposals by the sigmoid of their logit, Detectron2 by the logit: the same order as long as no two
-# sigmoids round to the same number, as those of large logits do.
-RPN_LOGIT_MEAN = -3.0
+_CENTRED = re.compile(r".*\.(shared_fcs\.\d|fc_cls|fc_reg|rpn_cls|rpn_reg|conv_logits)|.*\.(offset_fc\.4|mask_fc\.2)")
+# Means of outputs that are not to be 0. MMDetection ranks proposals by the sigmoid of their logit, Detectron2 by the
+# logit: the same order as long as no two sigmoids round to the same number, as those of large logits do. Masks are to
+# be more than noise: with a mean of 0 most of their pixels would be close to an edge.
+_MEANS = {"rpn_cls": -3.0, "conv_logits": 2.0}
 
 
 def spread(layer: str) -> float:
@@ -38,8 +38,13 @@ def spread(layer: str) -> float:
     return next((value for pattern, value in _SPREADS if re.fullmatch(pattern, layer)), 1.0)
 
 
+def mean(layer: str) -> float:
+    """Mean wanted of a centred layer's outputs."""
+    return _MEANS.get(layer.rpartition(".")[2], 0.0)
+
+
 def is_centred(layer: str) -> bool:
-    """Whether the bias of a layer is the negative mean of its outputs, plus noise."""
+    """Whether the bias of a layer makes the mean of its outputs `mean`, plus noise."""
     return _CENTRED.fullmatch(layer) is not None
 
 
