@@ -37,6 +37,18 @@ def check_conv(sample: ConvSample, dtype: torch.dtype = torch.float64, channels_
     assert_same(actual, gradients(oracle, exact), 1e-10 if dtype == torch.float64 else 1e-4)
 
 
+# Channels and output channels: whole vectors and panels of them, and one more or less.
+WIDTHS = [(16, 64), (17, 65), (31, 32), (64, 33), (70, 127)]
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("widths", WIDTHS)
+def test_width(widths: tuple[int, int], dtype: torch.dtype, channels_last: bool) -> None:
+    sample = ConvSample("width", channels=widths[0], out_channels=widths[1], size=(5, 5), kernel=(1, 2))
+    check_conv(sample, dtype, channels_last)
+
+
 @settings(max_examples=40, deadline=None)
 @given(data=st.data())
 def test_any_width(data: st.DataObject) -> None:
