@@ -78,6 +78,7 @@ benchmarks() {
     "$python" benchmarks/deform_conv2d.py --device cuda --dtype "$dtype" \
       --output "$results/deform_conv2d_cuda_$dtype.json" || return 1
   done
+  "$python" benchmarks/deform_roi_pool.py --device cuda && "$python" benchmarks/detector.py --device cuda
 }
 
 describe
