@@ -11,7 +11,14 @@ from torch import Tensor
 
 from . import reference
 from ._arguments import new_empty_in_format_of
-from ._library import define, needed_gradients, refuse_nondeterministic, register_autocast, register_fallback
+from ._library import (
+    define,
+    needed_gradients,
+    refuse_nondeterministic,
+    register_autocast,
+    register_fallback,
+    without_double_backward,
+)
 
 
 def define_roi_pool(name: str, geometry: Sequence[tuple[str, str]]) -> None:
@@ -80,6 +87,7 @@ def register_roi_pool(
         input, rois, offset, *ctx.geometry, mask = inputs
         ctx.save_for_backward(input, rois, offset, mask)
 
+    @without_double_backward
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         input, rois, offset, mask = ctx.saved_tensors
         need_input, _, need_offset, *_, need_mask = needed_gradients(ctx, len(arguments))

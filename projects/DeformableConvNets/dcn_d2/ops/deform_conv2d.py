@@ -19,7 +19,14 @@ from ._arguments import (
     new_empty_in_format_of,
     pair,
 )
-from ._library import define, needed_gradients, refuse_nondeterministic, register_autocast, register_fallback
+from ._library import (
+    define,
+    needed_gradients,
+    refuse_nondeterministic,
+    register_autocast,
+    register_fallback,
+    without_double_backward,
+)
 
 define(
     "deform_conv2d(Tensor input, Tensor offset, Tensor weight, Tensor? bias=None, int[2] stride=1, "
@@ -215,6 +222,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(input, offset, weight, mask)
 
 
+@without_double_backward
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     input, offset, weight, mask = ctx.saved_tensors
     need_input, need_offset, need_weight, need_bias, *_, need_mask = needed_gradients(ctx, 8)
