@@ -351,12 +351,6 @@ Tensor zeros_of(const Tensor& like, const std::vector<int64_t>& sizes) {
   return torch::stable::new_zeros(like, sizes, scalar_type_of<T>());
 }
 
-// The sum of the threads' parts, in their order.
-Tensor sum_parts(const Tensor& parts, const Tensor& like) {
-  const Tensor sum = parts.size(0) == 1 ? parts : torch::stable::sum(parts, std::array<int64_t, 1>{0});
-  return torch::stable::reshape(sum, like.sizes());
-}
-
 // Gradients in the dtype of the computation: input, offset, weight, mask; empty where not needed.
 template <typename T>
 std::array<Tensor, 4> backward(const DeformConv2dSizes& s, const Tensor& grad, const Tensor& input,

@@ -37,12 +37,7 @@ struct Locate {
 Tensor deform_roi_pool(Tensor input, Tensor rois, std::optional<Tensor> offset, std::vector<int64_t> output_size,
                        double spatial_scale, int64_t sampling_ratio, double gamma, std::optional<Tensor> mask) {
   const auto s = check_deform_roi_pool(input, rois, offset, mask, output_size, spatial_scale, sampling_ratio, gamma);
-  const ScalarType dtype = input.scalar_type();
-  const Tensor output =
-      dtype == ScalarType::Double
-          ? roi_pool_forward<double>("deform_roi_pool", sizes_of(s), input, rois, offset, mask, Locate<double>{s})
-          : roi_pool_forward<float>("deform_roi_pool", sizes_of(s), input, rois, offset, mask, Locate<float>{s});
-  return output.scalar_type() == dtype ? output : torch::stable::to(output, dtype);
+  return roi_pool<Locate>("deform_roi_pool", s, input, rois, offset, mask);
 }
 
 std::tuple<Tensor, Tensor, Tensor> deform_roi_pool_backward(Tensor grad, Tensor input, Tensor rois,
@@ -51,16 +46,7 @@ std::tuple<Tensor, Tensor, Tensor> deform_roi_pool_backward(Tensor grad, Tensor 
                                                             int64_t sampling_ratio, double gamma, bool need_input,
                                                             bool need_offset) {
   const auto s = check_deform_roi_pool(input, rois, offset, mask, output_size, spatial_scale, sampling_ratio, gamma);
-  const RoiPoolSizes sizes = sizes_of(s);
-  check_operand("deform_roi_pool_backward", "grad", grad, input, 4);
-  check_shape("deform_roi_pool_backward", "grad", grad, {sizes.rois, sizes.channels, sizes.out_h, sizes.out_w});
-  const std::array<Tensor, 3> gradients =
-      input.scalar_type() == ScalarType::Double
-          ? roi_pool_backward<double>("deform_roi_pool", sizes, grad, input, rois, offset, mask, need_input,
-                                      need_offset, Locate<double>{s})
-          : roi_pool_backward<float>("deform_roi_pool", sizes, grad, input, rois, offset, mask, need_input, need_offset,
-                                     Locate<float>{s});
-  return as_results(gradients, input);
+  return roi_pool_gradients<Locate>("deform_roi_pool", s, grad, input, rois, offset, mask, need_input, need_offset);
 }
 
 }  // namespace

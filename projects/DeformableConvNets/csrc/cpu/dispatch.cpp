@@ -41,17 +41,6 @@ Capability chosen() {
 
 }  // namespace
 
-const char* capability() {
-  switch (chosen()) {
-    case Capability::kAvx512:
-      return "avx512";
-    case Capability::kAvx2:
-      return "avx2";
-    default:
-      return "default";
-  }
-}
-
 #if defined(__x86_64__)
 #define DCN_CHOOSE(kernels_of_type)                         \
   chosen() == Capability::kAvx512 ? avx512::kernels_of_type \

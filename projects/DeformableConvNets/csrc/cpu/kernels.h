@@ -107,9 +107,6 @@ struct Kernels {
 template <typename T>
 const Kernels<T>& kernels();
 
-// Name of that instruction set.
-const char* capability();
-
 #define DCN_DECLARE_KERNELS(isa)               \
   namespace isa {                              \
   extern const Kernels<float> float_kernels;   \

@@ -206,16 +206,38 @@ std::array<Tensor, 3> roi_pool_backward(const char* op, const RoiPoolSizes& s, c
   });
 
   const Tensor none = empty_result(grad);
-  const auto total = [](const Tensor& partial, const Tensor& like) {
-    return torch::stable::reshape(torch::stable::sum(partial, std::array<int64_t, 1>{0}), like.sizes());
-  };
   return {need_input ? like_input<T>(RoiPoolOperands<T>::merge_cells(grad_image, s), input) : none,
-          need_offset && offset ? total(grad_offset, *offset) : none,
-          need_offset && mask ? total(grad_mask, *mask) : none};
+          need_offset && offset ? sum_parts(grad_offset, *offset) : none,
+          need_offset && mask ? sum_parts(grad_mask, *mask) : none};
 }
 
-// Gives the gradients the input's dtype.
-inline std::tuple<Tensor, Tensor, Tensor> as_results(std::array<Tensor, 3> gradients, const Tensor& input) {
+// The operator `op`, whose bins Locate<T> finds from its sizes `s`, for every dtype.
+template <template <typename> class Locate, typename Sizes>
+Tensor roi_pool(const char* op, const Sizes& s, const Tensor& input, const Tensor& rois,
+                const std::optional<Tensor>& offset, const std::optional<Tensor>& mask) {
+  const ScalarType dtype = input.scalar_type();
+  const Tensor output = dtype == ScalarType::Double
+                            ? roi_pool_forward<double>(op, sizes_of(s), input, rois, offset, mask, Locate<double>{s})
+                            : roi_pool_forward<float>(op, sizes_of(s), input, rois, offset, mask, Locate<float>{s});
+  return output.scalar_type() == dtype ? output : torch::stable::to(output, dtype);
+}
+
+// Its gradients by input, offset and mask; empty where not needed.
+template <template <typename> class Locate, typename Sizes>
+std::tuple<Tensor, Tensor, Tensor> roi_pool_gradients(const char* op, const Sizes& s, const Tensor& grad,
+                                                      const Tensor& input, const Tensor& rois,
+                                                      const std::optional<Tensor>& offset,
+                                                      const std::optional<Tensor>& mask, bool need_input,
+                                                      bool need_offset) {
+  const RoiPoolSizes sizes = sizes_of(s);
+  const std::string name = std::string(op) + "_backward";
+  check_operand(name.c_str(), "grad", grad, input, 4);
+  check_shape(name.c_str(), "grad", grad, {sizes.rois, sizes.channels, sizes.out_h, sizes.out_w});
+  std::array<Tensor, 3> gradients = input.scalar_type() == ScalarType::Double
+                                        ? roi_pool_backward<double>(op, sizes, grad, input, rois, offset, mask,
+                                                                    need_input, need_offset, Locate<double>{s})
+                                        : roi_pool_backward<float>(op, sizes, grad, input, rois, offset, mask,
+                                                                   need_input, need_offset, Locate<float>{s});
   for (Tensor& gradient : gradients) {
     if (gradient.scalar_type() != input.scalar_type()) gradient = torch::stable::to(gradient, input.scalar_type());
   }

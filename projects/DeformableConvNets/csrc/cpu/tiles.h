@@ -22,6 +22,12 @@ constexpr ScalarType scalar_type_of() {
   return sizeof(T) == 8 ? ScalarType::Double : ScalarType::Float;
 }
 
+// The sum of the threads' parts, in their order.
+inline Tensor sum_parts(const Tensor& parts, const Tensor& like) {
+  const Tensor sum = parts.size(0) == 1 ? parts : torch::stable::sum(parts, std::array<int64_t, 1>{0});
+  return torch::stable::reshape(sum, like.sizes());
+}
+
 // Part `index` of [0, count) cut into `parts` ranges of nearly equal length.
 struct Range {
   int64_t begin, end;
