@@ -70,8 +70,8 @@ class TapBuffer {
   }
 
  private:
-  std::unique_ptr<int32_t[]> pixels_;
-  std::unique_ptr<T[]> values_;
+  Scratch<int32_t> pixels_;
+  Scratch<T> values_;
   TapSamples<T> samples_{};
 };
 
@@ -179,7 +179,7 @@ class ForwardTile {
   int64_t taps_;
   TapBuffer<T> samples_;
   int64_t column_stride_;
-  std::unique_ptr<T[]> columns_, output_;
+  Scratch<T> columns_, output_;
 };
 
 template <typename T>
@@ -197,7 +197,8 @@ Tensor forward(const DeformConv2dSizes& s, const Tensor& input, const Tensor& of
   const GroupedPanels<T> panels = pack_forward_weight(s, operands.weights);
   // Taps at a time: all that leave room for a tile of many positions.
   const int64_t positions = s.positions(), tap_bytes = s.channels * int64_t{sizeof(T)};
-  const int64_t taps = std::clamp<int64_t>(kColumnBytes / (kMaxTile * tap_bytes), 1, s.taps());
+  const int64_t most_taps = std::clamp<int64_t>(kColumnBytes / (kMaxTile * tap_bytes), 1, s.taps());
+  const int64_t taps = divide_up(s.taps(), divide_up(s.taps(), most_taps));  // in rounds of nearly equal length
   const int64_t tile = tile_size<T>(taps * tap_bytes, s.batch * positions, torch::stable::get_num_threads());
   const int64_t tiles = divide_up(positions, tile);
   torch::stable::parallel_for(0, s.batch * tiles, 1, [&](int64_t first, int64_t last) {
@@ -342,7 +343,7 @@ class BackwardTask {
   PanelShape<T> grad_panels_;
   TapBuffer<T> samples_;
   Panels<T> weight_;
-  std::unique_ptr<T[]> grad_tile_, columns_, grad_weight_, dots_;
+  Scratch<T> grad_tile_, columns_, grad_weight_, dots_;
   std::vector<T> trash_;
 };
 

@@ -54,7 +54,7 @@ class PanelShape {
 // A packed right factor.
 template <typename T>
 struct Panels {
-  std::unique_ptr<T[]> data;
+  Scratch<T> data;
   int64_t panel_size = 0, vectors = 0;
 
   void set_right(TileProduct<T>& product) const {
@@ -67,7 +67,7 @@ struct Panels {
 // A packed right factor for every conv group.
 template <typename T>
 struct GroupedPanels {
-  std::unique_ptr<T[]> data;
+  Scratch<T> data;
   PanelShape<T> shape;
   int64_t depth;  // rows of a panel
 
@@ -96,7 +96,7 @@ GroupedPanels<T> pack_forward_weight(const DeformConv2dSizes& s, const T* weight
       T* to = packed.data.get() + i * packed.depth * width;
       const int64_t out = i % panels * width, count = std::min(width, group_out - out);
       const T* from = weight + (i / panels * group_out + out) * channels * taps;
-      const std::unique_ptr<T[]> block = scratch<T>(kPackedChannels * taps * width);  // (channels, taps, out channels)
+      const Scratch<T> block = scratch<T>(kPackedChannels * taps * width);  // (channels, taps, out channels)
       if (count < width) std::fill_n(block.get(), kPackedChannels * taps * width, T(0));
       for (int64_t c0 = 0; c0 < channels; c0 += kPackedChannels) {
         const int64_t some = std::min(kPackedChannels, channels - c0);
@@ -146,7 +146,7 @@ void unpack_weight_gradient(const DeformConv2dSizes& s, const T* from, int64_t g
                             T* weight) {
   const int64_t taps = s.taps(), group_out = s.group_out_channels(), row = s.group_channels() * taps;
   constexpr int64_t kOut = 64;
-  const std::unique_ptr<T[]> block = scratch<T>(kPackedChannels * taps * kOut);  // (channels, taps, out channels)
+  const Scratch<T> block = scratch<T>(kPackedChannels * taps * kOut);  // (channels, taps, out channels)
   for (int64_t o = 0; o < group_out; o += kOut) {
     const int64_t outs = std::min(kOut, group_out - o);
     for (int64_t c0 = 0; c0 < count; c0 += kPackedChannels) {

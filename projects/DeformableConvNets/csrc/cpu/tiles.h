@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <memory>
+#include <new>
 
 #include "tensor.h"
 
@@ -11,10 +12,16 @@ namespace dcn::cpu {
 
 inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Uninitialised memory of a thread.
+// Uninitialised memory that starts on a cache line, so that vectors do not lie across two of them.
+struct FreeScratch {
+  void operator()(void* memory) const { ::operator delete(memory, std::align_val_t{64}); }
+};
 template <typename T>
-std::unique_ptr<T[]> scratch(int64_t count) {
-  return std::unique_ptr<T[]>(new T[static_cast<size_t>(count)]);
+using Scratch = std::unique_ptr<T[], FreeScratch>;
+
+template <typename T>
+Scratch<T> scratch(int64_t count) {
+  return Scratch<T>(static_cast<T*>(::operator new(static_cast<size_t>(count) * sizeof(T), std::align_val_t{64})));
 }
 
 template <typename T>
