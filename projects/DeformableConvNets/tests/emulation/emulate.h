@@ -181,10 +181,20 @@ T __shfl_xor_sync(unsigned lanes, T value, int distance) {
   return value;
 }
 
+// No lane passes before all of them have come.
+inline void __syncwarp(unsigned lanes = 0xffffffffu) { __shfl_xor_sync(lanes, 0, 0); }
+
 template <typename T>
 T atomicAdd(T* address, T value) {
   const T old = *address;
   *address += value;
+  return old;
+}
+
+template <typename T>
+T atomicMax(T* address, T value) {
+  const T old = *address;
+  *address = old < value ? value : old;
   return old;
 }
 
