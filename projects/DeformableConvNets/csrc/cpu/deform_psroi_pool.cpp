@@ -45,13 +45,11 @@ Tensor deform_psroi_pool(Tensor input, Tensor rois, std::optional<Tensor> offset
   return roi_pool<Locate>("deform_psroi_pool", s, input, rois, offset, mask);
 }
 
-std::tuple<Tensor, Tensor, Tensor> deform_psroi_pool_backward(Tensor grad, Tensor input, Tensor rois,
-                                                              std::optional<Tensor> offset, std::optional<Tensor> mask,
-                                                              std::vector<int64_t> output_size, double spatial_scale,
-                                                              int64_t group_size,
-                                                              std::optional<std::vector<int64_t>> part_size,
-                                                              int64_t sample_per_part, double trans_std,
-                                                              bool need_input, bool need_offset) {
+std::tuple<Tensor, Tensor, Tensor> deform_psroi_pool_backward(
+    Tensor grad, Tensor input, Tensor rois, std::optional<Tensor> offset, std::optional<Tensor> mask,
+    std::vector<int64_t> output_size, double spatial_scale, int64_t group_size,
+    std::optional<std::vector<int64_t>> part_size, int64_t sample_per_part, double trans_std, bool need_input,
+    bool need_offset, bool /*deterministic*/) {
   const auto s = check_deform_psroi_pool(input, rois, offset, mask, output_size, spatial_scale, group_size, part_size,
                                          sample_per_part, trans_std);
   return roi_pool_gradients<Locate>("deform_psroi_pool", s, grad, input, rois, offset, mask, need_input, need_offset);

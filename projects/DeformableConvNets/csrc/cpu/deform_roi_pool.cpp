@@ -44,7 +44,7 @@ std::tuple<Tensor, Tensor, Tensor> deform_roi_pool_backward(Tensor grad, Tensor 
                                                             std::optional<Tensor> offset, std::optional<Tensor> mask,
                                                             std::vector<int64_t> output_size, double spatial_scale,
                                                             int64_t sampling_ratio, double gamma, bool need_input,
-                                                            bool need_offset) {
+                                                            bool need_offset, bool /*deterministic*/) {
   const auto s = check_deform_roi_pool(input, rois, offset, mask, output_size, spatial_scale, sampling_ratio, gamma);
   return roi_pool_gradients<Locate>("deform_roi_pool", s, grad, input, rois, offset, mask, need_input, need_offset);
 }

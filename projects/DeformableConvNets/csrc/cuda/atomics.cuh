@@ -49,6 +49,9 @@ __device__ __forceinline__ int exponent_of(A value) {
   }
 }
 
+// An exponent as a number that is never negative, so that 0 stands below all of them.
+constexpr int kExponentBias = 2048;
+
 // Fixed point in 64 bits: whole numbers add up to the same sum in every order, on every GPU.
 //
 // For sums of at most 2^log2_terms terms below 2^exponent in magnitude. A unit is 2^(exponent + log2_terms - 62), or
@@ -56,14 +59,21 @@ __device__ __forceinline__ int exponent_of(A value) {
 // at most n * 2^(exponent + log2_terms - 63): with 2^16 terms and float32 results, less than their own rounding.
 template <typename A>
 struct FixedPoint {
-  A scale, unit;  // powers of two; their product is 1
-  bool finite;    // whether the terms are; they cannot be summed otherwise
+  A scale = 1, unit = 1;  // powers of two; their product is 1
+  bool finite = true;     // whether the terms are; otherwise all sums are NaN
+
+  FixedPoint() = default;
 
   __device__ __forceinline__ FixedPoint(int exponent, int log2_terms) : finite(exponent <= kMost + 2) {
     const int shift = 62 - log2_terms - exponent;
     const int least = shift < kMost ? shift : kMost, within = least > -kMost ? least : -kMost;
     scale = std::ldexp(A(1), within), unit = std::ldexp(A(1), -within);
   }
+  // For terms that are products of two numbers, whose exponents `codes` has as find_largest_exponent gives them; 0
+  // stands for a number that is always 1.
+  __device__ __forceinline__ FixedPoint(const int* codes, int log2_terms)
+      : FixedPoint((codes[0] ? codes[0] - kExponentBias : 0) + (codes[1] ? codes[1] - kExponentBias : 0), log2_terms) {}
+
   __device__ __forceinline__ unsigned long long fixed(A value) const {
     return static_cast<unsigned long long>(std::llrint(value * scale));
   }
@@ -100,13 +110,10 @@ struct Sums {
   }
 };
 
-// An exponent as a number that is never negative, so that 0 stands below all of them.
-constexpr int kExponentBias = 2048;
-
 constexpr int kExponentThreads = 256;
 constexpr int64_t kExponentBlocks = 512;
 
-// *code = the largest exponent of `values`, biased; it was 0.
+// *code = the largest exponent of `values` + kExponentBias; it was 0.
 template <typename T>
 __global__ void __launch_bounds__(kExponentThreads, 1)
     largest_exponent_kernel(const T* values, const int64_t count, int* code) {

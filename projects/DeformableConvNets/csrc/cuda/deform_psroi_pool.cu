@@ -11,45 +11,35 @@ template <typename A>
 struct DeformPsRoiPoolBins {
   DeformPsRoiPoolSizes sizes;
 
-  struct Bin {
-    PsRoiAxis<A> y, x;
-    int64_t h, w;
-    int32_t height, width;
-    A offset_y, offset_x, trans_std;
-    A unit_y, unit_x, average;
-    SampleRange rows, columns;
-    int64_t cell;
+  struct Axis {
+    PsRoiAxis<A> axis;
+    int64_t bin, begin, end;
+    int32_t size;
+    A offset, trans_std, average, unit;
 
-    __device__ __forceinline__ AxisSample<A> row(int64_t k) const {
-      return sample_axis_half_pixel(psroi_sample_position(y, h, k, offset_y, trans_std), height);
-    }
-    __device__ __forceinline__ AxisSample<A> column(int64_t k) const {
-      return sample_axis_half_pixel(psroi_sample_position(x, w, k, offset_x, trans_std), width);
+    __device__ __forceinline__ AxisSample<A> sample(int64_t k) const {
+      return sample_axis_half_pixel(psroi_sample_position(axis, bin, k, offset, trans_std), size);
     }
   };
 
   __device__ __forceinline__ int64_t part(int64_t h, int64_t w) const { return sizes.part(h, w); }
+  bool own_parts() const { return sizes.part_h == sizes.out_h && sizes.part_w == sizes.out_w; }
+  __device__ __forceinline__ int64_t cell(int64_t h, int64_t w) const { return sizes.cell(h, w); }
 
-  __device__ __forceinline__ Bin bin(const A* row, int64_t h, int64_t w, A offset_y, A offset_x) const {
-    Bin bin;
+  __device__ __forceinline__ Axis axis(const A* row, bool column, int64_t bin, A offset) const {
     const A scale = static_cast<A>(sizes.spatial_scale);
-    bin.y = psroi_axis(row[2], row[4], scale, sizes.out_h, sizes.samples);
-    bin.x = psroi_axis(row[1], row[3], scale, sizes.out_w, sizes.samples);
-    bin.h = h, bin.w = w, bin.cell = sizes.cell(h, w);
-    bin.height = static_cast<int32_t>(sizes.height), bin.width = static_cast<int32_t>(sizes.width);
-    bin.offset_y = offset_y, bin.offset_x = offset_x, bin.trans_std = static_cast<A>(sizes.trans_std);
-    bin.rows = bin.columns = {0, sizes.samples};
+    Axis found;
+    found.axis = column ? psroi_axis(row[1], row[3], scale, sizes.out_w, sizes.samples)
+                        : psroi_axis(row[2], row[4], scale, sizes.out_h, sizes.samples);
+    found.bin = bin, found.begin = 0, found.end = sizes.samples;
+    found.size = static_cast<int32_t>(column ? sizes.width : sizes.height);
+    found.offset = offset, found.trans_std = static_cast<A>(sizes.trans_std);
     // Samples off the map do not count. A RoI that is not finite has none on it, and no shift to differentiate by.
-    int64_t rows = 0, columns = 0;
-    for (int64_t k = 0; k < sizes.samples; ++k) {
-      rows += bin.row(k).exists[0];  // a sample on the map has a lower neighbour
-      columns += bin.column(k).exists[0];
-    }
-    const bool empty = rows == 0 || columns == 0;
-    bin.average = empty ? A(0) : A(1) / (static_cast<A>(rows) * static_cast<A>(columns));
-    bin.unit_y = empty ? A(0) : bin.trans_std * bin.y.size;
-    bin.unit_x = empty ? A(0) : bin.trans_std * bin.x.size;
-    return bin;
+    int64_t count = 0;
+    for (int64_t k = 0; k < sizes.samples; ++k) count += found.sample(k).exists[0];  // the lower neighbour exists
+    found.average = count > 0 ? A(1) / static_cast<A>(count) : A(0);
+    found.unit = count > 0 ? found.trans_std * found.axis.size : A(0);
+    return found;
   }
 };
 
@@ -71,7 +61,7 @@ std::tuple<Tensor, Tensor, Tensor> deform_psroi_pool_backward(Tensor grad, Tenso
                                                               int64_t group_size,
                                                               std::optional<std::vector<int64_t>> part_size,
                                                               int64_t sample_per_part, double trans_std,
-                                                              bool need_input, bool need_offset) {
+                                                              bool need_input, bool need_offset, bool deterministic) {
   const auto s = check_deform_psroi_pool(input, rois, offset, mask, output_size, spatial_scale, group_size, part_size,
                                          sample_per_part, trans_std);
   check_operand("deform_psroi_pool_backward", "grad", grad, input, 4);
@@ -80,7 +70,7 @@ std::tuple<Tensor, Tensor, Tensor> deform_psroi_pool_backward(Tensor grad, Tenso
     using T = decltype(zero);
     const DeformPsRoiPoolBins<Accumulate<T>> bins{s};
     return roi_pool_backward<T, DeformPsRoiPoolBins>(sizes_of(s), bins, grad, input, rois, offset, mask, need_input,
-                                                     need_offset);
+                                                     need_offset, deterministic);
   });
 }
 

@@ -11,36 +11,33 @@ template <typename A>
 struct DeformRoiPoolBins {
   DeformRoiPoolSizes sizes;
 
-  struct Bin {
-    Roi<A> roi;
-    int64_t h, w;
-    int32_t height, width;
-    A unit_y, unit_x, average, shift_y, shift_x;
-    SampleRange rows, columns;
-    int64_t cell;
+  struct Axis {
+    RoiAxis<A> axis;
+    int64_t bin, begin, end;
+    int32_t size;
+    A shift, average, unit;
 
-    __device__ __forceinline__ AxisSample<A> row(int64_t k) const {
-      return sample_axis_clamped(roi_sample_position(roi.y, h, k, shift_y), height);
-    }
-    __device__ __forceinline__ AxisSample<A> column(int64_t k) const {
-      return sample_axis_clamped(roi_sample_position(roi.x, w, k, shift_x), width);
+    __device__ __forceinline__ AxisSample<A> sample(int64_t k) const {
+      return sample_axis_clamped(roi_sample_position(axis, bin, k, shift), size);
     }
   };
 
   __device__ __forceinline__ int64_t part(int64_t h, int64_t w) const { return h * sizes.out_w + w; }
+  bool own_parts() const { return true; }
+  __device__ __forceinline__ int64_t cell(int64_t, int64_t) const { return 0; }
 
-  __device__ __forceinline__ Bin bin(const A* row, int64_t h, int64_t w, A offset_y, A offset_x) const {
-    Bin bin;
-    bin.roi = read_roi(sizes, row);
-    bin.h = h, bin.w = w, bin.cell = 0;
-    bin.height = static_cast<int32_t>(sizes.height), bin.width = static_cast<int32_t>(sizes.width);
-    bin.unit_y = static_cast<A>(sizes.gamma) * bin.roi.y.size;
-    bin.unit_x = static_cast<A>(sizes.gamma) * bin.roi.x.size;
-    bin.average = A(1) / bin.roi.count();
-    bin.shift_y = bin.unit_y * offset_y, bin.shift_x = bin.unit_x * offset_x;
-    bin.rows = roi_sample_range(bin.roi.y, h, bin.shift_y, bin.height);
-    bin.columns = roi_sample_range(bin.roi.x, w, bin.shift_x, bin.width);
-    return bin;
+  __device__ __forceinline__ Axis axis(const A* row, bool column, int64_t bin, A offset) const {
+    const Roi<A> roi = read_roi(sizes, row);
+    Axis found;
+    found.axis = column ? roi.x : roi.y;
+    found.bin = bin;
+    found.size = static_cast<int32_t>(column ? sizes.width : sizes.height);
+    found.unit = static_cast<A>(sizes.gamma) * found.axis.size;
+    found.shift = found.unit * offset;
+    found.average = found.axis.grid > 0 ? A(1) / static_cast<A>(found.axis.grid) : A(1);
+    const SampleRange range = roi_sample_range(found.axis, bin, found.shift, found.size);
+    found.begin = range.begin, found.end = range.end;
+    return found;
   }
 };
 
@@ -58,7 +55,7 @@ std::tuple<Tensor, Tensor, Tensor> deform_roi_pool_backward(Tensor grad, Tensor 
                                                             std::optional<Tensor> offset, std::optional<Tensor> mask,
                                                             std::vector<int64_t> output_size, double spatial_scale,
                                                             int64_t sampling_ratio, double gamma, bool need_input,
-                                                            bool need_offset) {
+                                                            bool need_offset, bool deterministic) {
   const auto s = check_deform_roi_pool(input, rois, offset, mask, output_size, spatial_scale, sampling_ratio, gamma);
   check_operand("deform_roi_pool_backward", "grad", grad, input, 4);
   check_shape("deform_roi_pool_backward", "grad", grad, {s.rois, s.channels, s.out_h, s.out_w});
@@ -66,7 +63,7 @@ std::tuple<Tensor, Tensor, Tensor> deform_roi_pool_backward(Tensor grad, Tensor 
     using T = decltype(zero);
     const DeformRoiPoolBins<Accumulate<T>> bins{s};
     return roi_pool_backward<T, DeformRoiPoolBins>(sizes_of(s), bins, grad, input, rois, offset, mask, need_input,
-                                                   need_offset);
+                                                   need_offset, deterministic);
   });
 }
 

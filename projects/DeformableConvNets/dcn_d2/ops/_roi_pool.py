@@ -14,7 +14,6 @@ from ._arguments import new_empty_in_format_of
 from ._library import (
     define,
     needed_gradients,
-    refuse_nondeterministic,
     register_autocast,
     register_fallback,
     without_double_backward,
@@ -28,7 +27,7 @@ def define_roi_pool(name: str, geometry: Sequence[tuple[str, str]]) -> None:
     define(f"{name}(Tensor input, Tensor rois, Tensor? offset, {types}, Tensor? mask=None) -> Tensor")
     define(
         f"{name}_backward(Tensor grad, Tensor input, Tensor rois, Tensor? offset, Tensor? mask, {required}, "
-        "bool need_input, bool need_offset) -> (Tensor, Tensor, Tensor)"
+        "bool need_input, bool need_offset, bool deterministic) -> (Tensor, Tensor, Tensor)"
     )
 
 
@@ -64,7 +63,7 @@ def register_roi_pool(
     def reference_backward(
         grad: Tensor, input: Tensor, rois: Tensor, offset: Tensor | None, mask: Tensor | None, *rest: Any
     ) -> tuple[Tensor, ...]:
-        *geometry, need_input, need_offset = rest
+        *geometry, need_input, need_offset, _ = rest
 
         def forward(input: Tensor, offset: Tensor | None, mask: Tensor | None) -> Tensor:
             return oracle(input, rois, offset, *geometry, mask)
@@ -78,7 +77,7 @@ def register_roi_pool(
     def fake_backward(
         grad: Tensor, input: Tensor, rois: Tensor, offset: Tensor | None, mask: Tensor | None, *rest: Any
     ) -> tuple[Tensor, ...]:
-        *_, need_input, need_offset = rest
+        *_, need_input, need_offset, _ = rest
         none = grad.new_empty(0)
         grad_input = new_empty_in_format_of(input, input.shape) if need_input else none
         return grad_input, *(none if t is None or not need_offset else t.new_empty(t.shape) for t in (offset, mask))
@@ -91,9 +90,9 @@ def register_roi_pool(
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         input, rois, offset, mask = ctx.saved_tensors
         need_input, _, need_offset, *_, need_mask = needed_gradients(ctx, len(arguments))
-        refuse_nondeterministic(f"{name}_backward", grad.device)
+        deterministic = torch.are_deterministic_algorithms_enabled()
         gradients = backward_operator(
-            grad, input, rois, offset, mask, *ctx.geometry, need_input, need_offset or need_mask
+            grad, input, rois, offset, mask, *ctx.geometry, need_input, need_offset or need_mask, deterministic
         )
         grad_input, grad_offset, grad_mask = (
             gradient if needed else None for gradient, needed in zip(gradients, (need_input, need_offset, need_mask))

@@ -150,7 +150,7 @@ def emulate(name: str, values: dict[str, Any], **need: bool) -> dict[str, Tensor
     output = call(operators, name, values)
     generator = torch.Generator().manual_seed(1)
     grad = values.get("grad", torch.randn(output.shape, generator=generator, dtype=torch.float64).to(output.dtype))
-    needed = dict.fromkeys(("need_input", "need_offset", "need_weight"), True) | need
+    needed = dict.fromkeys(("need_input", "need_offset", "need_weight"), True) | {"deterministic": False} | need
     found = call(operators, f"{name}_backward", values | needed | {"grad": grad})
     return {"output": output, "grad": grad} | dict(zip(GRADIENTS[name], found))
 
