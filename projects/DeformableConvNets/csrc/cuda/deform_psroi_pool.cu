@@ -36,6 +36,7 @@ struct DeformPsRoiPoolBins {
     found.offset = offset, found.trans_std = static_cast<A>(sizes.trans_std);
     // Samples off the map do not count. A RoI that is not finite has none on it, and no shift to differentiate by.
     int64_t count = 0;
+#pragma unroll 1
     for (int64_t k = 0; k < sizes.samples; ++k) count += found.sample(k).exists[0];  // the lower neighbour exists
     found.average = count > 0 ? A(1) / static_cast<A>(count) : A(0);
     found.unit = count > 0 ? found.trans_std * found.axis.size : A(0);

@@ -29,6 +29,8 @@ struct DenseRoiPoolOperands {
         rois(dense(given_rois, accumulate_type(given_input.scalar_type()))) {
     if (given_offset) offset = dense(*given_offset, given_offset->scalar_type());
     if (given_mask) mask = dense(*given_mask, given_mask->scalar_type());
+    STD_TORCH_CHECK(s.bins() <= kMostOfSize, "RoI pooling on CUDA: output_size must have at most ", kMostOfSize,
+                    " bins, got ", s.out_h, " x ", s.out_w);
     pointers.sizes = s;
     pointers.images = input.template const_data_ptr<T>();
     pointers.rois = rois.template const_data_ptr<Accumulate<T>>();

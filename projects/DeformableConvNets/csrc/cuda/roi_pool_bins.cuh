@@ -37,15 +37,18 @@ struct RoiPoolOperands {
   }
 };
 
-// What a block works on: bins [begin, begin + count) of one RoI, for the channels of one block of channels.
+// What a block works on: bins [begin, begin + count) of one RoI, for the channels of one block of channels. A RoI has
+// less than 2^31 bins.
 struct BinTile {
-  int64_t roi, block, begin;
-  int count;
+  int64_t roi;
+  int block, begin, count;
 
   __device__ __forceinline__ BinTile(const RoiPoolSizes& s, int64_t index) {
-    const int64_t tiles = divide_up(s.bins(), kBinTile);
-    roi = index / tiles / s.blocks, block = index / tiles % s.blocks, begin = index % tiles * kBinTile;
-    count = static_cast<int>(s.bins() - begin < kBinTile ? s.bins() - begin : kBinTile);
+    const int64_t tiles = divide_up(s.bins(), kBinTile), row = index / tiles;
+    roi = row / s.blocks, block = static_cast<int>(row % s.blocks);
+    begin = static_cast<int>(index % tiles) * kBinTile;
+    const int left = static_cast<int>(s.bins()) - begin;
+    count = left < kBinTile ? left : kBinTile;
   }
 };
 DCN_HOST_DEVICE int64_t bin_tiles(const RoiPoolSizes& s) { return s.rois * s.blocks * divide_up(s.bins(), kBinTile); }
@@ -69,10 +72,13 @@ struct AxisList {
 template <typename A>
 struct BinLists {
   AxisList<A> rows, columns;
+  int64_t image;  // where the image begins that the bin reads, at the first channel of the tile's block
+  A mask;
 
   // A bin is worked on in parts: all pairs of a run of its rows and a run of its columns.
   __device__ __forceinline__ int64_t parts() const { return rows.runs * columns.runs; }
   __device__ __forceinline__ A average() const { return rows.average * columns.average; }
+  __device__ __forceinline__ A scale() const { return average() * mask; }
 };
 
 // Fills in `entries`. Samples that follow each other share pixels, which stand in the list once. `axis` has samples
@@ -93,6 +99,7 @@ __device__ __forceinline__ void list_samples(AxisList<A>& list, const Axis& axis
     touched[from] = false, weight[from] = slope[from] = A(0);
   };
   const int64_t begin = axis.begin + run * kAxisSamples;
+#pragma unroll 1
   for (int64_t k = begin; k < begin + kAxisSamples && k < axis.end; ++k) {
     const AxisSample<A> sample = axis.sample(k);
     if (!sample.exists[0] && !sample.exists[1]) continue;
@@ -121,7 +128,7 @@ __device__ __forceinline__ void list_axis(const RoiPoolOperands<T>& operands, co
                                           BinLists<Accumulate<T>>& lists) {
   using A = Accumulate<T>;
   const RoiPoolSizes& s = operands.sizes;
-  const int64_t h = (tile.begin + b) / s.out_w, w = (tile.begin + b) % s.out_w;
+  const int out_w = static_cast<int>(s.out_w), h = (tile.begin + b) / out_w, w = (tile.begin + b) % out_w;
   A offset = 0;
   if (operands.offsets) {
     const int64_t plane = (tile.roi * s.blocks + tile.block) * 2 + (column ? 0 : 1);  // x comes first
@@ -132,6 +139,12 @@ __device__ __forceinline__ void list_axis(const RoiPoolOperands<T>& operands, co
   if (part == 0) {
     list.runs = divide_up(axis.end - axis.begin, kAxisSamples);
     list.average = axis.average, list.unit = axis.unit;
+    if (column) {
+      const int64_t image = static_cast<int64_t>(operands.rois[5 * tile.roi]) * s.cells + bins.cell(h, w);
+      lists.image = image * s.pixels() * s.channels + tile.block * s.block_channels();
+    } else {
+      lists.mask = operands.masks ? static_cast<A>(operands.masks[tile.roi * s.bins() + tile.begin + b]) : A(1);
+    }
   }
   const int64_t columns = part > 0 && lists.columns.runs > 0 ? lists.columns.runs : 1;
   list_samples(list, axis, column ? part % columns : part / columns, column ? s.channels : s.channels * s.width);
@@ -153,12 +166,12 @@ __device__ __forceinline__ bool list_bins(const RoiPoolOperands<T>& operands, co
   return more;
 }
 
-// Calls visit(row, column) for all pairs of entries of a part of a listed bin.
-template <typename A, typename Visit>
+// Calls visit(row, column) for all pairs of entries of a part of a listed bin, kUnrolled of them at a time.
+template <int kUnrolled, typename A, typename Visit>
 __device__ __forceinline__ void for_each_pixel(const BinLists<A>& lists, const Visit& visit) {
   for (int i = 0; i < lists.rows.count; ++i) {
     const AxisEntry<A> row = lists.rows.entries[i];
-#pragma unroll 2
+#pragma unroll kUnrolled
     for (int j = 0; j < lists.columns.count; ++j) visit(row, lists.columns.entries[j]);
   }
 }

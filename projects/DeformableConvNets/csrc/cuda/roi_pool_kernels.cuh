@@ -6,29 +6,21 @@
 
 namespace dcn::cuda {
 
-// The image that a bin of the tile reads, at the first channel of the tile's block of channels.
-template <typename T, template <typename> class Bins>
-__device__ __forceinline__ int64_t image_begin(const RoiPoolOperands<T>& operands, const Bins<Accumulate<T>>& bins,
-                                               const BinTile& tile, int b) {
-  const RoiPoolSizes& s = operands.sizes;
-  const int64_t bin = tile.begin + b, cell = bins.cell(bin / s.out_w, bin % s.out_w);
-  const int64_t image = static_cast<int64_t>(operands.rois[5 * tile.roi]) * s.cells + cell;
-  return image * s.pixels() * s.channels + tile.block * s.block_channels();
-}
-
 // How many channels a pass has that begins with channel `pass` of a block.
 __device__ __forceinline__ int pass_channels(const RoiPoolSizes& s, int64_t pass) {
   return static_cast<int>(s.block_channels() - pass < kPassChannels ? s.block_channels() - pass : kPassChannels);
 }
 
-// Blocks that a multiprocessor shall hold at least: what the compiler may spend registers on.
+// Blocks that a multiprocessor shall hold at least: what the compiler may spend registers on without spilling.
 template <typename T>
-constexpr int kRoiBlocksPerProcessor = sizeof(T) == 8 ? 4 : 8;
+constexpr int kPoolBlocks = sizeof(T) == 8 ? 3 : 5;
+template <typename T>
+constexpr int kPoolGradientBlocks = sizeof(T) == 8 ? 3 : 4;
 
 // `output` is (rois, channels, bins). A tile of it goes through shared memory, so that a channel's bins are written
 // together.
 template <typename T, template <typename> class Bins, int kVector>
-__global__ void __launch_bounds__(kRoiThreads, kRoiBlocksPerProcessor<T>)
+__global__ void __launch_bounds__(kRoiThreads, kPoolBlocks<T>)
     roi_pool_kernel(const RoiPoolOperands<T> operands, const Bins<Accumulate<T>> bins, T* output) {
   using A = Accumulate<T>;
   using Lane = LaneChannels<kVector>;
@@ -47,20 +39,21 @@ __global__ void __launch_bounds__(kRoiThreads, kRoiBlocksPerProcessor<T>)
       for (int64_t part = 0; more; ++part) {
         more = list_bins<T, Bins>(operands, bins, tile, part, shared.lists);
         for (int b = threadIdx.x / kWarp; b < tile.count; b += kRoiWarps) {
-          const T* image = operands.images + image_begin<T, Bins>(operands, bins, tile, b) + pass;
+          const T* image = operands.images + shared.lists[b].image + pass;
           A sum[Lane::kVectors][kVector] = {};
-          for_each_pixel(shared.lists[b], [&](const AxisEntry<A>& row, const AxisEntry<A>& column) {
-            const T* pixel = image + row.at + column.at;
-            const A weight = row.weight * column.weight;
+          for_each_pixel<(Lane::kVectors > 1 ? 1 : 2)>(
+              shared.lists[b], [&](const AxisEntry<A>& row, const AxisEntry<A>& column) {
+                const T* pixel = image + row.at + column.at;
+                const A weight = row.weight * column.weight;
 #pragma unroll
-            for (int v = 0; v < Lane::kVectors; ++v) {
-              const int c = Lane::channel(v);
-              if (c >= channels) continue;
-              const auto read = *reinterpret_cast<const Vector<T, kVector>*>(pixel + c);
+                for (int v = 0; v < Lane::kVectors; ++v) {
+                  const int c = Lane::channel(v);
+                  if (c >= channels) continue;
+                  const auto read = *reinterpret_cast<const Vector<T, kVector>*>(pixel + c);
 #pragma unroll
-              for (int i = 0; i < kVector; ++i) sum[v][i] += weight * static_cast<A>(read.value[i]);
-            }
-          });
+                  for (int i = 0; i < kVector; ++i) sum[v][i] += weight * static_cast<A>(read.value[i]);
+                }
+              });
 #pragma unroll
           for (int v = 0; v < Lane::kVectors; ++v) {
             A* to = shared.sums[b] + Lane::channel(v);
@@ -73,8 +66,7 @@ __global__ void __launch_bounds__(kRoiThreads, kRoiBlocksPerProcessor<T>)
       const int b = threadIdx.x % kBinTile;
       if (b < tile.count) {
         const int64_t bin = tile.begin + b;
-        A scale = valid ? shared.lists[b].average() : static_cast<A>(NAN);
-        if (operands.masks) scale *= static_cast<A>(operands.masks[tile.roi * s.bins() + bin]);
+        const A scale = valid ? shared.lists[b].scale() : static_cast<A>(NAN);
         T* to = output + (tile.roi * s.channels + tile.block * s.block_channels() + pass) * s.bins() + bin;
 #pragma unroll 4
         for (int c = threadIdx.x / kBinTile; c < channels; c += kRoiThreads / kBinTile) {
@@ -140,7 +132,7 @@ __device__ __forceinline__ void write_bins(const RoiPoolGradients<T>& gradients,
 }
 
 template <typename T, template <typename> class Bins, int kVector>
-__global__ void __launch_bounds__(kRoiThreads, kRoiBlocksPerProcessor<T>)
+__global__ void __launch_bounds__(kRoiThreads, kPoolGradientBlocks<T>)
     roi_pool_gradient_kernel(const RoiPoolOperands<T> operands, const Bins<Accumulate<T>> bins,
                              const RoiPoolGrad<T> grad_output, const RoiPoolGradients<T> gradients) {
   using A = Accumulate<T>;
@@ -169,9 +161,8 @@ __global__ void __launch_bounds__(kRoiThreads, kRoiBlocksPerProcessor<T>)
       for (int64_t part = 0; more; ++part) {
         more = list_bins<T, Bins>(operands, bins, tile, part, shared.lists);
         for (int b = threadIdx.x / kWarp; b < tile.count; b += kRoiWarps) {
-          const int64_t image = image_begin<T, Bins>(operands, bins, tile, b) + pass;
-          A scale = shared.lists[b].average();
-          if (operands.masks) scale *= static_cast<A>(operands.masks[tile.roi * s.bins() + tile.begin + b]);
+          const int64_t image = shared.lists[b].image + pass;
+          const A scale = shared.lists[b].scale();
           A grad[Lane::kVectors][kVector] = {};
 #pragma unroll
           for (int v = 0; v < Lane::kVectors; ++v) {
@@ -181,7 +172,7 @@ __global__ void __launch_bounds__(kRoiThreads, kRoiBlocksPerProcessor<T>)
             for (int i = 0; i < kVector; ++i) grad[v][i] = static_cast<A>(shared.grad[b][c / kVector].value[i]);
           }
           A by_x = 0, by_y = 0, by_mask = 0;
-          for_each_pixel(shared.lists[b], [&](const AxisEntry<A>& row, const AxisEntry<A>& column) {
+          for_each_pixel<1>(shared.lists[b], [&](const AxisEntry<A>& row, const AxisEntry<A>& column) {
             const int64_t pixel = image + row.at + column.at;
             const A weight = row.weight * column.weight;
             A dot = 0;
