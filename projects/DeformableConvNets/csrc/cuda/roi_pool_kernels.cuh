@@ -206,8 +206,7 @@ __global__ void __launch_bounds__(kRoiThreads, kPoolGradientBlocks<T>)
       }
       __syncthreads();
     }
-    write_bins(gradients, s, tile, shared.by);
-    __syncthreads();
+    write_bins(gradients, s, tile, shared.by);  // a thread reads what it alone clears for the next tile
   }
 }
 

@@ -64,7 +64,16 @@ for operator in ("deform_roi_pool", "deform_psroi_pool"):
         (operator, RoiSample("no_channels", channels=0)),
         (operator, RoiSample("far_larger_than_the_map", rois=((1, -150.0, -100.0, 250.0, 200.0),), spatial_scale=1.0)),
         (operator, RoiSample("no_area", rois=((0, 3.0, 4.0, 3.0, 20.0),))),
+        (operator, RoiSample("vectors", channels=16)),
+        (operator, RoiSample("several_passes", channels=260, output_size=(1, 2))),
+        (operator, RoiSample("several_tiles_of_bins", output_size=(5, 7))),
     ]
+# Of one axis more samples than are listed at a time.
+POOLING_SAMPLES += [
+    ("deform_roi_pool", RoiSample("several_runs", output_size=(2, 1), geometry={"sampling_ratio": 19})),
+    ("deform_psroi_pool", RoiSample("several_runs", output_size=(2, 1), geometry={"sample_per_part": 19})),
+    ("deform_psroi_pool", RoiSample("cells", channels=8, input_channels=32, geometry={"group_size": 2})),
+]
 
 
 def compile_library(library: Path, *flags: str) -> Path:
@@ -207,8 +216,9 @@ def test_roi_pooling(operator: str, sample: RoiSample) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_dtypes(dtype: torch.dtype) -> None:
     check("deform_conv2d", conv_values(conv_sample("groups_across_deform_groups"), dtype))
-    check("deform_roi_pool", roi_values(RoiSample("modulated"), dtype))
-    check("deform_psroi_pool", roi_values(RoiSample("modulated"), dtype))
+    for channels in (3, 16):  # single values and vectors
+        check("deform_roi_pool", roi_values(RoiSample("modulated", channels=channels), dtype))
+        check("deform_psroi_pool", roi_values(RoiSample("modulated", channels=channels), dtype))
 
 
 @pytest.mark.usefixtures("schedule")
@@ -265,6 +275,50 @@ def test_a_roi_that_is_not_finite_gives_zero(operator: str) -> None:
     assert all((found[name] == 0).all() for name in ("output", *GRADIENTS[operator]))
 
 
+CROWDED = tuple((k % 2, 2.0 + k, 3.0 + k / 2, 30.0 + 3 * k, 40.0 - k) for k in range(9))
+
+
+@pytest.mark.usefixtures("schedule")
+@pytest.mark.parametrize("operator", ["deform_roi_pool", "deform_psroi_pool"])
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_deterministic_pooling(operator: str, dtype: torch.dtype, memory_format: torch.memory_format) -> None:
+    """The same bits in whatever order RoIs are added; without it, float32 shows that their order matters."""
+    values = roi_values(RoiSample("crowded", channels=4, rois=CROWDED), dtype)
+    values["input"] = values["input"].contiguous(memory_format=memory_format)
+    values["grad"] = torch.randn(9, 4, 3, 2, dtype=torch.float64).to(dtype)
+    turned = values | {name: values[name].flip(0) for name in ("rois", "offset", "mask", "grad")}
+    found = check(operator, values, deterministic=True)
+    again = emulate(operator, turned, deterministic=True)
+    assert torch.equal(found["input"], again["input"])
+    assert found["input"].is_contiguous(memory_format=memory_format)
+    for name in ("offset", "mask"):
+        assert torch.equal(found[name], again[name].flip(0))
+    if dtype == torch.float32:
+        assert not torch.equal(emulate(operator, values)["input"], emulate(operator, turned)["input"])
+
+
+@pytest.mark.usefixtures("schedule")
+@pytest.mark.parametrize("factor", [2.0**-100, 2.0**-60, 2.0**60, 2.0**120])
+def test_deterministic_pooling_of_small_and_large_gradients(factor: float) -> None:
+    """The unit of the sums follows the gradients."""
+    values = roi_values(RoiSample("crowded", channels=4, rois=CROWDED), torch.float32)
+    values["grad"] = torch.randn(9, 4, 3, 2)
+    plain = emulate("deform_roi_pool", values, deterministic=True)["input"]
+    found = emulate("deform_roi_pool", values | {"grad": values["grad"] * factor}, deterministic=True)["input"]
+    torch.testing.assert_close(found / factor, plain, rtol=0, atol=1e-6)
+
+
+@pytest.mark.usefixtures("schedule")
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_deterministic_pooling_shows_gradients_that_are_not_finite(bad: float) -> None:
+    """Gradient scalers look for them."""
+    values = roi_values(RoiSample("modulated"), torch.float16)
+    values["grad"] = torch.ones(3, 3, 3, 2, dtype=torch.float16)
+    values["grad"][1, 1, 1, 1] = bad
+    assert emulate("deform_roi_pool", values, deterministic=True)["input"].isnan().all()
+
+
 @pytest.mark.usefixtures("schedule")
 def test_entry_points_check_their_operands() -> None:
     values = conv_values(conv_sample("modulated"))
@@ -280,29 +334,50 @@ def test_entry_points_check_their_operands() -> None:
             emulate(operator, values | {"grad": torch.zeros(3, 3, 3, 3, dtype=torch.float64)})
 
 
-def barriers() -> list[int]:
-    """Lines of the kernels' barriers."""
-    lines = (PROJECT / "csrc/cuda/deform_conv2d.cuh").read_text().splitlines()
+def barriers(file: str) -> list[int]:
+    """Lines of a file's barriers."""
+    lines = (PROJECT / "csrc/cuda" / file).read_text().splitlines()
     return [number for number, line in enumerate(lines, 1) if "__syncthreads()" in line]
 
 
-@pytest.mark.parametrize("line", barriers())
-def test_a_removed_barrier_is_noticed(configure: Any, line: int) -> None:
-    """The emulator finds each of the kernels' barriers missing, so it would find one that was forgotten."""
-    values = conv_values(conv_sample("many_channels"))
+def removal_is_noticed(configure: Any, operator: str, values: dict[str, Any], line: int) -> bool:
+    """Whether results change, or an emulated kernel fails, in some schedule without the barrier on this line."""
     configure(ROUND_ROBIN, 0)
-    expected = emulate("deform_conv2d", values)
+    expected = emulate(operator, values)
     noticed = False
     for schedule in (ROUND_ROBIN, GREEDY_WARP):
         configure(schedule, line)
         try:
-            found = emulate("deform_conv2d", values)
+            found = emulate(operator, values)
         except RuntimeError as error:
             assert "emulated kernel" in str(error)
             noticed = True
         else:
-            noticed |= any(not torch.allclose(found[name], value) for name, value in expected.items())
-    assert noticed, f"deform_conv2d.cuh:{line}: nothing needs this barrier, or the emulator does not see what does"
+            noticed |= any(not torch.allclose(found[name], value, equal_nan=True) for name, value in expected.items())
+    configure(ROUND_ROBIN, 0)
+    return noticed
+
+
+@pytest.mark.parametrize("line", barriers("deform_conv2d.cuh"))
+def test_a_removed_barrier_is_noticed(configure: Any, line: int) -> None:
+    """The emulator finds each of the kernels' barriers missing, so it would find one that was forgotten."""
+    values = conv_values(conv_sample("many_channels"))
+    assert removal_is_noticed(configure, "deform_conv2d", values, line), (
+        f"deform_conv2d.cuh:{line}: nothing needs this barrier, or the emulator does not see what does"
+    )
+
+
+@pytest.mark.parametrize(
+    ("file", "line"),
+    [(file, line) for file in ("layout.cuh", "roi_pool_kernels.cuh") for line in barriers(file)],
+)
+def test_a_removed_barrier_of_pooling_is_noticed(configure: Any, file: str, line: int) -> None:
+    """With maps of several tiles, and blocks that have several tiles of bins and passes over the channels."""
+    rois = ((0, 2.0, 3.0, 30.0, 40.0), (5, 1.0, 1.0, 9.0, 9.0), (1, -12.0, 5.0, 21.5, 70.0))
+    sample = RoiSample("barriers", channels=260, size=(13, 21), output_size=(5, 5), rois=rois)
+    assert removal_is_noticed(configure, "deform_roi_pool", roi_values(sample), line), (
+        f"{file}:{line}: nothing needs this barrier, or the emulator does not see what does"
+    )
 
 
 @pytest.mark.slow
