@@ -20,6 +20,7 @@ from typing import Any
 
 import goals
 import measure
+import on_cuda
 import torch
 import torchvision
 from measure import LAST, prepare
@@ -100,6 +101,8 @@ class Pooling:
             found[f"modulated {layout}"] = prepare(self.deformable, (x, *moved), grad, backward)
             if self.sampling:
                 found[f"psroi {layout}"] = prepare(self.position_sensitive, (x, *moved), grad, backward)
+            if backward and x.device.type == "cuda":
+                found[f"deterministic {layout}"] = on_cuda.deterministic(found[f"modulated {layout}"])
         return found
 
 
@@ -121,15 +124,17 @@ def check_equal(pooling: Pooling) -> None:
 def measure_time(arguments: argparse.Namespace, levels: list[Shape]) -> list[dict[str, Any]]:
     """Times every level, sampling, pass and number of threads; prints a line for each."""
     rows = []
+    cuda = arguments.device == "cuda"
+    dtype = on_cuda.set_precision(arguments.dtype) if cuda else getattr(torch, arguments.dtype)
     for threads in arguments.threads:
         torch.set_num_threads(threads)
         for shape in levels:
             for sampling in (2,) if arguments.quick else (0, 2, 4):
-                pooling = Pooling(shape, sampling, arguments.device, getattr(torch, arguments.dtype))
+                pooling = Pooling(shape, sampling, arguments.device, dtype)
                 check_equal(pooling)
                 for direction in ("forward", "forward+backward"):
                     timings = measure.interleave(
-                        pooling.contestants(direction != "forward"), arguments.device, arguments.repeats
+                        pooling.contestants(direction != "forward"), arguments.device, arguments.repeats, ahead=cuda
                     )
                     rows.append(
                         {"shape": asdict(shape) | {"sampling": sampling}, "pass": direction}

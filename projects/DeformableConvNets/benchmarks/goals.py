@@ -1,6 +1,8 @@
 # Copyright (c) the dcn_d2 authors. SPDX-License-Identifier: Apache-2.0
 """The goals of the CPU operators as data, and which of them a result file meets: `--check FILE` of every benchmark.
 
+Those of the CUDA operators are in goals_cuda.py.
+
 A price is a time over that of the plain contestant of the same shape, number of threads and memory format; a speed is
 a peer's time over ours. Contestants named without a memory format stand in the faster of the two.
 """
@@ -9,7 +11,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,8 +27,8 @@ class Goal:
         quotient: names of two contestants, the first one's cost is divided by the second's.
         at_most: the quotient should not be above this; or
         at_least: not below this.
-        where: what a row must say; keys other than "pass", "threads" and "dtype" are those of its shape. The value
-            "all" for threads is the largest number in the file, and above 1.
+        where: what a row must say; keys other than "pass", "threads", "dtype" and "buffers" are those of its shape. The
+            value "all" for threads is the largest number in the file, and above 1; a tuple is any of its values.
         mean: the bound is for the geometric mean of the rows, not for each of them.
         scaling: the quotient with one thread is divided by that with all threads: how much of the gain from threads
             that the second contestant has the first one has too.
@@ -129,8 +131,13 @@ GOALS = [*_convolution(), *_roi_pooling(), *_detectors()]
 
 
 def report(paths: Iterable[Path]) -> str:
-    """One line a goal for each file: the verdict, the goal, and what was measured."""
-    return "\n\n".join(_report_file(path) for path in paths)
+    """One line a goal for each file: the verdict, the goal, and what was measured. GPU files are judged together."""
+    import goals_cuda  # which imports this file
+
+    paths = list(paths)
+    on_gpu = [path for path in paths if json.loads(path.read_text())["device"] == "cuda"]
+    parts = [_report_file(path) for path in paths if path not in on_gpu]
+    return "\n\n".join([*parts, *([goals_cuda.report(on_gpu)] if on_gpu else [])])
 
 
 def _report_file(path: Path) -> str:
@@ -138,13 +145,17 @@ def _report_file(path: Path) -> str:
     environment = document["environment"]
     lines = [f"{path.name}: {environment['device']}, commit {environment['commit']}, {environment['date']}"]
     wanted = [goal for goal in GOALS if goal.benchmark == document["benchmark"]]
-    if document["device"] != "cpu" or not wanted:
+    if not wanted:
         return f"{lines[0]}\nno goals for {document['benchmark']} on {document['device']}"
-    verdicts = [verdict(goal, document["rows"]) for goal in wanted]
-    lines += [f"{answer:12s} {goal.what}: {words}" for goal, (answer, words) in zip(wanted, verdicts)]
+    return "\n".join([*lines, *judge(wanted, [document["rows"]] * len(wanted))])
+
+
+def judge(goals: Sequence[Goal], rows: Sequence[list[dict[str, Any]]]) -> list[str]:
+    """A line for each goal, judged by its rows, and a last one that counts."""
+    verdicts = [verdict(goal, each) for goal, each in zip(goals, rows)]
+    lines = [f"{answer:12s} {goal.what}: {words}" for goal, (answer, words) in zip(goals, verdicts)]
     answers = [answer for answer, _ in verdicts]
-    lines.append(", ".join(f"{answers.count(answer)} {answer}" for answer in ("yes", "no", "not measured")))
-    return "\n".join(lines)
+    return [*lines, ", ".join(f"{answers.count(answer)} {answer}" for answer in ("yes", "no", "not measured"))]
 
 
 def verdict(goal: Goal, rows: list[dict[str, Any]]) -> tuple[str, str]:
@@ -182,10 +193,18 @@ def _quotients(goal: Goal, rows: list[dict[str, Any]], where: dict[str, Any]) ->
     for row in rows:
         costs = [_cost(row, name) for name in goal.quotient]
         says = row["shape"] | {key: value for key, value in row.items() if key != "shape"}
-        if where.items() <= says.items() and None not in costs:
+        if _selects(where, says) and None not in costs:
             numerator, denominator = (max(cost, 1e-6) for cost in costs)  # extra memory may be none at all
-            found[says["name"]] = numerator / denominator
+            several = [f"{key} {says[key]}" for key, value in where.items() if isinstance(value, tuple)]
+            found[" ".join([says["name"], *several])] = numerator / denominator
     return found
+
+
+def _selects(where: dict[str, Any], says: dict[str, Any]) -> bool:
+    return all(
+        key in says and (says[key] in value if isinstance(value, tuple) else says[key] == value)
+        for key, value in where.items()
+    )
 
 
 def _cost(row: dict[str, Any], name: str) -> Any:

@@ -24,6 +24,7 @@ from dcn_d2.quiet import silence_detectron2_warnings
 silence_detectron2_warnings()  # here, because benchmarks import this file before Detectron2
 
 MOST_SECONDS = 4.0
+SLEEP_CYCLES = 2_000_000  # about a millisecond
 LAST = torch.channels_last
 RESULTS = Path(__file__).resolve().parent.parent / "results"
 
@@ -54,28 +55,36 @@ def prepare(
 
 
 def interleave(
-    contestants: dict[str, Callable[[], object]], device: str, repeats: int, most_seconds: float = MOST_SECONDS
+    contestants: dict[str, Callable[[], object]],
+    device: str,
+    repeats: int,
+    most_seconds: float = MOST_SECONDS,
+    ahead: bool = False,
 ) -> dict[str, Timing]:
     """Times all contestants in turns, so that a busy moment of the machine hits all of them alike.
 
     On CPU with one thread it is the thread's CPU time, which other processes disturb little; with more threads the wall
     time; on CUDA the time between two events. A contestant that has taken `most_seconds` drops out once it has been
-    timed three times.
+    timed three times. With `ahead` the GPU sleeps until all of a call's kernels are queued, so that what is timed is
+    their work and not how fast Python launches them.
     """
     samples: dict[str, list[float]] = {name: [] for name in contestants}
     for call in contestants.values():  # warm-up: memory, caches, algorithm choices
-        call()
+        for _ in range(3 if device == "cuda" else 1):
+            call()
     for _ in range(repeats):
         for name, call in contestants.items():
             if len(samples[name]) < 3 or sum(samples[name]) < most_seconds * 1e3:
-                samples[name].append(_milliseconds(call, device))
+                samples[name].append(_milliseconds(call, device, ahead))
     return {name: _summary(values) for name, values in samples.items()}
 
 
-def _milliseconds(call: Callable[[], object], device: str) -> float:
+def _milliseconds(call: Callable[[], object], device: str, ahead: bool = False) -> float:
     if device == "cuda":
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda.synchronize()
+        if ahead:
+            torch.cuda._sleep(SLEEP_CYCLES)
         start.record()
         call()
         end.record()
@@ -156,7 +165,7 @@ def parser(description: str, quick: str, repeats: int) -> argparse.ArgumentParse
     """The options that all benchmarks have; `quick` says what --quick leaves out."""
     options = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    options.add_argument("--dtype", default="float32", choices=["float32", "float16", "bfloat16"])
+    options.add_argument("--dtype", default="float32", choices=["float32", "tf32", "float16", "bfloat16"])
     options.add_argument("--threads", type=int, nargs="+", help="default: 1 and all, or 1 for CUDA")
     options.add_argument("--repeats", type=int, default=repeats)
     options.add_argument("--quick", action="store_true", help=quick)
@@ -170,6 +179,8 @@ def parse(options: argparse.ArgumentParser, arguments: list[str] | None) -> argp
     parsed = options.parse_args(arguments)
     if parsed.device == "cuda" and not torch.cuda.is_available():
         options.error("--device cuda: no GPU is visible to torch")
+    if parsed.dtype == "tf32" and parsed.device != "cuda":
+        options.error("--dtype tf32: only GPUs have it, --device cuda")
     if parsed.repeats < 2:
         options.error(f"--repeats: a spread needs at least 2, got {parsed.repeats}")
     available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -81,16 +81,25 @@ DETECTOR = (
     "Milliseconds of a Faster R-CNN R-50-FPN at 800 x 1216 (batch 1, random weights), without and with modulated "
     "deformable convolutions in c3 to c5, each in its faster memory format. The trunk is the ResNet alone."
 )
-# The layers of the tables above: batch 1, modulated, one deform group.
-USUAL = {"batch": 1, "stride": 1, "groups": 1, "deform_groups": 1, "mask": True}
+# The layers of the tables above.
+USUAL = {"stride": 1, "groups": 1, "deform_groups": 1, "mask": True}
+
+
+def usual_rows(document: dict[str, Any]) -> list[dict[str, Any]]:
+    """The rows of a result file that its table shows; of a GPU's, batches of 2 with operands that are in no cache."""
+    batch = 2 if document.get("device") == "cuda" else 1
+    return [
+        row
+        for row in document["rows"]
+        if (USUAL | {"batch": batch}).items() <= row["shape"].items() and row.get("buffers") in (None, "rotated")
+    ]
 
 
 def performance_table(path: Path) -> str:
     """The default shapes of one result file of benchmarks/deform_conv2d.py."""
     document = json.loads(path.read_text())
-    rows = [row for row in document["rows"] if USUAL.items() <= row["shape"].items()]
     lines = []
-    for row in sorted(rows, key=lambda row: row["threads"]):
+    for row in sorted(usual_rows(document), key=lambda row: row["threads"]):
         ours, plain, *peers = (fastest(row, name) for name in ("dcn_d2", "conv", "torchvision", "onnxruntime"))
         times = [plain, ours, ours / plain, *peers]
         lines.append([layer(row["shape"]), row["pass"], str(row["threads"]), *numbers(*times)])
@@ -104,8 +113,7 @@ def memory_table(path: Path) -> str:
     names = ["conv NCHW", "conv NHWC", "dcn_d2 NCHW", "dcn_d2 NHWC", "torchvision", "onnxruntime"]
     lines = [
         [layer(row["shape"]), row["pass"], *numbers(*(row["peak_extra_mib"].get(name) for name in names))]
-        for row in document["rows"]
-        if USUAL.items() <= row["shape"].items()
+        for row in usual_rows(document)
     ]
     plain, ours = (f"{what}, channels_last" for what in ("plain convolution", "dcn_d2"))
     header = ["layer", "pass", "plain convolution, NCHW", plain, "dcn_d2, NCHW", ours, "torchvision", "ONNX Runtime"]
@@ -114,7 +122,8 @@ def memory_table(path: Path) -> str:
 
 def layer(shape: dict[str, Any]) -> str:
     """A row's first cell: the layer's name and sizes."""
-    return f"{shape['name']}: {shape['channels']} x {shape['height']} x {shape['width']}"
+    batch = "" if shape["batch"] == 1 else f", batch {shape['batch']}"
+    return f"{shape['name']}: {shape['channels']} x {shape['height']} x {shape['width']}{batch}"
 
 
 def roi_pool_table(path: Path) -> str:

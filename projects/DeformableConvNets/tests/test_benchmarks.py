@@ -278,3 +278,85 @@ def test_options_that_cannot_work_are_refused(
     with pytest.raises(SystemExit):
         benchmark_module("deform_roi_pool").main(arguments)
     assert message in capsys.readouterr().err
+
+
+def cuda_row(name: str, batch: int, times: dict[str, float], **changes: Any) -> dict[str, Any]:
+    shape = {"name": name, "batch": batch, "stride": 1, "groups": 1, "deform_groups": 1, "mask": True}
+    row = {"pass": "forward", "dtype": "bfloat16", "threads": 1, "buffers": "hot"} | changes
+    return row | {"shape": shape, "milliseconds": {key: {"median": time} for key, time in times.items()}}
+
+
+def test_goals_on_a_gpu_are_judged_by_all_its_files_together(
+    benchmark_module: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    times = {"conv NCHW": 2.0, "conv NHWC": 1.0, "dcn_d2 NCHW": 9.0, "dcn_d2 NHWC": 1.2, "autocast torchvision": 18.0}
+    rows = [cuda_row("c3", 2, times), cuda_row("c3", 16, times | {"dcn_d2 NHWC": 1.5})]
+    rows.append(cuda_row("c3", 1, times | {"dcn_d2 NHWC": 99.0}))  # no goal is about one image
+    rows.append(cuda_row("c3", 2, times | {"dcn_d2 NHWC": 99.0}, buffers="rotated"))
+    slow = cuda_row("c3", 2, {"conv NHWC": 1.0, "dcn_d2 NHWC": 1.3, "torchvision": 3.0}, dtype="float32")
+    environment = {"device": "Some GPU", "commit": "abc", "date": "2026-01-02"}
+    paths = []
+    for dtype, found in (("bfloat16", rows), ("float32", [slow])):
+        paths.append(str(tmp_path / f"deform_conv2d_cuda_{dtype}.json"))
+        document = {"benchmark": "deform_conv2d", "device": "cuda", "environment": environment, "rows": found}
+        Path(paths[-1]).write_text(json.dumps(document))
+    benchmark_module("deform_conv2d").main(["--check", *paths])
+    text = capsys.readouterr().out
+    price = "bfloat16 forward price, channels_last, hot: at most 1.4, measured 1.342 (c3 batch 2 1.2, c3 batch 16 1.5)"
+    assert f"yes          CUDA, {price}" in text
+    assert "no           CUDA, bfloat16 forward price, channels_last, rotated: at most 1.4, measured 99" in text
+    assert "no           CUDA, float32 forward price, channels_last, hot: at most 1, measured 1.300" in text
+    assert "yes          CUDA, bfloat16 forward over autocast torchvision, hot: at least 10, measured 13.4" in text
+    assert "not measured CUDA, tf32 forward price" in text
+    assert "deform_roi_pool" not in text
+
+
+def test_every_goal_on_a_gpu_is_about_contestants_that_exist(benchmark_module: Any) -> None:
+    goals = benchmark_module("goals_cuda").GOALS
+    assert len({goal.what for goal in goals}) == len(goals)
+    layouts = [" NCHW", " NHWC", ""]
+    known = {
+        "deform_conv2d": [f"{name}{x}" for name in ("conv", "dcn_d2", "deformops") for x in layouts]
+        + ["torchvision", "autocast torchvision", "deterministic NHWC"],
+        "deform_roi_pool": [f"{name}{x}" for name in ("roi_align", "modulated", "deterministic") for x in layouts],
+        "detector": ["plain", "dcn_d2"],
+        "deform_conv2d_memory": ["dcn_d2 NCHW", "copies"],
+    }
+    for goal in goals:
+        assert set(goal.quotient) <= set(known[goal.benchmark]), goal
+        assert (goal.at_most < float("inf")) != (goal.at_least > 0), goal
+
+
+def test_rotating_contestants_take_other_operands_at_each_call(benchmark_module: Any) -> None:
+    module, on_cuda = benchmark_module("deform_conv2d"), benchmark_module("on_cuda")
+    layer = module.Layer(module.Shape("tiny", 32, 4, 5), "cpu", torch.float32)
+    other = layer.in_other_memory()
+    for name, tensor in layer.tensors().items():
+        assert torch.equal(tensor, other.tensors()[name]) and tensor.data_ptr() != other.tensors()[name].data_ptr()
+    calls = on_cuda.rotating([{"a": lambda n=n: n} for n in range(3)])
+    assert [calls["a"]() for _ in range(5)] == [0, 1, 2, 0, 1]
+    assert on_cuda.copies_needed(64 << 20) == 4 and on_cuda.copies_needed(1) == on_cuda.MOST_COPIES
+    assert on_cuda.copies_needed(1 << 40) == 2
+
+
+def test_the_deterministic_mode_is_on_for_the_call_only(benchmark_module: Any) -> None:
+    on_cuda = benchmark_module("on_cuda")
+
+    def call() -> tuple[bool, bool]:
+        return torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
+
+    assert on_cuda.deterministic(call)() == (True, False)
+    assert call() == (False, True)
+
+    def refusing() -> None:
+        if torch.are_deterministic_algorithms_enabled():
+            raise RuntimeError("has no deterministic implementation")
+
+    assert on_cuda.has_deterministic_mode(call) and not on_cuda.has_deterministic_mode(refusing)
+
+
+def test_tf32_and_rotated_buffers_need_a_gpu(benchmark_module: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments, message in ((["--dtype", "tf32"], "only GPUs have it"), (["--buffers", "rotated"], "only for")):
+        with pytest.raises(SystemExit):
+            benchmark_module("deform_conv2d").main(arguments)
+        assert message in capsys.readouterr().err

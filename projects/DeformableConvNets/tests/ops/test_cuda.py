@@ -3,13 +3,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from dcn_d2.ops import deform_conv2d, deform_roi_pool
+from dcn_d2.ops import deform_conv2d, deform_psroi_pool, deform_roi_pool
 
 from .samples import CONV_SAMPLES, ConvSample, RoiSample
 
@@ -56,6 +57,43 @@ def test_tensors_on_another_device_than_the_current_one(sample: ConvSample | Roi
     for a, b in zip(found, run(sample, "cuda:0")):
         assert a.device == torch.device("cuda:1")
         torch.testing.assert_close(a.cpu(), b.cpu(), rtol=1e-4, atol=1e-4)
+
+
+@pytest.fixture
+def deterministic() -> Iterator[None]:
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.usefixtures("deterministic")
+@pytest.mark.parametrize("operator", [deform_roi_pool, deform_psroi_pool])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_deterministic_pooling_gives_the_same_bits(operator: Any, dtype: torch.dtype) -> None:
+    """Again and again, and in whatever order the RoIs come; all of them lie on the same few pixels."""
+    generator = torch.Generator().manual_seed(0)
+    count = 200
+
+    def normal(*size: int) -> Tensor:
+        return torch.randn(*size, generator=generator).to("cuda", dtype)
+
+    input, offset, mask = normal(1, 64, 12, 13), normal(count, 2, 7, 7), normal(count, 1, 7, 7).sigmoid()
+    corners = (torch.rand(count, 2, 2, generator=generator) * 50).sort(1).values.flatten(1)
+    rois = torch.cat([torch.zeros(count, 1), corners], 1).cuda()
+    grad = normal(count, 64, 7, 7)
+
+    def run(order: Tensor) -> list[Tensor]:
+        leaves = [t.detach().requires_grad_() for t in (input, offset[order], mask[order])]
+        output = operator(leaves[0], rois[order], leaves[1], 7, 0.25, mask=leaves[2])
+        found = torch.autograd.grad(output, leaves, grad[order])
+        back = order.argsort()
+        return [found[0], found[1][back], found[2][back]]
+
+    expected = run(torch.arange(count, device="cuda"))
+    assert all(bool(t.isfinite().all()) for t in expected)
+    for _ in range(5):
+        for a, b in zip(run(torch.randperm(count, generator=generator).cuda()), expected):
+            assert torch.equal(a, b)
 
 
 def conv_parts(values: dict[str, Tensor], grad: Tensor, images: slice) -> list[Tensor]:

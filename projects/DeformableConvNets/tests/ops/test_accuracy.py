@@ -1,0 +1,179 @@
+# Copyright (c) the dcn_d2 authors. SPDX-License-Identifier: Apache-2.0
+"""How far results are from a float64 reference, for fresh random operands of a layer's size, dtype by dtype.
+
+Offsets are odd multiples of 1/32 and RoIs lie on such a grid that every dtype holds positions exactly, and none is a
+whole number: there the gradient jumps, so that rounding alone could make any difference.
+"""
+
+from __future__ import annotations
+
+import functools
+import secrets
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+import torchvision
+from torch import Tensor
+
+from dcn_d2.ops import deform_conv2d, deform_psroi_pool, deform_roi_pool, reference
+
+from .samples import DEVICES, gradients
+
+# Of the norm of the error over the norm of the result. "tf32" is float32 where torch allows TF32.
+TOLERANCE = {"float64": 1e-10, "float32": 1e-5, "tf32": 1e-3, "bfloat16": 1e-2, "float16": 1e-2}
+parametrize = pytest.mark.parametrize(
+    ("device", "dtype"),
+    [
+        pytest.param(device, dtype, id=f"{dtype}-{device}")
+        for device in ("cpu", "cuda")
+        for dtype in TOLERANCE
+        if not (device == "cpu" and dtype == "tf32")
+    ],
+)
+
+
+@pytest.fixture(autouse=True)
+def precision(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Allows TF32 in the tests that are about it, and there only."""
+    callspec = getattr(request.node, "callspec", None)
+    values = {} if callspec is None else callspec.params
+    if values.get("device") == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no GPU is visible to torch")
+    backends = (torch.backends.cuda.matmul, torch.backends.cudnn)
+    before = [backend.allow_tf32 for backend in backends]
+    for backend in backends:
+        backend.allow_tf32 = values.get("dtype") == "tf32"
+    yield
+    for backend, value in zip(backends, before):
+        backend.allow_tf32 = value
+
+
+class Draw:
+    """Random operands; the seed is new in every run, and shown where a test fails."""
+
+    def __init__(self, device: str, dtype: str) -> None:
+        self.device = device
+        self.dtype = torch.float32 if dtype == "tf32" else getattr(torch, dtype)
+        seed = secrets.randbits(32)
+        print(f"seed {seed}")
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def normal(self, *size: int) -> Tensor:
+        return torch.randn(*size, generator=self.generator).to(self.device, self.dtype)
+
+    def offset(self, *size: int) -> Tensor:
+        whole = torch.randint(-64, 64, size, generator=self.generator)
+        return ((2 * whole + 1) / 32).to(self.device, self.dtype)
+
+
+def assert_close(actual: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float) -> None:
+    assert actual.keys() == expected.keys()
+    errors = {
+        name: float((actual[name].double() - value.double()).norm() / value.double().norm())
+        for name, value in expected.items()
+    }
+    print(errors)
+    assert all(error <= tolerance for error in errors.values()), errors
+
+
+def check(function: Callable[..., Tensor], oracle: Callable[..., Tensor], operands: dict[str, Any], dtype: str) -> None:
+    """Compares output and all gradients with those of `oracle` for the same operands in float64."""
+    exact = {name: t.double() if isinstance(t, Tensor) else t for name, t in operands.items()}
+    assert_close(gradients(function, operands), gradients(oracle, exact), TOLERANCE[dtype])
+
+
+# Of the channels per conv group, groups and deform groups that models have.
+LAYERS = {
+    "plain": {},
+    "modulated": {"mask": True},
+    "deform_groups": {"mask": True, "deform_groups": 4},
+    "grouped": {"mask": True, "groups": 16},
+    "strided": {"mask": True, "stride": 2},
+    "nhwc": {"mask": True, "channels_last": True},
+}
+
+
+def layer(draw: Draw, **changes: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    groups, stride = changes.get("groups", 1), changes.get("stride", 1)
+    channels, points = 64, 9 * changes.get("deform_groups", 1)
+    height, width = 20, 27
+    operands = {
+        "input": draw.normal(2, channels, height * stride, width * stride),
+        "offset": draw.offset(2, 2 * points, height, width),
+        "weight": draw.normal(channels, channels // groups, 3, 3) / 16,
+        "bias": draw.normal(channels),
+    }
+    if changes.get("mask"):
+        operands["mask"] = draw.normal(2, points, height, width).sigmoid()
+    if changes.get("channels_last"):
+        operands["input"] = operands["input"].contiguous(memory_format=torch.channels_last)
+    return operands, {"stride": (stride, stride), "padding": (1, 1), "dilation": (1, 1)}
+
+
+@parametrize
+@pytest.mark.parametrize("name", LAYERS)
+def test_deform_conv2d_against_float64(name: str, device: str, dtype: str) -> None:
+    operands, geometry = layer(Draw(device, dtype), **LAYERS[name])
+
+    def oracle(input: Tensor, offset: Tensor, weight: Tensor, bias: Tensor, mask: Tensor | None = None) -> Tensor:
+        return reference.deform_conv2d(input, offset, weight, bias, mask=mask, **geometry)
+
+    check(functools.partial(deform_conv2d, **geometry), oracle, operands, dtype)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("name", LAYERS)
+def test_deform_conv2d_against_torchvision(name: str, device: str) -> None:
+    operands, geometry = layer(Draw(device, "float32"), **LAYERS[name])
+    theirs = gradients(functools.partial(torchvision.ops.deform_conv2d, **geometry), operands)
+    assert_close(gradients(functools.partial(deform_conv2d, **geometry), operands), theirs, 2 * TOLERANCE["float32"])
+
+
+def pooling(draw: Draw, channels_last: bool = False) -> dict[str, Any]:
+    """8 RoIs on maps at a quarter of the image: 8 x 8 bins of 2 x 2 or 4 x 4 samples, all on the grid."""
+    rois = torch.tensor(
+        [[k % 2, 8.0 * k, 4.0 * k, 8.0 * k + (64 << k % 2), 4.0 * k + 128] for k in range(8)], device=draw.device
+    )
+    input = draw.normal(2, 64, 50, 60)
+    return {
+        "input": input.contiguous(memory_format=torch.channels_last) if channels_last else input,
+        "rois": rois.to(torch.float64 if draw.dtype == torch.float64 else torch.float32),
+        "offset": draw.offset(8, 2, 8, 8),
+        "mask": draw.normal(8, 1, 8, 8).sigmoid(),
+    }
+
+
+POOLINGS: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor], dict[str, Any]]] = {
+    "roi": (deform_roi_pool, reference.deform_roi_pool, {"gamma": 0.125}),
+    "roi_fixed": (deform_roi_pool, reference.deform_roi_pool, {"gamma": 0.125, "sampling_ratio": 2}),
+    # Its RoIs include their last pixel: they are 1/4 longer, so that positions are not on the grid.
+    "psroi": (deform_psroi_pool, reference.deform_psroi_pool, {"trans_std": 0.125}),
+}
+
+
+@parametrize
+@pytest.mark.parametrize("channels_last", [False, True], ids=["NCHW", "NHWC"])
+@pytest.mark.parametrize("name", POOLINGS)
+def test_roi_pooling_against_float64(name: str, channels_last: bool, device: str, dtype: str) -> None:
+    operator, oracle, geometry = POOLINGS[name]
+    arguments = {"output_size": (8, 8), "spatial_scale": 0.25} | geometry
+    operands = pooling(Draw(device, dtype), channels_last)
+    check(functools.partial(operator, **arguments), functools.partial(oracle, **arguments), operands, dtype)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("sampling", [0, 2])
+def test_roi_pooling_against_torchvision(sampling: int, device: str) -> None:
+    operands = pooling(Draw(device, "float32"))
+    rois = operands["rois"] + 0.3
+
+    def ours(input: Tensor) -> Tensor:
+        return deform_roi_pool(input, rois, None, 7, 0.25, sampling)
+
+    def theirs(input: Tensor) -> Tensor:
+        return torchvision.ops.roi_align(input, rois, 7, 0.25, sampling or -1, aligned=True)
+
+    only = {"input": operands["input"]}
+    assert_close(gradients(ours, only), gradients(theirs, only), 2 * TOLERANCE["float32"])
