@@ -47,8 +47,8 @@ def deform_psroi_pool(
     float32. `rois` get no gradient.
 
     On CUDA, input's gradient is summed by atomics. Under `torch.use_deterministic_algorithms` it is summed in fixed
-    point, so that every run gives the same bits; it is then all NaN if any value of the output's gradient or the mask is
-    not finite.
+    point, so that every run gives the same bits; it is all NaN then if any value of the output's gradient or the mask
+    is not finite.
 
     Sources: Dai et al., "Deformable Convolutional Networks", ICCV 2017, section 2.2 and the authors' code; numerics of
     `deform_psroi_pooling` in MMDetection up to 2.2.

@@ -42,8 +42,8 @@ def deform_roi_pool(
     area, give zero. Half precision accumulates in float32. `rois` get no gradient.
 
     On CUDA, input's gradient is summed by atomics. Under `torch.use_deterministic_algorithms` it is summed in fixed
-    point, so that every run gives the same bits; it is then all NaN if any value of the output's gradient or the mask is
-    not finite.
+    point, so that every run gives the same bits; it is all NaN then if any value of the output's gradient or the mask
+    is not finite.
 
     Sources: Dai et al., "Deformable Convolutional Networks", ICCV 2017, section 2.2; Zhu et al., "Deformable ConvNets
     v2", CVPR 2019; numerics of `mmcv.ops.deform_roi_pool`, whose offset gradient differs in the clamped border strip.
