@@ -7,37 +7,46 @@
 namespace dcn::cpu {
 namespace {
 
-// Finds the samples of a bin; see deform_roi_pool.h for the geometry.
+// Where a bin samples; see deform_roi_pool.h.
 template <typename T>
-struct Locate {
+struct Geometry {
   DeformRoiPoolSizes sizes;
 
-  void operator()(Bin<T>& bin, const RoiPoolOperands<T>& operands, int64_t r, int64_t block, int64_t h,
-                  int64_t w) const {
-    const Roi<T> roi = read_roi(sizes, operands.rois + 5 * r);
-    bin.cell = 0;
-    bin.part = h * sizes.out_w + w;
-    bin.unit_y = static_cast<T>(sizes.gamma) * roi.y.size;
-    bin.unit_x = static_cast<T>(sizes.gamma) * roi.x.size;
-    bin.average = T(1) / roi.count();
-    add_samples(bin.rows, roi.y, h, bin.unit_y * operands.offset_y(r, block, bin.part), sizes.height);
-    add_samples(bin.columns, roi.x, w, bin.unit_x * operands.offset_x(r, block, bin.part), sizes.width);
-  }
+  struct Axis {
+    RoiAxis<T> axis;
+    int32_t size;
+    T unit;
 
-  static void add_samples(AxisSum<T>& sum, const RoiAxis<T>& axis, int64_t bin, T shift, int64_t size) {
-    sum.clear();
-    const auto length = static_cast<int32_t>(size);
-    const SampleRange range = roi_sample_range(axis, bin, shift, length);
-    for (int64_t k = range.begin; k < range.end; ++k) {
-      sum.add(sample_axis_clamped(roi_sample_position(axis, bin, k, shift), length));
+    void add_samples(AxisSum<T>& sum, int64_t bin, T offset) const {
+      const T shift = unit * offset;
+      const SampleRange range = roi_sample_range(axis, bin, shift, size);
+      for (int64_t k = range.begin; k < range.end; ++k) {
+        sum.add(sample_axis_clamped(roi_sample_position(axis, bin, k, shift), size));
+      }
     }
+  };
+  struct Axes {
+    Axis y, x;
+    T share;
+
+    T average(int64_t, int64_t) const { return share; }  // samples off the map count as zeros
+  };
+
+  Axes axes(const T* row) const {
+    const Roi<T> roi = read_roi(sizes, row);
+    const T gamma = static_cast<T>(sizes.gamma);
+    return {{roi.y, static_cast<int32_t>(sizes.height), gamma * roi.y.size},
+            {roi.x, static_cast<int32_t>(sizes.width), gamma * roi.x.size},
+            T(1) / roi.count()};
   }
+  int64_t cell(int64_t, int64_t) const { return 0; }
+  int64_t part(int64_t h, int64_t w) const { return h * sizes.out_w + w; }
 };
 
 Tensor deform_roi_pool(Tensor input, Tensor rois, std::optional<Tensor> offset, std::vector<int64_t> output_size,
                        double spatial_scale, int64_t sampling_ratio, double gamma, std::optional<Tensor> mask) {
   const auto s = check_deform_roi_pool(input, rois, offset, mask, output_size, spatial_scale, sampling_ratio, gamma);
-  return roi_pool<Locate>("deform_roi_pool", s, input, rois, offset, mask);
+  return roi_pool<Geometry>("deform_roi_pool", s, input, rois, offset, mask);
 }
 
 std::tuple<Tensor, Tensor, Tensor> deform_roi_pool_backward(Tensor grad, Tensor input, Tensor rois,
@@ -46,7 +55,7 @@ std::tuple<Tensor, Tensor, Tensor> deform_roi_pool_backward(Tensor grad, Tensor 
                                                             int64_t sampling_ratio, double gamma, bool need_input,
                                                             bool need_offset, bool /*deterministic*/) {
   const auto s = check_deform_roi_pool(input, rois, offset, mask, output_size, spatial_scale, sampling_ratio, gamma);
-  return roi_pool_gradients<Locate>("deform_roi_pool", s, grad, input, rois, offset, mask, need_input, need_offset);
+  return roi_pool_gradients<Geometry>("deform_roi_pool", s, grad, input, rois, offset, mask, need_input, need_offset);
 }
 
 }  // namespace

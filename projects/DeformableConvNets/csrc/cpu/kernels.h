@@ -7,6 +7,7 @@
 #include <cstdint>
 
 #include "deform_conv2d.h"
+#include "roi_pool_kernels.h"
 
 namespace dcn::cpu {
 
@@ -30,21 +31,6 @@ struct ImageChannels {
   const T* image;
   int64_t stride, channels;
   const T* zeros;  // at least `channels` zeros, read in place of neighbours outside
-};
-
-// A row or a column of pixels that a bin reads.
-template <typename T>
-struct AxisEntry {
-  int32_t pixel;
-  T weight, slope;
-};
-
-// The pixels of one bin of a RoI: all pairs of its rows and columns.
-template <typename T>
-struct BinPixels {
-  const AxisEntry<T>*rows, *columns;
-  int64_t row_count, column_count;
-  int64_t width, stride;  // of the image: pixels in a row, values of a pixel
 };
 
 // c = or += a @ b for a tile. `a` is given in chunks of `depth` columns: a(row, chunk * depth + k) is
@@ -94,13 +80,7 @@ struct Kernels {
   // a[c] += scale * b[c].
   void (*add_scaled)(T* a, const T* b, T scale, int64_t count);
 
-  // sum[c] = scale * the bin's weighted sum of channel c.
-  void (*pool)(const BinPixels<T>& bin, const T* image, int64_t channels, T scale, T* sum);
-
-  // Adds scale * gradient to the bin's pixels of `grad_image`, and to `sums` the gradient's product with the bin's
-  // derivatives by x and y and with its sum. `grad_image` and `sums` may be null.
-  void (*pool_backward)(const BinPixels<T>& bin, const T* image, int64_t channels, T scale, const T* gradient,
-                        T* grad_image, T* sums);
+  RoiPoolKernels<T> roi_pool;
 };
 
 // The kernels of the best instruction set that this processor has. DCN_CPU_CAPABILITY=default|avx2|avx512 caps it.

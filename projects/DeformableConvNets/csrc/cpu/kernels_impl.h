@@ -221,89 +221,19 @@ void add_scaled(T* a, const T* b, T scale, int64_t count) {
   for (int64_t c = 0; c < count; ++c) a[c] += scale * b[c];
 }
 
-// kV vectors of channels at a time, summed in registers.
-template <typename T, int kV>
-[[gnu::always_inline]] inline void pool_vectors(const BinPixels<T>& bin, const T* image, T scale, T* sum) {
-  constexpr int64_t lanes = kLanes<T>;
-  Vector<T> total[kV] = {};
-  for (int64_t i = 0; i < bin.row_count; ++i) {
-    const T* row = image + bin.rows[i].pixel * bin.width * bin.stride;
-    for (int64_t j = 0; j < bin.column_count; ++j) {
-      const T* pixel = row + bin.columns[j].pixel * bin.stride;
-      const T weight = bin.rows[i].weight * bin.columns[j].weight;
-#pragma GCC unroll 4
-      for (int v = 0; v < kV; ++v) total[v] += weight * load(pixel + v * lanes);
-    }
-  }
-#pragma GCC unroll 4
-  for (int v = 0; v < kV; ++v) store(sum + v * lanes, scale * total[v]);
-}
+}  // namespace
+}  // namespace dcn::cpu::DCN_ISA
 
-template <typename T>
-void pool(const BinPixels<T>& bin, const T* image, int64_t channels, T scale, T* sum) {
-  constexpr int64_t lanes = kLanes<T>;
-  int64_t c = 0;
-  for (; c + 4 * lanes <= channels; c += 4 * lanes) pool_vectors<T, 4>(bin, image + c, scale, sum + c);
-  for (; c + lanes <= channels; c += lanes) pool_vectors<T, 1>(bin, image + c, scale, sum + c);
-  for (; c < channels; ++c) {
-    T total = 0;
-    for (int64_t i = 0; i < bin.row_count; ++i) {
-      for (int64_t j = 0; j < bin.column_count; ++j) {
-        const int64_t pixel = bin.rows[i].pixel * bin.width + bin.columns[j].pixel;
-        total += bin.rows[i].weight * bin.columns[j].weight * image[pixel * bin.stride + c];
-      }
-    }
-    sum[c] = scale * total;
-  }
-}
+#include "roi_pool_impl.h"  // needs transpose
 
-template <typename T, bool kInput, bool kOffset>
-void pool_backward_pass(const BinPixels<T>& bin, const T* image, int64_t channels, T scale, const T* gradient,
-                        T* grad_image, T* sums) {
-  constexpr int64_t lanes = kLanes<T>;
-  const int64_t whole = channels / lanes * lanes;
-  for (int64_t i = 0; i < bin.row_count; ++i) {
-    for (int64_t j = 0; j < bin.column_count; ++j) {
-      const AxisEntry<T>&row = bin.rows[i], &column = bin.columns[j];
-      const int64_t at = (row.pixel * bin.width + column.pixel) * bin.stride;
-      const T weight = row.weight * column.weight, factor = scale * weight;
-      Vector<T> products = {};
-      for (int64_t c = 0; c < whole; c += lanes) {
-        const Vector<T> value = load(gradient + c);
-        if (kInput) store(grad_image + at + c, load(grad_image + at + c) + factor * value);
-        if (kOffset) products += value * load(image + at + c);
-      }
-      T dot = sum_of<T>(products);
-      for (int64_t c = whole; c < channels; ++c) {
-        if (kInput) grad_image[at + c] += factor * gradient[c];
-        if (kOffset) dot += gradient[c] * image[at + c];
-      }
-      if (kOffset) {
-        sums[0] += row.weight * column.slope * dot;
-        sums[1] += row.slope * column.weight * dot;
-        sums[2] += weight * dot;
-      }
-    }
-  }
-}
-
-template <typename T>
-void pool_backward(const BinPixels<T>& bin, const T* image, int64_t channels, T scale, const T* gradient, T* grad_image,
-                   T* sums) {
-  if (grad_image && sums) {
-    pool_backward_pass<T, true, true>(bin, image, channels, scale, gradient, grad_image, sums);
-  } else if (grad_image) {
-    pool_backward_pass<T, true, false>(bin, image, channels, scale, gradient, grad_image, sums);
-  } else if (sums) {
-    pool_backward_pass<T, false, true>(bin, image, channels, scale, gradient, grad_image, sums);
-  }
-}
+namespace dcn::cpu::DCN_ISA {
+namespace {
 
 template <typename T>
 constexpr Kernels<T> all_kernels() {
-  return {
-      kLanes<T>,   kRows,        DCN_PANEL_VECTORS, locate<T>, gather<T>,       backward<T>, add_offset_gradients<T>,
-      multiply<T>, transpose<T>, add_scaled<T>,     pool<T>,   pool_backward<T>};
+  return {kLanes<T>,    kRows,         DCN_PANEL_VECTORS,       locate<T>,
+          gather<T>,    backward<T>,   add_offset_gradients<T>, multiply<T>,
+          transpose<T>, add_scaled<T>, roi_pool_kernels<T>()};
 }
 
 }  // namespace

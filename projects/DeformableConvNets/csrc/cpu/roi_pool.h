@@ -1,229 +1,361 @@
 // Copyright (c) the dcn_d2 authors. SPDX-License-Identifier: Apache-2.0
 // RoI pooling on CPU, for every operator whose bins sample an axis-aligned grid: the sum of a bin's samples factors
 // into row weights times column weights, so every pixel under a bin is read once, however many samples fall on it.
+//
+// A channels_last map is read where it is, RoI by RoI. Of any other one a few channels at a time are brought into that
+// order, row by row as the RoIs need them, for all RoIs in turns.
 #pragma once
 
-#include "kernels.h"
+#include "channel_block.h"
 #include "layout.h"
-#include "roi_pool_sizes.h"
-#include "tiles.h"
+#include "roi_bins.h"
 
 namespace dcn::cpu {
-
-// The sum of a bin's samples along one axis: the pixels that they touch, each once.
-template <typename T>
-class AxisSum {
- public:
-  void clear() {
-    entries_.clear();
-    samples_ = 0;
-  }
-
-  void add(const AxisSample<T>& sample) {
-    for (int side = 0; side < 2; ++side) {
-      if (sample.exists[side]) add(sample.low + side, sample.weight[side], sample.slope[side]);
-    }
-    samples_ += sample.exists[0] || sample.exists[1];
-  }
-
-  const std::vector<AxisEntry<T>>& entries() const { return entries_; }
-  int64_t samples() const { return samples_; }  // those on the map
-
- private:
-  void add(int32_t pixel, T weight, T slope) {
-    // Positions rise from sample to sample, so a pixel that is met again is one of the last two.
-    for (size_t back = 1; back <= 2 && back <= entries_.size(); ++back) {
-      AxisEntry<T>& entry = entries_[entries_.size() - back];
-      if (entry.pixel == pixel) {
-        entry.weight += weight;
-        entry.slope += slope;
-        return;
-      }
-    }
-    entries_.push_back({pixel, weight, slope});
-  }
-
-  std::vector<AxisEntry<T>> entries_;
-  int64_t samples_ = 0;
-};
-
-// One bin of one RoI for one block of channels, as an operator's `locate` fills it.
-template <typename T>
-struct Bin {
-  AxisSum<T> rows, columns;
-  T average;         // factor of the sum: one over the number of samples
-  T unit_y, unit_x;  // pixels that an offset of 1 moves the bin by
-  int64_t cell;      // which group of the input's channels it reads
-  int64_t part;      // index of its offset in a plane of the offset tensor
-
-  BinPixels<T> pixels(int64_t width, int64_t stride) const {
-    return {rows.entries().data(),
-            columns.entries().data(),
-            static_cast<int64_t>(rows.entries().size()),
-            static_cast<int64_t>(columns.entries().size()),
-            width,
-            stride};
-  }
-};
 
 // The operands of one call, dense, in the dtype of the computation.
 template <typename T>
 struct RoiPoolOperands {
-  Tensor image_tensor, roi_tensor;  // images as (batch, height, width, cells, channels)
-  std::optional<Tensor> offset_tensor, mask_tensor;
   RoiPoolSizes sizes;
-  const T *images, *rois, *offsets = nullptr, *masks = nullptr;
+  bool channels_last;
+  std::optional<Tensor> image_tensor, roi_tensor, offset_tensor, mask_tensor;
+  const T* images = nullptr;
+  RoiRows<T> rows;
 
-  RoiPoolOperands(const char* op, const RoiPoolSizes& s, const Tensor& input, const Tensor& roi_rows,
-                  const std::optional<Tensor>& offset, const std::optional<Tensor>& mask)
-      : image_tensor(split_cells(input, s)), roi_tensor(dense(roi_rows, scalar_type_of<T>())), sizes(s) {
-    images = image_tensor.template const_data_ptr<T>();
-    rois = roi_tensor.template const_data_ptr<T>();
-    if (offset) {
-      offset_tensor = dense(*offset, scalar_type_of<T>());
-      offsets = offset_tensor->template const_data_ptr<T>();
+  RoiPoolOperands(const char* op, const RoiPoolSizes& s, const Tensor& input, const Tensor& rois,
+                  const std::optional<Tensor>& offset, const std::optional<Tensor>& mask, bool need_image)
+      : sizes(s), channels_last(is_channels_last(input) && s.cells == 1) {
+    if (need_image) {
+      images = data_of(image_tensor, input, channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
     }
-    if (mask) {
-      mask_tensor = dense(*mask, scalar_type_of<T>());
-      masks = mask_tensor->template const_data_ptr<T>();
-    }
+    rows = {s, data_of(roi_tensor, rois), offset ? data_of(offset_tensor, *offset) : nullptr,
+            mask ? data_of(mask_tensor, *mask) : nullptr};
     for (int64_t r = 0; r < s.rois; ++r) {
-      STD_TORCH_CHECK(rois[5 * r] >= T(0) && rois[5 * r] < static_cast<T>(s.batch), op, ": rois[", r, "] names image ",
-                      rois[5 * r], ", but input has ", s.batch, " images");
+      const T image = rows.rois[5 * r];
+      STD_TORCH_CHECK(image >= T(0) && image < static_cast<T>(s.batch), op, ": rois[", r, "] names image ", image,
+                      ", but input has ", s.batch, " images");
     }
   }
 
-  int64_t pixel_stride() const { return sizes.input_channels(); }
-  int64_t image_begin(int64_t r) const { return static_cast<int64_t>(rois[5 * r]) * sizes.pixels() * pixel_stride(); }
-  // The offset of a part in x and in y; zero where there are no offsets.
-  int64_t offset_index(int64_t r, int64_t block, int64_t part) const {
-    return (r * sizes.blocks + block) * 2 * sizes.parts + part;
-  }
-  T offset_x(int64_t r, int64_t block, int64_t part) const {
-    return offsets ? offsets[offset_index(r, block, part)] : T(0);
-  }
-  T offset_y(int64_t r, int64_t block, int64_t part) const {
-    return offsets ? offsets[offset_index(r, block, part) + sizes.parts] : T(0);
-  }
-  T modulation(int64_t r, int64_t b) const { return masks ? masks[r * sizes.bins() + b] : T(1); }
+  int64_t image_size() const { return sizes.input_channels() * sizes.pixels(); }
+  const T* image(int64_t n) const { return images ? images + n * image_size() : nullptr; }
 
-  static Tensor split_cells(const Tensor& input, const RoiPoolSizes& s) {
-    if (s.cells == 1) return to_channels_last<T>(input);
-    const Tensor split = torch::stable::reshape(dense(input, scalar_type_of<T>()),
-                                                std::vector<int64_t>{s.batch, s.channels, s.cells, s.pixels()});
-    return torch::stable::contiguous(torch::stable::transpose(split, 1, 3));
+  // Block `block` of the bins of a RoI, of which `channels` are looked at, in a map with that many values per pixel.
+  RoiPixels<T> pixels(const RoiBins<T>& bins, int64_t block, int64_t pixel_stride, Range channels,
+                      int64_t readable) const {
+    return {bins.entries(),
+            bins.bins() + block * sizes.bins(),
+            sizes.bins(),
+            sizes.width * pixel_stride,
+            pixel_stride,
+            pixel_stride / sizes.cells,
+            channels.end - channels.begin,
+            readable};
   }
-  // The inverse, for the input's gradient: (batch, pixels, cells, channels) to (batch, channels * cells, ...).
-  static Tensor merge_cells(const Tensor& grad, const RoiPoolSizes& s) {
-    const std::vector<int64_t> sizes{s.batch, s.channels * s.cells, s.height, s.width};
-    if (s.cells > 1) return torch::stable::reshape(torch::stable::transpose(grad, 1, 3), sizes);
-    const Tensor image = torch::stable::reshape(grad, std::vector<int64_t>{s.batch, s.height, s.width, s.channels});
-    return torch::stable::transpose(torch::stable::transpose(image, 2, 3), 1, 2);
+
+  static const T* data_of(std::optional<Tensor>& holder, const Tensor& tensor,
+                          MemoryFormat format = MemoryFormat::Contiguous) {
+    holder = dense(tensor, scalar_type_of<T>(), format);
+    return holder->template const_data_ptr<T>();
   }
 };
 
-// `locate(bin, operands, r, block, h, w)` fills a bin; it is all that an operator adds.
-template <typename T, typename Locate>
-Tensor roi_pool_forward(const char* op, const RoiPoolSizes& s, const Tensor& input, const Tensor& rois,
-                        const std::optional<Tensor>& offset, const std::optional<Tensor>& mask, const Locate& locate) {
-  Tensor output = empty_4d(input, {s.rois, s.channels, s.out_h, s.out_w}, scalar_type_of<T>(), false);
-  const RoiPoolOperands<T> operands(op, s, input, rois, offset, mask);
-  if (output.numel() == 0) return output;
-  T* out = output.template mutable_data_ptr<T>();
-  const int64_t bins = s.bins(), block_channels = s.block_channels();
+template <typename T, typename Geometry>
+std::vector<RoiBins<T>> find_all_bins(const RoiRows<T>& rows, const Geometry& geometry) {
+  std::vector<RoiBins<T>> bins(rows.sizes.rois);
+  torch::stable::parallel_for(0, rows.sizes.rois, 16, [&](int64_t first, int64_t last) {
+    for (int64_t r = first; r < last; ++r) bins[r].find(geometry, rows, r);
+  });
+  return bins;
+}
+
+template <typename T, typename Geometry>
+void pool_channels_last(const RoiPoolOperands<T>& operands, const Geometry& geometry, T* out) {
+  const RoiPoolSizes& s = operands.sizes;
+  const std::vector<int64_t> order = neighbouring_order(operands.rows);
   torch::stable::parallel_for(0, s.rois, 1, [&](int64_t first, int64_t last) {
-    Bin<T> bin;
-    std::vector<T> pooled(s.channels * bins);  // (bins, channels)
-    for (int64_t r = first; r < last; ++r) {
+    RoiBins<T> bins;
+    const std::unique_ptr<T[]> buffer = scratch<T>(s.bins() * kernels<T>().roi_pool.group);
+    for (int64_t i = first; i < last; ++i) {
+      const int64_t r = order[i];
+      bins.find(geometry, operands.rows, r);
       for (int64_t block = 0; block < s.blocks; ++block) {
-        for (int64_t b = 0; b < bins; ++b) {
-          locate(bin, operands, r, block, b / s.out_w, b % s.out_w);
-          kernels<T>().pool(bin.pixels(s.width, operands.pixel_stride()),
-                            operands.images + operands.image_begin(r) + bin.cell * s.channels + block * block_channels,
-                            block_channels, bin.average * operands.modulation(r, b),
-                            pooled.data() + b * s.channels + block * block_channels);
-        }
+        const Range channels{block * s.block_channels(), (block + 1) * s.block_channels()};
+        const RoiPixels<T> roi = operands.pixels(bins, block, s.channels, channels, s.block_channels());
+        kernels<T>().roi_pool.forward(roi, operands.image(operands.rows.image(r)) + channels.begin, buffer.get(),
+                                      out + (r * s.channels + channels.begin) * s.bins());
       }
-      kernels<T>().transpose(pooled.data(), s.channels, bins, s.channels, out + r * s.channels * bins, bins);
     }
   });
+}
+
+template <typename T, typename Geometry>
+void pool_contiguous(const RoiPoolOperands<T>& operands, const Geometry& geometry, T* out) {
+  const RoiPoolSizes& s = operands.sizes;
+  const std::vector<RoiBins<T>> bins = find_all_bins(operands.rows, geometry);
+  const std::vector<Visit> visits = visits_by_row(operands.rows, bins);
+  const int64_t width = block_width<T>(s);
+  const std::vector<Range> ranges = block_ranges(s, width);
+  // Where there are more threads than ranges of channels, they share out the RoIs too.
+  const auto range_count = static_cast<int64_t>(ranges.size());
+  const int64_t shares = std::min(s.rois, divide_up(torch::stable::get_num_threads(), range_count));
+  torch::stable::parallel_for(0, range_count * shares, 1, [&](int64_t first, int64_t last) {
+    ChannelBlock<T> map(s, width);
+    const std::unique_ptr<T[]> buffer = scratch<T>(s.bins() * kernels<T>().roi_pool.group);
+    for (int64_t i = first; i < last; ++i) {
+      const Range channels = ranges[i / shares], mine = part_of(s.rois, shares, i % shares);
+      for (int64_t v = mine.begin; v < mine.end; ++v) {
+        const Visit& visit = visits[v];
+        if (v == mine.begin || visit.image != visits[v - 1].image) map.begin(channels, visit.first_row);
+        map.read(operands.image(visit.image), visit.rows.end);
+        const int64_t block = channels.begin / s.block_channels();
+        const RoiPixels<T> roi = operands.pixels(bins[visit.roi], block, map.pixel_stride(), channels, width);
+        kernels<T>().roi_pool.forward(roi, map.data(), buffer.get(),
+                                      out + (visit.roi * s.channels + channels.begin) * s.bins());
+      }
+    }
+  });
+}
+
+// `geometry` is all that an operator adds; see roi_bins.h.
+template <typename T, typename Geometry>
+Tensor roi_pool_forward(const char* op, const RoiPoolSizes& s, const Tensor& input, const Tensor& rois,
+                        const std::optional<Tensor>& offset, const std::optional<Tensor>& mask,
+                        const Geometry& geometry) {
+  const RoiPoolOperands<T> operands(op, s, input, rois, offset, mask, true);
+  Tensor output = empty_4d(input, {s.rois, s.channels, s.out_h, s.out_w}, scalar_type_of<T>(), false);
+  if (output.numel() == 0) return output;
+  T* out = output.template mutable_data_ptr<T>();
+  if (operands.channels_last) {
+    pool_channels_last(operands, geometry, out);
+  } else {
+    pool_contiguous(operands, geometry, out);
+  }
   return output;
 }
 
-// Gradients of input, offset and mask in the dtype of the computation; empty where not needed. Threads share out the
-// channels, so each adds to pixels of its own and the order of all sums is fixed.
-template <typename T, typename Locate>
-std::array<Tensor, 3> roi_pool_backward(const char* op, const RoiPoolSizes& s, const Tensor& grad, const Tensor& input,
-                                        const Tensor& rois, const std::optional<Tensor>& offset,
-                                        const std::optional<Tensor>& mask, bool need_input, bool need_offset,
-                                        const Locate& locate) {
-  const RoiPoolOperands<T> operands(op, s, input, rois, offset, mask);
-  // (rois, bins, channels): the channels of a bin side by side.
-  const Tensor grad_bins = to_channels_last<T>(grad);
-  const T* grad_data = grad_bins.template const_data_ptr<T>();
-  const int64_t bins = s.bins(), block_channels = s.block_channels(), offsets = s.rois * s.blocks * 2 * s.parts;
-  // None where there are no channels.
-  const int64_t parts = std::min(s.channels, std::clamp<int64_t>(s.channels / 16, 1, torch::stable::get_num_threads()));
+// The gradients of bins as (bins, channels), RoI by RoI.
+template <typename T>
+class BinGradients {
+ public:
+  BinGradients(const Tensor& grad, const RoiPoolSizes& s)
+      : sizes_(s),
+        channels_last_(is_channels_last(grad)),
+        tensor_(
+            dense(grad, scalar_type_of<T>(), channels_last_ ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous)),
+        data_(tensor_.template const_data_ptr<T>()) {}
 
-  const auto zeros = [&](const std::vector<int64_t>& sizes) {
-    return torch::stable::new_zeros(input, sizes, scalar_type_of<T>());
-  };
-  const Tensor grad_image = zeros({s.batch, s.pixels(), s.cells, s.channels});
-  const Tensor grad_offset = zeros({parts, offsets}), grad_mask = zeros({parts, s.rois * bins});
-  T* image_data = grad_image.template mutable_data_ptr<T>();
-  T* offset_data = grad_offset.template mutable_data_ptr<T>();
-  T* mask_data = grad_mask.template mutable_data_ptr<T>();
+  // Values of the buffer that rows() needs for that many channels.
+  int64_t buffer_size(int64_t width) const { return sizes_.bins() * width; }
 
-  // Bin b of RoI r, for the channels of a block that lie in `channels`.
-  const auto run_bin = [&](const Bin<T>& bin, int64_t thread, int64_t r, int64_t block, int64_t b, Range channels) {
-    const T* gradient = grad_data + (r * bins + b) * s.channels + channels.begin;
-    const int64_t begin = operands.image_begin(r) + bin.cell * s.channels + channels.begin;
-    const int64_t count = channels.end - channels.begin;
-    const T scale = bin.average * operands.modulation(r, b);
-    T sums[3] = {0, 0, 0};
-    kernels<T>().pool_backward(bin.pixels(s.width, operands.pixel_stride()), operands.images + begin, count, scale,
-                               gradient, need_input ? image_data + begin : nullptr, need_offset ? sums : nullptr);
-    T* out = offset_data + thread * offsets + operands.offset_index(r, block, bin.part);
-    out[0] += sums[0] * bin.unit_x * scale;
-    out[s.parts] += sums[1] * bin.unit_y * scale;
-    mask_data[(thread * s.rois + r) * bins + b] += sums[2] * bin.average;
+  struct Rows {
+    const T* first;
+    int64_t stride;
   };
+  // Those of some channels of RoI r, padded with zeros to `width` of them; they may lie in the buffer.
+  Rows rows(int64_t r, Range channels, int64_t width, T* buffer) const {
+    const int64_t count = channels.end - channels.begin, bins = sizes_.bins();
+    const T* from = data_ + r * sizes_.channels * bins;
+    if (channels_last_ && count == width) return {from + channels.begin, sizes_.channels};
+    if (count < width) std::fill_n(buffer, bins * width, T(0));
+    if (channels_last_) {
+      for (int64_t b = 0; b < bins; ++b) {
+        std::copy_n(from + b * sizes_.channels + channels.begin, count, buffer + b * width);
+      }
+    } else {
+      kernels<T>().transpose(from + channels.begin * bins, bins, count, bins, buffer, width);
+    }
+    return {buffer, width};
+  }
+
+ private:
+  RoiPoolSizes sizes_;
+  bool channels_last_;
+  Tensor tensor_;
+  const T* data_;
+};
+
+// What both passes below read, and what they add to. A part of the work is some channels; `sums` has, for each part,
+// what RoiPoolKernels::backward adds up for every RoI, block and bin, or is empty where that is not needed.
+template <typename T>
+struct RoiPoolBackward {
+  const RoiPoolOperands<T>& operands;
+  const std::vector<RoiBins<T>>& bins;
+  const BinGradients<T>& gradients;
+  T* grad_image;  // in the memory format of the operands' image, or null
+  std::vector<T>& sums;
+
+  T* sums_of(int64_t part, int64_t r, int64_t block) const {
+    const RoiPoolSizes& s = operands.sizes;
+    return sums.empty() ? nullptr : sums.data() + ((part * s.rois + r) * s.blocks + block) * s.bins() * 3;
+  }
+  T* grad_image_of(int64_t n) const { return grad_image ? grad_image + n * operands.image_size() : nullptr; }
+};
+
+// Threads share out the channels, so each adds to pixels of its own and the order of all sums is fixed.
+template <typename T>
+void pool_backward_channels_last(const RoiPoolBackward<T>& pass, int64_t parts) {
+  const RoiPoolSizes& s = pass.operands.sizes;
+  const std::vector<int64_t> order = neighbouring_order(pass.operands.rows);
   torch::stable::parallel_for(0, parts, 1, [&](int64_t first, int64_t last) {
-    Bin<T> bin;
-    for (int64_t thread = first; thread < last; ++thread) {
-      const Range mine = part_of(s.channels, parts, thread);
-      for (int64_t r = 0; r < s.rois; ++r) {
-        for (int64_t block = mine.begin / block_channels; block * block_channels < mine.end; ++block) {
-          const Range channels{std::max(mine.begin, block * block_channels),
-                               std::min(mine.end, (block + 1) * block_channels)};
-          for (int64_t b = 0; b < bins; ++b) {
-            locate(bin, operands, r, block, b / s.out_w, b % s.out_w);
-            run_bin(bin, thread, r, block, b, channels);
-          }
+    const std::unique_ptr<T[]> buffer = scratch<T>(pass.gradients.buffer_size(s.block_channels()));
+    for (int64_t part = first; part < last; ++part) {
+      const Range mine = part_of(s.channels, parts, part);
+      for (const int64_t r : order) {
+        const int64_t n = pass.operands.rows.image(r);
+        for (int64_t block = mine.begin / s.block_channels(); block * s.block_channels() < mine.end; ++block) {
+          const Range channels{std::max(mine.begin, block * s.block_channels()),
+                               std::min(mine.end, (block + 1) * s.block_channels())};
+          const int64_t count = channels.end - channels.begin;
+          const auto gradient = pass.gradients.rows(r, channels, count, buffer.get());
+          const T* image = pass.operands.image(n);
+          T* grad_image = pass.grad_image_of(n);
+          kernels<T>().roi_pool.backward(pass.operands.pixels(pass.bins[r], block, s.channels, channels, count),
+                                         image ? image + channels.begin : nullptr, gradient.first, gradient.stride,
+                                         grad_image ? grad_image + channels.begin : nullptr,
+                                         pass.sums_of(part, r, block));
         }
       }
     }
   });
-
-  const Tensor none = empty_result(grad);
-  return {need_input ? like_input<T>(RoiPoolOperands<T>::merge_cells(grad_image, s), input) : none,
-          need_offset && offset ? sum_parts(grad_offset, *offset) : none,
-          need_offset && mask ? sum_parts(grad_mask, *mask) : none};
 }
 
-// The operator `op`, whose bins Locate<T> finds from its sizes `s`, for every dtype.
-template <template <typename> class Locate, typename Sizes>
+template <typename T>
+void pool_backward_contiguous(const RoiPoolBackward<T>& pass, int64_t parts, int64_t width,
+                              const std::vector<Range>& ranges) {
+  const RoiPoolSizes& s = pass.operands.sizes;
+  const std::vector<Visit> visits = visits_by_row(pass.operands.rows, pass.bins);
+  const bool reads = pass.operands.images != nullptr, writes = pass.grad_image != nullptr;
+  torch::stable::parallel_for(0, parts, 1, [&](int64_t first, int64_t last) {
+    std::optional<ChannelBlock<T>> map, grad_map;
+    if (reads) map.emplace(s, width);
+    if (writes) grad_map.emplace(s, width);
+    const std::unique_ptr<T[]> buffer = scratch<T>(pass.gradients.buffer_size(width));
+    const auto run_range = [&](int64_t part, Range channels) {
+      int64_t done = 0;  // images whose gradient is written
+      const auto fill_until = [&](int64_t n) {
+        for (; writes && done < n; ++done) grad_map->fill_zeros(pass.grad_image_of(done), 0, s.height);
+      };
+      for (size_t v = 0; v < visits.size(); ++v) {
+        const Visit& visit = visits[v];
+        const bool begins = v == 0 || visits[v - 1].image != visit.image;
+        const bool ends = v + 1 == visits.size() || visits[v + 1].image != visit.image;
+        if (reads) {
+          if (begins) map->begin(channels, visit.first_row);
+          map->read(pass.operands.image(visit.image), visit.rows.end);
+        }
+        if (writes) {
+          if (begins) {
+            grad_map->begin(channels, visit.first_row);
+            fill_until(visit.image);
+            grad_map->fill_zeros(pass.grad_image_of(visit.image), 0, visit.first_row);
+          }
+          grad_map->clear(visit.rows.end);
+        }
+        const int64_t block = channels.begin / s.block_channels();
+        const auto gradient = pass.gradients.rows(visit.roi, channels, width, buffer.get());
+        kernels<T>().roi_pool.backward(
+            pass.operands.pixels(pass.bins[visit.roi], block, s.cells * width, channels, width),
+            reads ? map->data() : nullptr, gradient.first, gradient.stride, writes ? grad_map->data() : nullptr,
+            pass.sums_of(part, visit.roi, block));
+        // Rows that no RoI reads any more are done.
+        if (writes) grad_map->write(pass.grad_image_of(visit.image), ends ? s.height : visits[v + 1].first_row);
+        if (ends) done = visit.image + 1;
+      }
+      if (writes) grad_map->begin(channels, 0);
+      fill_until(s.batch);
+    };
+    for (int64_t part = first; part < last; ++part) {
+      const Range mine = part_of(static_cast<int64_t>(ranges.size()), parts, part);
+      for (int64_t i = mine.begin; i < mine.end; ++i) run_range(part, ranges[i]);
+    }
+  });
+}
+
+// Gradients of offset and mask, from the sums.
+template <typename T, typename Geometry>
+void add_shift_gradients(const RoiPoolBackward<T>& pass, const Geometry& geometry, int64_t parts, T* grad_offset,
+                         T* grad_mask) {
+  const RoiPoolSizes& s = pass.operands.sizes;
+  for (int64_t r = 0; r < s.rois; ++r) {
+    for (int64_t block = 0; block < s.blocks; ++block) {
+      const BinPixels<T>* bins = pass.bins[r].bins() + block * s.bins();
+      const BinShift<T>* shifts = pass.bins[r].shifts() + block * s.bins();
+      for (int64_t b = 0; b < s.bins(); ++b) {
+        T sums[3] = {0, 0, 0};
+        for (int64_t part = 0; part < parts; ++part) {
+          for (int k = 0; k < 3; ++k) sums[k] += pass.sums_of(part, r, block)[3 * b + k];
+        }
+        if (grad_offset) {
+          T* out = grad_offset + pass.operands.rows.offset_index(r, block, geometry.part(b / s.out_w, b % s.out_w));
+          out[0] += sums[0] * shifts[b].unit_x * bins[b].scale;
+          out[s.parts] += sums[1] * shifts[b].unit_y * bins[b].scale;
+        }
+        if (grad_mask) grad_mask[r * s.bins() + b] += sums[2] * shifts[b].average;
+      }
+    }
+  }
+}
+
+// Gradients of input, offset and mask in the dtype of the computation; empty where not needed.
+template <typename T, typename Geometry>
+std::array<Tensor, 3> roi_pool_backward(const char* op, const RoiPoolSizes& s, const Tensor& grad, const Tensor& input,
+                                        const Tensor& rois, const std::optional<Tensor>& offset,
+                                        const std::optional<Tensor>& mask, bool need_input, bool need_offset,
+                                        const Geometry& geometry) {
+  need_offset = need_offset && (offset || mask);
+  const RoiPoolOperands<T> operands(op, s, input, rois, offset, mask, need_offset);
+  const BinGradients<T> gradients(grad, s);
+  const std::vector<RoiBins<T>> bins = find_all_bins(operands.rows, geometry);
+  const int64_t width = block_width<T>(s);
+  const std::vector<Range> ranges = block_ranges(s, width);
+  const int64_t most = operands.channels_last ? s.channels / kernels<T>().lanes : static_cast<int64_t>(ranges.size());
+  const int64_t parts = std::clamp<int64_t>(torch::stable::get_num_threads(), 1, std::max<int64_t>(most, 1));
+
+  const Tensor none = empty_result(grad);
+  const auto zeros_like = [&](const std::optional<Tensor>& tensor) {
+    return need_offset && tensor ? torch::stable::new_zeros(grad, tensor->sizes(), scalar_type_of<T>()) : none;
+  };
+  std::array<Tensor, 3> results{none, zeros_like(offset), zeros_like(mask)};
+  if (need_input) {
+    results[0] = operands.channels_last
+                     ? torch::stable::new_zeros(input, {s.batch, s.height, s.width, s.channels}, scalar_type_of<T>())
+                     : empty_4d(input, {s.batch, s.input_channels(), s.height, s.width}, scalar_type_of<T>(), false);
+  }
+  const auto data_of = [](const Tensor& tensor) {
+    return tensor.numel() ? tensor.template mutable_data_ptr<T>() : nullptr;
+  };
+  std::vector<T> sums(need_offset ? parts * s.rois * s.blocks * s.bins() * 3 : 0);
+  const RoiPoolBackward<T> pass{operands, bins, gradients, need_input ? data_of(results[0]) : nullptr, sums};
+  if (s.channels > 0) {
+    if (operands.channels_last) {
+      pool_backward_channels_last(pass, parts);
+    } else {
+      pool_backward_contiguous(pass, parts, width, ranges);
+    }
+  }
+  if (!sums.empty()) {
+    add_shift_gradients(pass, geometry, parts, data_of(results[1]), data_of(results[2]));
+  }
+  if (need_input) {
+    if (operands.channels_last) results[0] = torch::stable::transpose(torch::stable::transpose(results[0], 2, 3), 1, 2);
+    results[0] = like_input<T>(results[0], input);
+  }
+  return results;
+}
+
+// The operator `op`, whose bins Geometry<T> finds, for every dtype.
+template <template <typename> class Geometry, typename Sizes>
 Tensor roi_pool(const char* op, const Sizes& s, const Tensor& input, const Tensor& rois,
                 const std::optional<Tensor>& offset, const std::optional<Tensor>& mask) {
   const ScalarType dtype = input.scalar_type();
   const Tensor output = dtype == ScalarType::Double
-                            ? roi_pool_forward<double>(op, sizes_of(s), input, rois, offset, mask, Locate<double>{s})
-                            : roi_pool_forward<float>(op, sizes_of(s), input, rois, offset, mask, Locate<float>{s});
+                            ? roi_pool_forward<double>(op, sizes_of(s), input, rois, offset, mask, Geometry<double>{s})
+                            : roi_pool_forward<float>(op, sizes_of(s), input, rois, offset, mask, Geometry<float>{s});
   return output.scalar_type() == dtype ? output : torch::stable::to(output, dtype);
 }
 
 // Its gradients by input, offset and mask; empty where not needed.
-template <template <typename> class Locate, typename Sizes>
+template <template <typename> class Geometry, typename Sizes>
 std::tuple<Tensor, Tensor, Tensor> roi_pool_gradients(const char* op, const Sizes& s, const Tensor& grad,
                                                       const Tensor& input, const Tensor& rois,
                                                       const std::optional<Tensor>& offset,
@@ -235,9 +367,9 @@ std::tuple<Tensor, Tensor, Tensor> roi_pool_gradients(const char* op, const Size
   check_shape(name.c_str(), "grad", grad, {sizes.rois, sizes.channels, sizes.out_h, sizes.out_w});
   std::array<Tensor, 3> gradients = input.scalar_type() == ScalarType::Double
                                         ? roi_pool_backward<double>(op, sizes, grad, input, rois, offset, mask,
-                                                                    need_input, need_offset, Locate<double>{s})
+                                                                    need_input, need_offset, Geometry<double>{s})
                                         : roi_pool_backward<float>(op, sizes, grad, input, rois, offset, mask,
-                                                                   need_input, need_offset, Locate<float>{s});
+                                                                   need_input, need_offset, Geometry<float>{s});
   for (Tensor& gradient : gradients) {
     if (gradient.scalar_type() != input.scalar_type()) gradient = torch::stable::to(gradient, input.scalar_type());
   }
