@@ -104,7 +104,7 @@ class ChannelBlock {
 
   RoiPoolSizes sizes_;
   int64_t width_;
-  std::unique_ptr<T[]> values_;
+  Scratch<T> values_;
   Range channels_{0, 0};
   int64_t next_ = 0, written_ = 0;  // rows before them are there, and written
 };

@@ -3,10 +3,9 @@
 // column matrix of a whole image never exists.
 #include <utility>
 
-#include "kernels.h"
-#include "layout.h"
+#include "deform_conv2d_grouped.h"
+#include "deform_conv2d_operands.h"
 #include "panels.h"
-#include "tiles.h"
 
 namespace dcn::cpu {
 namespace {
@@ -73,41 +72,6 @@ class TapBuffer {
   Scratch<int32_t> pixels_;
   Scratch<T> values_;
   TapSamples<T> samples_{};
-};
-
-// The tensors of one call, dense, in the dtype of the computation.
-template <typename T>
-struct Operands {
-  Tensor image_tensor, offset_tensor, weight_tensor;
-  std::optional<Tensor> mask_tensor;
-  DeformConv2dSizes sizes;
-  const T *images, *offsets, *masks, *weights;
-  std::vector<T> zeros;
-
-  Operands(const DeformConv2dSizes& s, const Tensor& input, const Tensor& offset, const Tensor& weight,
-           const std::optional<Tensor>& mask)
-      : image_tensor(to_channels_last<T>(input)),
-        offset_tensor(dense(offset, scalar_type_of<T>())),
-        weight_tensor(dense(weight, scalar_type_of<T>())),
-        sizes(s),
-        zeros(s.channels, T(0)) {
-    if (mask) mask_tensor = dense(*mask, scalar_type_of<T>());
-    images = image_tensor.template const_data_ptr<T>();
-    offsets = offset_tensor.template const_data_ptr<T>();
-    weights = weight_tensor.template const_data_ptr<T>();
-    masks = mask_tensor ? mask_tensor->template const_data_ptr<T>() : nullptr;
-  }
-
-  int64_t image_begin(int64_t n) const { return n * sizes.pixels() * sizes.channels; }
-  int64_t offset_begin(int64_t n) const { return n * sizes.deform_groups * sizes.taps() * 2 * sizes.positions(); }
-  const T* mask(int64_t n) const { return masks ? masks + offset_begin(n) / 2 : nullptr; }
-  ImageChannels<T> channels(int64_t n, int64_t begin, int64_t count) const {
-    return {images + image_begin(n) + begin, sizes.channels, count, zeros.data()};
-  }
-
-  void locate(int64_t n, int64_t deform_group, int64_t tap, int64_t begin, const TapSamples<T>& samples) const {
-    kernels<T>().locate(sizes, offsets + offset_begin(n), mask(n), deform_group, tap, begin, samples);
-  }
 };
 
 // Writes output positions of one image. A tile's columns are gathered for some taps at a time, as (positions, taps,
@@ -185,6 +149,7 @@ class ForwardTile {
 template <typename T>
 Tensor forward(const DeformConv2dSizes& s, const Tensor& input, const Tensor& offset, const Tensor& weight,
                const std::optional<Tensor>& bias, const std::optional<Tensor>& mask) {
+  if (uses_grouped_path<T>(s)) return grouped_forward<T>(s, input, offset, weight, bias, mask);
   const bool channels_last = is_channels_last(input);
   Tensor output = empty_4d(input, {s.batch, s.out_channels, s.out_h, s.out_w}, scalar_type_of<T>(), channels_last);
   if (output.numel() == 0) return output;
@@ -210,15 +175,6 @@ Tensor forward(const DeformConv2dSizes& s, const Tensor& input, const Tensor& of
   });
   return output;
 }
-
-// Where a backward task adds its results. Null where a gradient is not needed.
-template <typename T>
-struct Gradients {
-  T* input;   // (batch, pixels, channels)
-  T* offset;  // as offset
-  T* mask;    // as mask
-  T* weight;  // as weight
-};
 
 // Backward of some images and some channels. Tasks of other channels or images write elsewhere, so there is nothing
 // to lock, and the order of all sums is fixed.
@@ -347,24 +303,19 @@ class BackwardTask {
   std::vector<T> trash_;
 };
 
-template <typename T>
-Tensor zeros_of(const Tensor& like, const std::vector<int64_t>& sizes) {
-  return torch::stable::new_zeros(like, sizes, scalar_type_of<T>());
-}
-
 // Gradients in the dtype of the computation: input, offset, weight, mask; empty where not needed.
 template <typename T>
 std::array<Tensor, 4> backward(const DeformConv2dSizes& s, const Tensor& grad, const Tensor& input,
                                const Tensor& offset, const Tensor& weight, const std::optional<Tensor>& mask,
-                               bool need_input, bool need_offset, bool need_weight) {
+                               const NeededGradients& need) {
+  if (uses_grouped_path<T>(s)) return grouped_backward<T>(s, grad, input, offset, weight, mask, need);
   const Operands<T> operands(s, input, offset, weight, mask);
   const bool channels_last = is_channels_last(grad);
   const Tensor grad_output =
       dense(grad, scalar_type_of<T>(), channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
   const T* grad_data = grad_output.template const_data_ptr<T>();
 
-  // Tasks: images first, then channels, until there is one for each thread. Threads that share an image have
-  // offset gradients of their own, threads that share a channel have weight gradients of their own.
+  // Tasks: images first, then channels, until there is one for each thread.
   const int64_t workers = torch::stable::get_num_threads();
   const int64_t image_parts = std::clamp<int64_t>(s.batch, 1, workers);
   const int64_t wanted_parts = divide_up(workers, image_parts);
@@ -374,25 +325,15 @@ std::array<Tensor, 4> backward(const DeformConv2dSizes& s, const Tensor& grad, c
   const std::vector<Segment> segments = segments_of(s, segment_channels);
   const int64_t channel_parts = std::min(wanted_parts, static_cast<int64_t>(segments.size()));
 
-  Tensor grad_input = empty_4d(input, {s.batch, s.channels, s.height, s.width}, scalar_type_of<T>(), true);
-  if (need_input) torch::stable::zero_(grad_input);
-  const int64_t offset_count = offset.numel(), mask_count = mask ? mask->numel() : 0, weight_count = weight.numel();
-  const Tensor grad_offset = zeros_of<T>(input, {need_offset ? channel_parts : 0, offset_count});
-  const Tensor grad_mask = zeros_of<T>(input, {need_offset && mask ? channel_parts : 0, mask_count});
-  const Tensor grad_weight = zeros_of<T>(input, {need_weight ? image_parts : 0, weight_count});
-
+  GradientTensors<T> gradients(s, input, offset, weight, mask, need, image_parts, channel_parts);
   if (s.batch > 0 && s.out_channels > 0) {
     const int64_t widest = std::min(segment_channels, s.group_channels());
     const int64_t tile = tile_size<T>(s.taps() * widest * int64_t{sizeof(T)}, s.positions(), 1);
     torch::stable::parallel_for(0, image_parts * channel_parts, 1, [&](int64_t first, int64_t last) {
       for (int64_t task = first; task < last; ++task) {
         const int64_t image_part = task / channel_parts, channel_part = task % channel_parts;
-        Gradients<T> gradients{};
-        if (need_input) gradients.input = grad_input.template mutable_data_ptr<T>();
-        if (need_offset) gradients.offset = grad_offset.template mutable_data_ptr<T>() + channel_part * offset_count;
-        if (need_offset && mask) gradients.mask = grad_mask.template mutable_data_ptr<T>() + channel_part * mask_count;
-        if (need_weight) gradients.weight = grad_weight.template mutable_data_ptr<T>() + image_part * weight_count;
-        BackwardTask<T> worker(operands, grad_data, channels_last, tile, widest, gradients);
+        BackwardTask<T> worker(operands, grad_data, channels_last, tile, widest,
+                               gradients.of(image_part, channel_part));
         const Range range = part_of(static_cast<int64_t>(segments.size()), channel_parts, channel_part);
         for (int64_t i = range.begin; i < range.end; ++i) {
           worker.run(segments[i], part_of(s.batch, image_parts, image_part));
@@ -400,11 +341,7 @@ std::array<Tensor, 4> backward(const DeformConv2dSizes& s, const Tensor& grad, c
       }
     });
   }
-
-  const Tensor none = empty_result(grad);
-  return {need_input ? like_input<T>(grad_input, input) : none, need_offset ? sum_parts(grad_offset, offset) : none,
-          need_weight ? sum_parts(grad_weight, weight) : none,
-          need_offset && mask ? sum_parts(grad_mask, *mask) : none};
+  return gradients.finish();
 }
 
 Tensor deform_conv2d(Tensor input, Tensor offset, Tensor weight, std::optional<Tensor> bias,
@@ -424,10 +361,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> deform_conv2d_backward(
   check_operand("deform_conv2d_backward", "grad", grad, input, 4);
   check_shape("deform_conv2d_backward", "grad", grad, {s.batch, s.out_channels, s.out_h, s.out_w});
   const ScalarType dtype = input.scalar_type();
-  std::array<Tensor, 4> gradients =
-      dtype == ScalarType::Double
-          ? backward<double>(s, grad, input, offset, weight, mask, need_input, need_offset, need_weight)
-          : backward<float>(s, grad, input, offset, weight, mask, need_input, need_offset, need_weight);
+  const NeededGradients need{need_input, need_offset, need_weight};
+  std::array<Tensor, 4> gradients = dtype == ScalarType::Double
+                                        ? backward<double>(s, grad, input, offset, weight, mask, need)
+                                        : backward<float>(s, grad, input, offset, weight, mask, need);
   for (Tensor& gradient : gradients) {
     if (gradient.scalar_type() != dtype) gradient = torch::stable::to(gradient, dtype);
   }

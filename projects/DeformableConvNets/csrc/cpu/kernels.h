@@ -48,6 +48,29 @@ struct TileProduct {
   bool accumulate;
 };
 
+// Positions of a tile of a grouped convolution at most, and how far apart arrays over them lie: not a power of two, or
+// they would share cache sets.
+constexpr int64_t kGroupedTile = 64;
+constexpr int64_t kGroupedStride = kGroupedTile + 8;
+constexpr int64_t kGroupedMemory = 16 * kGroupedTile + 512;
+
+// The samples of all taps of a tile. Tap t's neighbour k of position p stands at (t * 4 + k) * kGroupedStride + p.
+template <typename T>
+struct GroupedSamples {
+  int64_t taps, count;
+  const T** rows;  // the neighbour's channels, or zeros where it is outside
+  T** grad_rows;   // the place of their gradients, or one that nobody reads; null in the forward pass
+  T* weights;      // modulated by the mask
+};
+
+// Channels of a grouped convolution that share their samples. There are as many output channels.
+template <typename T>
+struct GroupedChannels {
+  int64_t count;           // a multiple of the vector and of group_channels
+  int64_t group_channels;  // a power of two, at most four vectors
+  const T* weight;         // as pack_grouped_weight leaves it
+};
+
 template <typename T>
 struct Kernels {
   int64_t lanes;          // values in a vector
@@ -81,6 +104,20 @@ struct Kernels {
   void (*add_scaled)(T* a, const T* b, T scale, int64_t count);
 
   RoiPoolKernels<T> roi_pool;
+
+  // rows[k * kGroupedStride + p] = where neighbour k of sample p stands in `image`, or `outside`.
+  void (*point)(const TapSamples<T>& samples, const T* image, int64_t stride, const T* outside, const T** rows);
+  void (*point_gradients)(const TapSamples<T>& samples, T* image, int64_t stride, T* outside, T** rows);
+
+  // output[p * output_stride + c] = output channel c of position p. `bias` may be null.
+  void (*grouped_forward)(const GroupedSamples<T>& samples, const GroupedChannels<T>& channels, const T* bias,
+                          T* output, int64_t output_stride);
+
+  // Adds to the samples' grad_rows and to `grad_weight`, packed as the weight is, and writes, in the order of the
+  // samples, dots = <gradient of the sample's column, neighbour>. `memory` is scratch memory for kGroupedMemory values
+  // of every tap, on a cache line.
+  void (*grouped_backward)(const GroupedSamples<T>& samples, const GroupedChannels<T>& channels, const T* grad_output,
+                           int64_t grad_stride, T* grad_weight, T* dots, T* memory);
 };
 
 // The kernels of the best instruction set that this processor has. DCN_CPU_CAPABILITY=default|avx2|avx512 caps it.

@@ -224,6 +224,7 @@ void add_scaled(T* a, const T* b, T scale, int64_t count) {
 }  // namespace
 }  // namespace dcn::cpu::DCN_ISA
 
+#include "grouped_impl.h"
 #include "roi_pool_impl.h"  // needs transpose
 
 namespace dcn::cpu::DCN_ISA {
@@ -231,9 +232,21 @@ namespace {
 
 template <typename T>
 constexpr Kernels<T> all_kernels() {
-  return {kLanes<T>,    kRows,         DCN_PANEL_VECTORS,       locate<T>,
-          gather<T>,    backward<T>,   add_offset_gradients<T>, multiply<T>,
-          transpose<T>, add_scaled<T>, roi_pool_kernels<T>()};
+  return {kLanes<T>,
+          kRows,
+          DCN_PANEL_VECTORS,
+          locate<T>,
+          gather<T>,
+          backward<T>,
+          add_offset_gradients<T>,
+          multiply<T>,
+          transpose<T>,
+          add_scaled<T>,
+          roi_pool_kernels<T>(),
+          point_at<const T*, T>,
+          point_at<T*, T>,
+          grouped_forward<T>,
+          grouped_backward<T>};
 }
 
 }  // namespace

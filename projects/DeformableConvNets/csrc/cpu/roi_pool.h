@@ -74,7 +74,7 @@ void pool_channels_last(const RoiPoolOperands<T>& operands, const Geometry& geom
   const std::vector<int64_t> order = neighbouring_order(operands.rows);
   torch::stable::parallel_for(0, s.rois, 1, [&](int64_t first, int64_t last) {
     RoiBins<T> bins;
-    const std::unique_ptr<T[]> buffer = scratch<T>(s.bins() * kernels<T>().roi_pool.group);
+    const Scratch<T> buffer = scratch<T>(s.bins() * kernels<T>().roi_pool.group);
     for (int64_t i = first; i < last; ++i) {
       const int64_t r = order[i];
       bins.find(geometry, operands.rows, r);
@@ -100,7 +100,7 @@ void pool_contiguous(const RoiPoolOperands<T>& operands, const Geometry& geometr
   const int64_t shares = std::min(s.rois, divide_up(torch::stable::get_num_threads(), range_count));
   torch::stable::parallel_for(0, range_count * shares, 1, [&](int64_t first, int64_t last) {
     ChannelBlock<T> map(s, width);
-    const std::unique_ptr<T[]> buffer = scratch<T>(s.bins() * kernels<T>().roi_pool.group);
+    const Scratch<T> buffer = scratch<T>(s.bins() * kernels<T>().roi_pool.group);
     for (int64_t i = first; i < last; ++i) {
       const Range channels = ranges[i / shares], mine = part_of(s.rois, shares, i % shares);
       for (int64_t v = mine.begin; v < mine.end; ++v) {
@@ -197,7 +197,7 @@ void pool_backward_channels_last(const RoiPoolBackward<T>& pass, int64_t parts) 
   const RoiPoolSizes& s = pass.operands.sizes;
   const std::vector<int64_t> order = neighbouring_order(pass.operands.rows);
   torch::stable::parallel_for(0, parts, 1, [&](int64_t first, int64_t last) {
-    const std::unique_ptr<T[]> buffer = scratch<T>(pass.gradients.buffer_size(s.block_channels()));
+    const Scratch<T> buffer = scratch<T>(pass.gradients.buffer_size(s.block_channels()));
     for (int64_t part = first; part < last; ++part) {
       const Range mine = part_of(s.channels, parts, part);
       for (const int64_t r : order) {
@@ -229,7 +229,7 @@ void pool_backward_contiguous(const RoiPoolBackward<T>& pass, int64_t parts, int
     std::optional<ChannelBlock<T>> map, grad_map;
     if (reads) map.emplace(s, width);
     if (writes) grad_map.emplace(s, width);
-    const std::unique_ptr<T[]> buffer = scratch<T>(pass.gradients.buffer_size(width));
+    const Scratch<T> buffer = scratch<T>(pass.gradients.buffer_size(width));
     const auto run_range = [&](int64_t part, Range channels) {
       int64_t done = 0;  // images whose gradient is written
       const auto fill_until = [&](int64_t n) {
