@@ -253,18 +253,18 @@ template <typename T>
 std::array<Tensor, 4> grouped_backward(const DeformConv2dSizes& s, const Tensor& grad, const Tensor& input,
                                        const Tensor& offset, const Tensor& weight, const std::optional<Tensor>& mask,
                                        const NeededGradients& need) {
-  const Operands<T> operands(s, input, offset, weight, mask);
-  const bool channels_last = is_channels_last(grad);
-  const Tensor grad_output =
-      dense(grad, scalar_type_of<T>(), channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
-  const T* grad_data = grad_output.template const_data_ptr<T>();
-
   // Tasks: images first, then channels, until there is one for each thread.
   const int64_t workers = torch::stable::get_num_threads(), unit = unit_channels<T>(s);
   const int64_t image_parts = std::clamp<int64_t>(s.batch, 1, workers);
   const int64_t channel_parts = std::min(divide_up(workers, image_parts), s.channels / unit);
   GradientTensors<T> gradients(s, input, offset, weight, mask, need, image_parts, channel_parts);
   if (s.batch > 0) {
+    // They end with this block: before the input gradient is copied to another memory format.
+    const Operands<T> operands(s, input, offset, weight, mask);
+    const bool channels_last = is_channels_last(grad);
+    const Tensor grad_output =
+        dense(grad, scalar_type_of<T>(), channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
+    const T* grad_data = grad_output.template const_data_ptr<T>();
     torch::stable::parallel_for(0, image_parts * channel_parts, 1, [&](int64_t first, int64_t last) {
       for (int64_t task = first; task < last; ++task) {
         const int64_t image_part = task / channel_parts, channel_part = task % channel_parts;
