@@ -57,9 +57,9 @@ DCN_HOST_DEVICE AxisSample<T> sample_axis_clamped(T position, int32_t size) {
   if (!(position >= T(-1) && position <= T(size)) || size < 1) return no_sample<T>();
   if (position < T(0)) return {0, {true, false}, {T(1), T(0)}, {T(0), T(0)}};
   if (position >= T(size - 1)) return {size - 1, {true, false}, {T(1), T(0)}, {T(0), T(0)}};
-  const T floor_position = std::floor(position);
-  const T fraction = position - floor_position;
-  return {static_cast<int32_t>(floor_position), {true, true}, {T(1) - fraction, fraction}, {T(-1), T(1)}};
+  const auto low = static_cast<int32_t>(position);  // the floor, as the position is not negative
+  const T fraction = position - T(low);
+  return {low, {true, true}, {T(1) - fraction, fraction}, {T(-1), T(1)}};
 }
 
 // The rule of position-sensitive RoI pooling: contributes for -0.5 <= position <= size - 0.5, clamped to the map. Its
@@ -69,10 +69,10 @@ DCN_HOST_DEVICE AxisSample<T> sample_axis_half_pixel(T position, int32_t size) {
   if (!(position >= T(-0.5) && position <= T(size) - T(0.5)) || size < 1) return no_sample<T>();
   const T last = T(size - 1);
   const T clamped = position < T(0) ? T(0) : position > last ? last : position;
-  const T floor_position = std::floor(clamped);
-  const T fraction = clamped - floor_position;
+  const auto below = static_cast<int32_t>(clamped);  // the floor, as it is not negative
+  const T fraction = clamped - T(below);
   // Of a map longer than 2^24, float32 may round the last index up to one past it.
-  const int32_t below = static_cast<int32_t>(floor_position), low = below < size ? below : size - 1;
+  const int32_t low = below < size ? below : size - 1;
   if (fraction == T(0)) return {low, {true, false}, {T(1), T(0)}, {T(0), T(0)}};
   return {low, {true, true}, {T(1) - fraction, fraction}, {T(-1), T(1)}};
 }

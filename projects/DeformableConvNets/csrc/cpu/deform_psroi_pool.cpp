@@ -15,14 +15,20 @@ struct Geometry {
   struct Axis {
     PsRoiAxis<T> axis;
     int32_t size;
-    int64_t samples;
+    int64_t count;
     T trans_std, unit;
 
-    void add_samples(AxisSum<T>& sum, int64_t bin, T offset) const {
-      for (int64_t k = 0; k < samples; ++k) {
-        sum.add(sample_axis_half_pixel(psroi_sample_position(axis, bin, k, offset, trans_std), size));
+    struct Samples {
+      const Axis& of;
+      int64_t bin;
+      T offset;
+      SampleRange range;
+
+      AxisSample<T> operator()(int64_t k) const {
+        return sample_axis_half_pixel(psroi_sample_position(of.axis, bin, k, offset, of.trans_std), of.size);
       }
-    }
+    };
+    Samples samples(int64_t bin, T offset) const { return {*this, bin, offset, {0, count}}; }
   };
   struct Axes {
     Axis y, x;

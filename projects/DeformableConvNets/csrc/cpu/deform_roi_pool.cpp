@@ -17,12 +17,19 @@ struct Geometry {
     int32_t size;
     T unit;
 
-    void add_samples(AxisSum<T>& sum, int64_t bin, T offset) const {
-      const T shift = unit * offset;
-      const SampleRange range = roi_sample_range(axis, bin, shift, size);
-      for (int64_t k = range.begin; k < range.end; ++k) {
-        sum.add(sample_axis_clamped(roi_sample_position(axis, bin, k, shift), size));
+    struct Samples {
+      const Axis& of;
+      int64_t bin;
+      T shift;
+      SampleRange range;
+
+      AxisSample<T> operator()(int64_t k) const {
+        return sample_axis_clamped(roi_sample_position(of.axis, bin, k, shift), of.size);
       }
+    };
+    Samples samples(int64_t bin, T offset) const {
+      const T shift = unit * offset;
+      return {*this, bin, shift, roi_sample_range(axis, bin, shift, size)};
     }
   };
   struct Axes {

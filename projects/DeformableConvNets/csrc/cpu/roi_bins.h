@@ -3,10 +3,10 @@
 //
 // An operator brings its geometry, a class template with
 //   sizes                        its operands' sizes
-//   axes(row)                    of one row of rois: `y` and `x`, each with `unit`, the pixels that an offset of 1
-//   moves
-//                                a bin by, and add_samples(sum, bin, offset); and average(rows, columns), one over the
-//                                number of samples, of which that many rows and columns lie on the map
+//   axes(row)                    of one row of rois: `y` and `x`, and average(rows, columns), one over the number of
+//                                samples, of which that many rows and columns lie on the map. An axis has `unit`, the
+//                                pixels that an offset of 1 moves a bin by, and samples(bin, offset), which has the
+//                                `range` of those that may lie on the map and gives each of them when called
 //   cell(h, w), part(h, w)       which group of channels a bin reads, and which offset of the plane moves it
 #pragma once
 
@@ -20,46 +20,47 @@
 
 namespace dcn::cpu {
 
+// Samples for which room is made at a time: a bin usually has fewer.
+constexpr int64_t kSamplesAtOnce = 16;
+
 // The pixels that a bin's samples touch along one axis: a range of entries.
 struct AxisRange {
   int32_t first, count;
   int32_t samples;  // those on the map
 };
 
-// The sum of a bin's samples along one axis: the pixels that they touch, each once, appended to `entries`.
+// The sum of a bin's samples along one axis: the pixels that they touch, each once.
 template <typename T>
 class AxisSum {
  public:
-  explicit AxisSum(std::vector<AxisEntry<T>>& entries) : entries_(entries), first_(entries.size()) {}
+  // The sum so far is at `begin`, and behind it there is room for the entries to come.
+  void append_to(AxisEntry<T>* begin) {
+    end_ = begin + count();
+    begin_ = begin;
+  }
 
   void add(const AxisSample<T>& sample) {
-    for (int side = 0; side < 2; ++side) {
-      if (sample.exists[side]) add(sample.low + side, sample.weight[side], sample.slope[side]);
-    }
-    samples_ += sample.exists[0] || sample.exists[1];
+    if (!sample.exists[0] && !sample.exists[1]) return;
+    ++samples_;
+    // Positions rise from sample to sample, so a pixel that is met again is one of the last two.
+    AxisEntry<T>* low = end_;
+    if (end_ - begin_ > 0 && end_[-1].pixel == sample.low) low = end_ - 1;
+    if (end_ - begin_ > 1 && end_[-2].pixel == sample.low) low = end_ - 2;
+    add(low, 0, sample);
+    if (sample.exists[1]) add(low + 1, 1, sample);
   }
 
-  AxisRange range() const {
-    return {static_cast<int32_t>(first_), static_cast<int32_t>(entries_.size() - first_), samples_};
-  }
+  int32_t count() const { return static_cast<int32_t>(end_ - begin_); }
+  int32_t samples() const { return samples_; }  // those on the map
 
  private:
-  void add(int32_t pixel, T weight, T slope) {
-    // Positions rise from sample to sample, so a pixel that is met again is one of the last two.
-    const size_t size = entries_.size();
-    for (size_t back = 1; back <= 2 && first_ + back <= size; ++back) {
-      AxisEntry<T>& entry = entries_[size - back];
-      if (entry.pixel == pixel) {
-        entry.weight += weight;
-        entry.slope += slope;
-        return;
-      }
-    }
-    entries_.push_back({pixel, weight, slope});
+  void add(AxisEntry<T>* to, int side, const AxisSample<T>& sample) {
+    if (to == end_) *end_++ = {sample.low + side, T(0), T(0)};
+    to->weight += sample.weight[side];
+    to->slope += sample.slope[side];
   }
 
-  std::vector<AxisEntry<T>>& entries_;
-  size_t first_;
+  AxisEntry<T>*begin_ = nullptr, *end_ = nullptr;
   int32_t samples_ = 0;
 };
 
@@ -91,7 +92,7 @@ class RoiBins {
   template <typename Geometry>
   void find(const Geometry& geometry, const RoiRows<T>& from, int64_t r) {
     const RoiPoolSizes& s = from.sizes;
-    entries_.clear();
+    used_ = 0;
     bins_.clear();
     shifts_.clear();
     const auto axes = geometry.axes(from.rois + 5 * r);
@@ -132,9 +133,18 @@ class RoiBins {
  private:
   template <typename Axis>
   AxisRange sum_of(const Axis& axis, int64_t bin, T offset) {
-    AxisSum<T> sum(entries_);
-    axis.add_samples(sum, bin, offset);
-    return sum.range();
+    const auto samples = axis.samples(bin, offset);
+    const size_t first = used_;
+    AxisSum<T> sum;
+    for (int64_t k = samples.range.begin; k < samples.range.end;) {
+      const size_t needed = first + sum.count() + 2 * kSamplesAtOnce;
+      if (entries_.size() < needed) entries_.resize(2 * needed);
+      sum.append_to(entries_.data() + first);
+      const int64_t end = std::min(k + kSamplesAtOnce, samples.range.end);
+      for (; k < end; ++k) sum.add(samples(k));
+    }
+    used_ += sum.count();
+    return {static_cast<int32_t>(first), sum.count(), sum.samples()};
   }
 
   template <typename Axes>
@@ -147,7 +157,8 @@ class RoiBins {
     shifts_.push_back({average, sampled ? axes.y.unit : T(0), sampled ? axes.x.unit : T(0)});
   }
 
-  std::vector<AxisEntry<T>> entries_;
+  std::vector<AxisEntry<T>> entries_;  // the first used_ of them
+  size_t used_ = 0;
   std::vector<BinPixels<T>> bins_;
   std::vector<BinShift<T>> shifts_;
 };

@@ -6,6 +6,10 @@
 // order, row by row as the RoIs need them, for all RoIs in turns.
 #pragma once
 
+#if defined(__x86_64__)
+#include <xmmintrin.h>
+#endif
+
 #include "channel_block.h"
 #include "layout.h"
 #include "roi_bins.h"
@@ -68,13 +72,27 @@ std::vector<RoiBins<T>> find_all_bins(const RoiRows<T>& rows, const Geometry& ge
   return bins;
 }
 
+// Whether the output is so large that writing it past the caches costs its reader nothing.
+constexpr int64_t kMostCachedBytes = 8 << 20;
+template <typename T>
+bool past_caches(const RoiPoolSizes& s) {
+  return s.rois * s.channels * s.bins() * static_cast<int64_t>(sizeof(T)) > kMostCachedBytes;
+}
+
+// What a thread wrote past the caches, others see after this.
+inline void finish_writes() {
+#if defined(__x86_64__)
+  _mm_sfence();
+#endif
+}
+
 template <typename T, typename Geometry>
 void pool_channels_last(const RoiPoolOperands<T>& operands, const Geometry& geometry, T* out) {
   const RoiPoolSizes& s = operands.sizes;
   const std::vector<int64_t> order = neighbouring_order(operands.rows);
   torch::stable::parallel_for(0, s.rois, 1, [&](int64_t first, int64_t last) {
     RoiBins<T> bins;
-    const Scratch<T> buffer = scratch<T>(s.bins() * kernels<T>().roi_pool.group);
+    const Scratch<T> buffer = scratch<T>(s.bins() * kernels<T>().roi_pool.buffer_size);
     for (int64_t i = first; i < last; ++i) {
       const int64_t r = order[i];
       bins.find(geometry, operands.rows, r);
@@ -82,9 +100,10 @@ void pool_channels_last(const RoiPoolOperands<T>& operands, const Geometry& geom
         const Range channels{block * s.block_channels(), (block + 1) * s.block_channels()};
         const RoiPixels<T> roi = operands.pixels(bins, block, s.channels, channels, s.block_channels());
         kernels<T>().roi_pool.forward(roi, operands.image(operands.rows.image(r)) + channels.begin, buffer.get(),
-                                      out + (r * s.channels + channels.begin) * s.bins());
+                                      out + (r * s.channels + channels.begin) * s.bins(), past_caches<T>(s));
       }
     }
+    finish_writes();
   });
 }
 
@@ -100,7 +119,7 @@ void pool_contiguous(const RoiPoolOperands<T>& operands, const Geometry& geometr
   const int64_t shares = std::min(s.rois, divide_up(torch::stable::get_num_threads(), range_count));
   torch::stable::parallel_for(0, range_count * shares, 1, [&](int64_t first, int64_t last) {
     ChannelBlock<T> map(s, width);
-    const Scratch<T> buffer = scratch<T>(s.bins() * kernels<T>().roi_pool.group);
+    const Scratch<T> buffer = scratch<T>(s.bins() * kernels<T>().roi_pool.buffer_size);
     for (int64_t i = first; i < last; ++i) {
       const Range channels = ranges[i / shares], mine = part_of(s.rois, shares, i % shares);
       for (int64_t v = mine.begin; v < mine.end; ++v) {
@@ -110,9 +129,10 @@ void pool_contiguous(const RoiPoolOperands<T>& operands, const Geometry& geometr
         const int64_t block = channels.begin / s.block_channels();
         const RoiPixels<T> roi = operands.pixels(bins[visit.roi], block, map.pixel_stride(), channels, width);
         kernels<T>().roi_pool.forward(roi, map.data(), buffer.get(),
-                                      out + (visit.roi * s.channels + channels.begin) * s.bins());
+                                      out + (visit.roi * s.channels + channels.begin) * s.bins(), past_caches<T>(s));
       }
     }
+    finish_writes();
   });
 }
 

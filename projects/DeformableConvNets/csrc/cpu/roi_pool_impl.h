@@ -39,32 +39,98 @@ template <typename T>
   return row.pixel * roi.row_stride + column.pixel * roi.pixel_stride + bin.cell * roi.cell_stride;
 }
 
+// The sum of a bin with kColumns columns; their weights stay in registers.
+template <typename T, int kV, int kColumns>
+[[gnu::always_inline]] inline void pool_columns(const RoiPixels<T>& roi, const BinPixels<T>& bin, const T* image,
+                                                Vector<T> (&total)[kV]) {
+  constexpr int64_t lanes = kLanes<T>;
+  const AxisEntry<T>*rows = roi.entries + bin.rows, *columns = roi.entries + bin.columns;
+  Vector<T> weight[kColumns];
+  int64_t at[kColumns];
+#pragma GCC unroll 4
+  for (int j = 0; j < kColumns; ++j) {
+    weight[j] = Vector<T>{} + bin.scale * columns[j].weight;
+    at[j] = columns[j].pixel * roi.pixel_stride;
+  }
+  for (int32_t i = 0; i < bin.row_count; ++i) {
+    const T* row = image + rows[i].pixel * roi.row_stride;
+#pragma GCC unroll 4
+    for (int j = 0; j < kColumns; ++j) {
+      const T* pixel = row + at[j];
+      const Vector<T> factor = rows[i].weight * weight[j];
+#pragma GCC unroll 16
+      for (int v = 0; v < kV; ++v) total[v] += factor * load(pixel + v * lanes);
+    }
+  }
+}
+
 template <typename T, int kV>
 [[gnu::always_inline]] inline void pool_bin(const RoiPixels<T>& roi, const BinPixels<T>& bin, const T* image, T* sum) {
   constexpr int64_t lanes = kLanes<T>;
-  const AxisEntry<T>*rows = roi.entries + bin.rows, *columns = roi.entries + bin.columns;
   Vector<T> total[kV] = {};
-  for (int32_t i = 0; i < bin.row_count; ++i) {
-    const T* row = image + rows[i].pixel * roi.row_stride + bin.cell * roi.cell_stride;
-    const T row_weight = bin.scale * rows[i].weight;
-    for (int32_t j = 0; j < bin.column_count; ++j) {
-      const T* pixel = row + columns[j].pixel * roi.pixel_stride;
-      const T weight = row_weight * columns[j].weight;
-#pragma GCC unroll 8
-      for (int v = 0; v < kV; ++v) total[v] += weight * load(pixel + v * lanes);
-    }
+  image += bin.cell * roi.cell_stride;
+  switch (bin.column_count) {
+    case 2:
+      pool_columns<T, kV, 2>(roi, bin, image, total);
+      break;
+    case 3:
+      pool_columns<T, kV, 3>(roi, bin, image, total);
+      break;
+    case 4:
+      pool_columns<T, kV, 4>(roi, bin, image, total);
+      break;
+    default:
+      for (BinPixels<T> one = bin; one.columns < bin.columns + bin.column_count; ++one.columns) {
+        pool_columns<T, kV, 1>(roi, one, image, total);
+      }
   }
-#pragma GCC unroll 8
+#pragma GCC unroll 16
   for (int v = 0; v < kV; ++v) store(sum + v * lanes, total[v]);
 }
 
+// Copies values that are not needed soon to where a vector may be aligned: past the caches, so that the lines need not
+// be read before. Other threads see them after a store fence.
 template <typename T>
-void pool(const RoiPixels<T>& from, const T* image, T* buffer, T* out) {
+[[gnu::always_inline]] inline void stream(T* to, const T* from, int64_t count) {
+  for (int64_t i = 0; i < count; i += kLanes<T>) {
+#if defined(__clang__)
+    __builtin_nontemporal_store(load(from + i), reinterpret_cast<Vector<T>*>(to + i));
+#elif defined(__x86_64__)
+    Vector<float> values;
+    __builtin_memcpy(&values, from + i, sizeof(values));
+    auto* place = reinterpret_cast<float*>(to + i);
+#if DCN_VECTOR_BYTES == 64
+    __builtin_ia32_movntps512(place, values);
+#elif DCN_VECTOR_BYTES == 32
+    __builtin_ia32_movntps256(place, values);
+#else
+    __builtin_ia32_movntps(place, values);
+#endif
+#else
+    store(to + i, load(from + i));
+#endif
+  }
+}
+
+template <typename T>
+void pool(const RoiPixels<T>& from, const T* image, T* buffer, T* out, bool past_caches) {
+  constexpr int64_t lanes = kLanes<T>;
   const RoiPixels<T> roi = from;  // a copy: what is stored below cannot be part of it
+  T* const sums = buffer + roi.count * lanes;
   const int64_t rest = for_channel_groups<T, kPoolVectors>(0, roi.channels, roi.readable, [&](auto vectors, int64_t c) {
-    constexpr int64_t width = vectors * kLanes<T>;
-    for (int64_t b = 0; b < roi.count; ++b) pool_bin<T, vectors>(roi, roi.bins[b], image + c, buffer + b * width);
-    transpose(buffer, width, roi.count, std::min(width, roi.channels - c), out + c * roi.count, roi.count);
+    constexpr int64_t width = vectors * lanes;
+    for (int64_t b = 0; b < roi.count; ++b) pool_bin<T, vectors>(roi, roi.bins[b], image + c, sums + b * width);
+    // The output's rows begin anywhere in a cache line: it is put together in the buffer and written in one go.
+    for (int64_t k = c; k < std::min(c + width, roi.channels); k += lanes) {
+      const int64_t channels = std::min(lanes, roi.channels - k);
+      transpose(sums + (k - c), width, roi.count, channels, buffer, roi.count);
+      T* to = out + k * roi.count;
+      if (past_caches && channels == lanes && reinterpret_cast<uintptr_t>(to) % sizeof(Vector<T>) == 0) {
+        stream(to, buffer, lanes * roi.count);
+      } else {
+        std::copy_n(buffer, channels * roi.count, to);
+      }
+    }
   });
   for (int64_t c = rest; c < roi.channels; ++c) {
     for (int64_t b = 0; b < roi.count; ++b) {
@@ -88,7 +154,7 @@ template <typename T, int kV, bool kInput, bool kOffset>
   constexpr int64_t lanes = kLanes<T>;
   const AxisEntry<T>*rows = roi.entries + bin.rows, *columns = roi.entries + bin.columns;
   Vector<T> value[kV], by_x = {}, by_y = {}, whole = {};
-#pragma GCC unroll 8
+#pragma GCC unroll 16
   for (int v = 0; v < kV; ++v) value[v] = load(gradient + v * lanes);
   for (int32_t i = 0; i < bin.row_count; ++i) {
     const int64_t row = rows[i].pixel * roi.row_stride + bin.cell * roi.cell_stride;
@@ -99,13 +165,13 @@ template <typename T, int kV, bool kInput, bool kOffset>
       if (kInput) {
         const T factor = row_weight * columns[j].weight;
         T* to = grad_image + at;
-#pragma GCC unroll 8
+#pragma GCC unroll 16
         for (int v = 0; v < kV; ++v) store(to + v * lanes, load(to + v * lanes) + factor * value[v]);
       }
       if (kOffset) {
         const T* pixel = image + at;
         Vector<T> even = value[0] * load(pixel), odd = {};
-#pragma GCC unroll 8
+#pragma GCC unroll 16
         for (int v = 1; v < kV; ++v) (v % 2 ? odd : even) += value[v] * load(pixel + v * lanes);
         const Vector<T> product = even + odd;
         weighted += columns[j].weight * product;
@@ -178,7 +244,7 @@ void pool_backward(const RoiPixels<T>& roi, const T* image, const T* gradient, i
 
 template <typename T>
 constexpr RoiPoolKernels<T> roi_pool_kernels() {
-  return {kPoolVectors * kLanes<T>, pool<T>, pool_backward<T>};
+  return {kPoolVectors * kLanes<T>, (kPoolVectors + 1) * kLanes<T>, pool<T>, pool_backward<T>};
 }
 
 }  // namespace

@@ -35,10 +35,11 @@ struct RoiPixels {
 
 template <typename T>
 struct RoiPoolKernels {
-  int64_t group;  // channels that a pass over the bins handles at most
+  int64_t group;        // channels that a pass over the bins handles at most
+  int64_t buffer_size;  // values for each bin in the buffer of `forward`
 
-  // out[c * count + b] = bin b's weighted sum of channel c. `buffer` holds count * group values.
-  void (*forward)(const RoiPixels<T>& roi, const T* image, T* buffer, T* out);
+  // out[c * count + b] = bin b's weighted sum of channel c; `past_caches` where it is too much to stay in them.
+  void (*forward)(const RoiPixels<T>& roi, const T* image, T* buffer, T* out, bool past_caches);
 
   // For the bins' gradients (count, channels), rows `gradient_stride` values apart: adds to the pixels of `grad_image`,
   // and to `sums` (count, 3), for each bin, the gradient's products with the derivatives of the sum, without its scale,
