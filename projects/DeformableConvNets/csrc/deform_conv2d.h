@@ -41,6 +41,17 @@ inline int64_t conv_output_size(int64_t size, int64_t kernel, int64_t stride, in
   return span < 0 ? 0 : span / stride + 1;
 }
 
+// The taps of `weight`, if the channels of an offset branch's output are a multiple of three times as many.
+inline int64_t check_offset_and_mask(const Tensor& offset_and_mask, const Tensor& weight) {
+  const char* op = "modulated_deform_conv2d";
+  check_operand(op, "weight", weight, weight, 4);
+  check_operand(op, "offset_and_mask", offset_and_mask, offset_and_mask, 4);
+  const int64_t taps = weight.size(2) * weight.size(3), channels = offset_and_mask.size(1);
+  STD_TORCH_CHECK(taps > 0 && channels > 0 && channels % (3 * taps) == 0, op, ": offset_and_mask has ", channels,
+                  " channels, which is no multiple of 3 * ", weight.size(2), " * ", weight.size(3));
+  return taps;
+}
+
 // Raises an error that names the operand and both values where something does not fit.
 inline DeformConv2dSizes check_deform_conv2d(const Tensor& input, const Tensor& offset, const Tensor& weight,
                                              const std::optional<Tensor>& bias, const std::optional<Tensor>& mask,

@@ -83,6 +83,7 @@ class ForwardTile {
       : operands_(operands),
         weight_(weight),
         taps_(taps),
+        offsets_(operands.offsets, tile),
         samples_(tile, false),
         column_stride_(taps * operands.sizes.channels + kernels<T>().lanes),
         columns_(scratch<T>(tile * column_stride_)),
@@ -94,9 +95,10 @@ class ForwardTile {
     const DeformConv2dSizes& s = operands_.sizes;
     const int64_t count = end - begin;
     T* out = channels_last ? output + (n * s.positions() + begin) * s.out_channels : output_.get();
+    offsets_.load(n, begin, count);
     for (int64_t tap = 0; tap < s.taps(); tap += taps_) {
       const int64_t taps = std::min(taps_, s.taps() - tap);
-      for (int64_t t = 0; t < taps; ++t) gather(n, begin, count, tap + t, columns_.get() + t * s.channels);
+      for (int64_t t = 0; t < taps; ++t) gather(n, count, tap + t, columns_.get() + t * s.channels);
       multiply(tap, taps, count, out);
     }
     for (int64_t p = 0; bias && p < count; ++p) {
@@ -109,11 +111,11 @@ class ForwardTile {
   }
 
  private:
-  void gather(int64_t n, int64_t begin, int64_t count, int64_t tap, T* columns) {
+  void gather(int64_t n, int64_t count, int64_t tap, T* columns) {
     const TapSamples<T>& samples = samples_.of(count);
     const int64_t channels = operands_.sizes.deform_channels();
     for (int64_t group = 0; group < operands_.sizes.deform_groups; ++group) {
-      operands_.locate(n, group, tap, begin, samples);
+      offsets_.locate(group, tap, samples);
       kernels<T>().gather(operands_.channels(n, group * channels, channels), samples, columns + group * channels,
                           column_stride_);
     }
@@ -141,19 +143,20 @@ class ForwardTile {
   const Operands<T>& operands_;
   const GroupedPanels<T>& weight_;
   int64_t taps_;
+  TileOffsets<T> offsets_;
   TapBuffer<T> samples_;
   int64_t column_stride_;
   Scratch<T> columns_, output_;
 };
 
 template <typename T>
-Tensor forward(const DeformConv2dSizes& s, const Tensor& input, const Tensor& offset, const Tensor& weight,
-               const std::optional<Tensor>& bias, const std::optional<Tensor>& mask) {
-  if (uses_grouped_path<T>(s)) return grouped_forward<T>(s, input, offset, weight, bias, mask);
+Tensor forward(const DeformConv2dSizes& s, const Tensor& input, const Modulation& modulation, const Tensor& weight,
+               const std::optional<Tensor>& bias) {
+  if (uses_grouped_path<T>(s)) return grouped_forward<T>(s, input, modulation, weight, bias);
   const bool channels_last = is_channels_last(input);
   Tensor output = empty_4d(input, {s.batch, s.out_channels, s.out_h, s.out_w}, scalar_type_of<T>(), channels_last);
   if (output.numel() == 0) return output;
-  const Operands<T> operands(s, input, offset, weight, mask);
+  const Operands<T> operands(s, input, modulation, weight);
   std::optional<Tensor> dense_bias;
   if (bias) dense_bias = dense(*bias, scalar_type_of<T>());
   const T* bias_data = dense_bias ? dense_bias->template const_data_ptr<T>() : nullptr;
@@ -189,6 +192,7 @@ class BackwardTask {
         tile_(tile),
         gradients_(gradients),
         grad_panels_(operands.sizes.group_out_channels()),
+        offsets_(operands.offsets, tile),
         samples_(tile, true),
         grad_tile_(scratch<T>(grad_panels_.size(tile))),
         columns_(scratch<T>(tile * operands.sizes.taps() * segment_channels)),
@@ -219,6 +223,7 @@ class BackwardTask {
   void run_tile(const Segment& segment, int64_t n, int64_t begin, int64_t count) {
     const DeformConv2dSizes& s = operands_.sizes;
     const int64_t width = s.taps() * segment.count;
+    offsets_.load(n, begin, count);
     pack_grad_output(segment, n, begin, count);
     if (gradients_.input || gradients_.offset) multiply_columns(count, width);
     for (int64_t tap = 0; tap < s.taps(); ++tap) run_tap(segment, n, begin, count, tap, width);
@@ -278,17 +283,13 @@ class BackwardTask {
     const TapSamples<T>& samples = samples_.of(count);
     const ImageChannels<T> channels = operands_.channels(n, segment.begin, segment.count);
     T* columns = columns_.get() + tap * segment.count;
-    operands_.locate(n, segment.deform_group, tap, begin, samples);
+    offsets_.locate(segment.deform_group, tap, samples);
     if (!gradients_.input && !gradients_.offset) return kernels<T>().gather(channels, samples, columns, width);
     T* const dots[4] = {dots_.get(), dots_.get() + tile_, dots_.get() + 2 * tile_, dots_.get() + 3 * tile_};
     T* grad_image = gradients_.input ? gradients_.input + operands_.image_begin(n) + segment.begin : nullptr;
     kernels<T>().backward(channels, samples, columns, width, grad_image, gradients_.offset ? dots : nullptr,
                           trash_.data());
-    if (!gradients_.offset) return;
-    const int64_t plane = ((n * s.deform_groups + segment.deform_group) * s.taps() + tap) * s.positions();
-    T* grad_y = gradients_.offset + 2 * plane + begin;
-    kernels<T>().add_offset_gradients(samples, dots, grad_y, grad_y + s.positions(),
-                                      gradients_.mask ? gradients_.mask + plane + begin : nullptr);
+    if (gradients_.offset) gradients_.add_to_offsets(s, n, segment.deform_group, tap, begin, samples, dots);
   }
 
   const Operands<T>& operands_;
@@ -297,6 +298,7 @@ class BackwardTask {
   int64_t tile_;
   Gradients<T> gradients_;
   PanelShape<T> grad_panels_;
+  TileOffsets<T> offsets_;
   TapBuffer<T> samples_;
   Panels<T> weight_;
   Scratch<T> grad_tile_, columns_, grad_weight_, dots_;
@@ -306,10 +308,9 @@ class BackwardTask {
 // Gradients in the dtype of the computation: input, offset, weight, mask; empty where not needed.
 template <typename T>
 std::array<Tensor, 4> backward(const DeformConv2dSizes& s, const Tensor& grad, const Tensor& input,
-                               const Tensor& offset, const Tensor& weight, const std::optional<Tensor>& mask,
-                               const NeededGradients& need) {
-  if (uses_grouped_path<T>(s)) return grouped_backward<T>(s, grad, input, offset, weight, mask, need);
-  const Operands<T> operands(s, input, offset, weight, mask);
+                               const Modulation& modulation, const Tensor& weight, const NeededGradients& need) {
+  if (uses_grouped_path<T>(s)) return grouped_backward<T>(s, grad, input, modulation, weight, need);
+  const Operands<T> operands(s, input, modulation, weight);
   const bool channels_last = is_channels_last(grad);
   const Tensor grad_output =
       dense(grad, scalar_type_of<T>(), channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
@@ -325,7 +326,7 @@ std::array<Tensor, 4> backward(const DeformConv2dSizes& s, const Tensor& grad, c
   const std::vector<Segment> segments = segments_of(s, segment_channels);
   const int64_t channel_parts = std::min(wanted_parts, static_cast<int64_t>(segments.size()));
 
-  GradientTensors<T> gradients(s, input, offset, weight, mask, need, image_parts, channel_parts);
+  GradientTensors<T> gradients(s, input, modulation, weight, need, image_parts, channel_parts);
   if (s.batch > 0 && s.out_channels > 0) {
     const int64_t widest = std::min(segment_channels, s.group_channels());
     const int64_t tile = tile_size<T>(s.taps() * widest * int64_t{sizeof(T)}, s.positions(), 1);
@@ -344,31 +345,73 @@ std::array<Tensor, 4> backward(const DeformConv2dSizes& s, const Tensor& grad, c
   return gradients.finish();
 }
 
+Tensor forward_in_dtype(const DeformConv2dSizes& s, const Tensor& input, const Modulation& modulation,
+                        const Tensor& weight, const std::optional<Tensor>& bias) {
+  const ScalarType dtype = input.scalar_type();
+  const Tensor output = dtype == ScalarType::Double ? forward<double>(s, input, modulation, weight, bias)
+                                                    : forward<float>(s, input, modulation, weight, bias);
+  return output.scalar_type() == dtype ? output : torch::stable::to(output, dtype);
+}
+
+std::array<Tensor, 4> backward_in_dtype(const char* op, const DeformConv2dSizes& s, const Tensor& grad,
+                                        const Tensor& input, const Modulation& modulation, const Tensor& weight,
+                                        const NeededGradients& need) {
+  check_operand(op, "grad", grad, input, 4);
+  check_shape(op, "grad", grad, {s.batch, s.out_channels, s.out_h, s.out_w});
+  const ScalarType dtype = input.scalar_type();
+  std::array<Tensor, 4> gradients = dtype == ScalarType::Double
+                                        ? backward<double>(s, grad, input, modulation, weight, need)
+                                        : backward<float>(s, grad, input, modulation, weight, need);
+  for (Tensor& gradient : gradients) {
+    if (gradient.scalar_type() != dtype) gradient = torch::stable::to(gradient, dtype);
+  }
+  return gradients;
+}
+
 Tensor deform_conv2d(Tensor input, Tensor offset, Tensor weight, std::optional<Tensor> bias,
                      std::vector<int64_t> stride, std::vector<int64_t> padding, std::vector<int64_t> dilation,
                      std::optional<Tensor> mask) {
   const DeformConv2dSizes s = check_deform_conv2d(input, offset, weight, bias, mask, stride, padding, dilation);
-  const ScalarType dtype = input.scalar_type();
-  const Tensor output = dtype == ScalarType::Double ? forward<double>(s, input, offset, weight, bias, mask)
-                                                    : forward<float>(s, input, offset, weight, bias, mask);
-  return output.scalar_type() == dtype ? output : torch::stable::to(output, dtype);
+  return forward_in_dtype(s, input, {offset, mask, std::nullopt}, weight, bias);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> deform_conv2d_backward(
     Tensor grad, Tensor input, Tensor offset, Tensor weight, std::optional<Tensor> mask, std::vector<int64_t> stride,
     std::vector<int64_t> padding, std::vector<int64_t> dilation, bool need_input, bool need_offset, bool need_weight) {
   const DeformConv2dSizes s = check_deform_conv2d(input, offset, weight, std::nullopt, mask, stride, padding, dilation);
-  check_operand("deform_conv2d_backward", "grad", grad, input, 4);
-  check_shape("deform_conv2d_backward", "grad", grad, {s.batch, s.out_channels, s.out_h, s.out_w});
-  const ScalarType dtype = input.scalar_type();
-  const NeededGradients need{need_input, need_offset, need_weight};
-  std::array<Tensor, 4> gradients = dtype == ScalarType::Double
-                                        ? backward<double>(s, grad, input, offset, weight, mask, need)
-                                        : backward<float>(s, grad, input, offset, weight, mask, need);
-  for (Tensor& gradient : gradients) {
-    if (gradient.scalar_type() != dtype) gradient = torch::stable::to(gradient, dtype);
-  }
+  const auto gradients = backward_in_dtype("deform_conv2d_backward", s, grad, input, {offset, mask, std::nullopt},
+                                           weight, {need_input, need_offset, need_weight});
   return {gradients[0], gradients[1], gradients[2], gradients[3]};
+}
+
+// The parts of an offset branch's output.
+Modulation parts_of(Tensor offset_and_mask, const Tensor& weight) {
+  const int64_t taps = check_offset_and_mask(offset_and_mask, weight);
+  const int64_t logits = offset_and_mask.size(1) / (3 * taps) * taps;
+  return {torch::stable::narrow(offset_and_mask, 1, 0, 2 * logits),
+          torch::stable::narrow(offset_and_mask, 1, 2 * logits, logits), offset_and_mask};
+}
+
+Tensor modulated_deform_conv2d(Tensor input, Tensor offset_and_mask, Tensor weight, std::optional<Tensor> bias,
+                               std::vector<int64_t> stride, std::vector<int64_t> padding,
+                               std::vector<int64_t> dilation) {
+  const Modulation parts = parts_of(offset_and_mask, weight);
+  const DeformConv2dSizes s =
+      check_deform_conv2d(input, parts.offset, weight, bias, parts.mask, stride, padding, dilation);
+  return forward_in_dtype(s, input, parts, weight, bias);
+}
+
+std::tuple<Tensor, Tensor, Tensor> modulated_deform_conv2d_backward(Tensor grad, Tensor input, Tensor offset_and_mask,
+                                                                    Tensor weight, std::vector<int64_t> stride,
+                                                                    std::vector<int64_t> padding,
+                                                                    std::vector<int64_t> dilation, bool need_input,
+                                                                    bool need_offset, bool need_weight) {
+  const Modulation parts = parts_of(offset_and_mask, weight);
+  const DeformConv2dSizes s =
+      check_deform_conv2d(input, parts.offset, weight, std::nullopt, parts.mask, stride, padding, dilation);
+  const auto gradients = backward_in_dtype("modulated_deform_conv2d_backward", s, grad, input, parts, weight,
+                                           {need_input, need_offset, need_weight});
+  return {gradients[0], gradients[1], gradients[2]};
 }
 
 }  // namespace
@@ -377,4 +420,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> deform_conv2d_backward(
 STABLE_TORCH_LIBRARY_IMPL(dcn_d2, CPU, m) {
   m.impl("deform_conv2d", TORCH_BOX(&dcn::cpu::deform_conv2d));
   m.impl("deform_conv2d_backward", TORCH_BOX(&dcn::cpu::deform_conv2d_backward));
+  m.impl("modulated_deform_conv2d", TORCH_BOX(&dcn::cpu::modulated_deform_conv2d));
+  m.impl("modulated_deform_conv2d_backward", TORCH_BOX(&dcn::cpu::modulated_deform_conv2d_backward));
 }

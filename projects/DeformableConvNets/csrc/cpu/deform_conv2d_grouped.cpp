@@ -51,6 +51,7 @@ class SampleBuffer {
  public:
   SampleBuffer(const Operands<T>& operands, bool derivatives)
       : operands_(operands),
+        offsets_(operands.offsets, kGroupedTile),
         pixels_(scratch<int32_t>(4 * kGroupedStride)),
         rows_(scratch<const T*>(size())),
         weights_(scratch<T>(size())) {
@@ -61,17 +62,21 @@ class SampleBuffer {
     std::fill_n(trash_.get(), operands.sizes.channels, T(0));
   }
 
-  // Samples of positions [begin, begin + count) of image n, for the channels from `channel` on. `grad_image` is where
-  // the image's gradients are added, null if they are not wanted.
-  GroupedSamples<T> locate(int64_t n, int64_t deform_group, int64_t channel, int64_t begin, int64_t count,
-                           T* grad_image = nullptr) {
+  // Goes to positions [begin, begin + count) of image n.
+  void load(int64_t n, int64_t begin, int64_t count) {
+    offsets_.load(n, begin, count);
+    image_ = operands_.images + operands_.image_begin(n), count_ = count;
+  }
+
+  // Samples of the positions for the channels from `channel` on. `grad_image` is where the image's gradients are added,
+  // null if they are not wanted.
+  GroupedSamples<T> locate(int64_t deform_group, int64_t channel, T* grad_image = nullptr) {
     const DeformConv2dSizes& s = operands_.sizes;
-    const T* image = operands_.images + operands_.image_begin(n) + channel;
     for (int64_t tap = 0; tap < s.taps(); ++tap) {
-      const TapSamples<T> samples = of_tap(tap, count);
-      operands_.locate(n, deform_group, tap, begin, samples);
+      const TapSamples<T> samples = of_tap(tap);
+      offsets_.locate(deform_group, tap, samples);
       const int64_t at = tap * 4 * kGroupedStride;
-      kernels<T>().point(samples, image, s.channels, operands_.zeros.data(), rows_.get() + at);
+      kernels<T>().point(samples, image_ + channel, s.channels, operands_.zeros.data(), rows_.get() + at);
       if (!grad_rows_) continue;
       if (grad_image) {
         kernels<T>().point_gradients(samples, grad_image + channel, s.channels, trash_.get(), grad_rows_.get() + at);
@@ -79,13 +84,13 @@ class SampleBuffer {
         std::fill_n(grad_rows_.get() + at, 4 * kGroupedStride, trash_.get());
       }
     }
-    return {s.taps(), count, rows_.get(), grad_rows_.get(), weights_.get()};
+    return {s.taps(), count_, rows_.get(), grad_rows_.get(), weights_.get()};
   }
 
   // As the last call of locate left them, but for the pixels.
-  TapSamples<T> of_tap(int64_t tap, int64_t count) const {
+  TapSamples<T> of_tap(int64_t tap) const {
     TapSamples<T> samples{};
-    samples.count = count;
+    samples.count = count_;
     for (int k = 0; k < 4; ++k) {
       samples.pixel[k] = pixels_.get() + k * kGroupedStride;
       samples.weight[k] = weights_.get() + (tap * 4 + k) * kGroupedStride;
@@ -107,6 +112,9 @@ class SampleBuffer {
   int64_t size() const { return operands_.sizes.taps() * 4 * kGroupedStride; }
 
   const Operands<T>& operands_;
+  TileOffsets<T> offsets_;
+  const T* image_ = nullptr;
+  int64_t count_ = 0;
   Scratch<int32_t> pixels_;
   Scratch<const T*> rows_;
   Scratch<T*> grad_rows_;
@@ -164,29 +172,27 @@ class GroupedBackwardTask {
                              sizes_.positions(), grad_stride, count, grad_tile_.get(), grad_stride);
       grad = grad_tile_.get();
     }
+    samples_.load(n, first, count);
     const int64_t deform_channels = sizes_.deform_channels();
     for (int64_t c = begin_; c < end_;) {
       const int64_t group = c / deform_channels, end = std::min(end_, (group + 1) * deform_channels);
       T* grad_image = gradients_.input ? gradients_.input + operands_.image_begin(n) : nullptr;
-      const GroupedSamples<T> samples = samples_.locate(n, group, c, first, count, grad_image);
+      const GroupedSamples<T> samples = samples_.locate(group, c, grad_image);
       const int64_t from = (c - begin_) * weight_row();
       kernels<T>().grouped_backward(samples, {end - c, sizes_.group_channels(), weight_.get() + from},
                                     grad + c - begin_, grad_stride, grad_weight_.get() + from, dots_.get(),
                                     memory_.get());
-      if (gradients_.offset) add_offset_gradients(n, group, first, count);
+      if (gradients_.offset) add_offset_gradients(n, group, first);
       c = end;
     }
   }
 
-  void add_offset_gradients(int64_t n, int64_t group, int64_t first, int64_t count) {
+  void add_offset_gradients(int64_t n, int64_t group, int64_t first) {
     for (int64_t tap = 0; tap < sizes_.taps(); ++tap) {
       const T* tap_dots = dots_.get() + tap * 4 * kGroupedStride;
       const T* const dots[4] = {tap_dots, tap_dots + kGroupedStride, tap_dots + 2 * kGroupedStride,
                                 tap_dots + 3 * kGroupedStride};
-      const int64_t plane = ((n * sizes_.deform_groups + group) * sizes_.taps() + tap) * sizes_.positions();
-      T* grad_y = gradients_.offset + 2 * plane + first;
-      kernels<T>().add_offset_gradients(samples_.of_tap(tap, count), dots, grad_y, grad_y + sizes_.positions(),
-                                        gradients_.mask ? gradients_.mask + plane + first : nullptr);
+      gradients_.add_to_offsets(sizes_, n, group, tap, first, samples_.of_tap(tap), dots);
     }
   }
 
@@ -214,12 +220,12 @@ bool uses_grouped_path(const DeformConv2dSizes& s) {
 }
 
 template <typename T>
-Tensor grouped_forward(const DeformConv2dSizes& s, const Tensor& input, const Tensor& offset, const Tensor& weight,
-                       const std::optional<Tensor>& bias, const std::optional<Tensor>& mask) {
+Tensor grouped_forward(const DeformConv2dSizes& s, const Tensor& input, const Modulation& modulation,
+                       const Tensor& weight, const std::optional<Tensor>& bias) {
   const bool channels_last = is_channels_last(input);
   Tensor output = empty_4d(input, {s.batch, s.out_channels, s.out_h, s.out_w}, scalar_type_of<T>(), channels_last);
   if (output.numel() == 0) return output;
-  const Operands<T> operands(s, input, offset, weight, mask);
+  const Operands<T> operands(s, input, modulation, weight);
   std::optional<Tensor> dense_bias;
   if (bias) dense_bias = dense(*bias, scalar_type_of<T>());
   const T* bias_data = dense_bias ? dense_bias->template const_data_ptr<T>() : nullptr;
@@ -233,10 +239,11 @@ Tensor grouped_forward(const DeformConv2dSizes& s, const Tensor& input, const Te
     const Scratch<T> tile = scratch<T>(channels_last ? 0 : kGroupedTile * channels);
     for (int64_t t = first; t < last; ++t) {
       const int64_t n = t / tiles, begin = t % tiles * kGroupedTile, count = std::min(kGroupedTile, positions - begin);
+      buffer.load(n, begin, count);
       T* to = channels_last ? out + (n * positions + begin) * channels : tile.get();
       for (int64_t group = 0; group < s.deform_groups; ++group) {
         const int64_t c = group * deform_channels;
-        const GroupedSamples<T> samples = buffer.locate(n, group, c, begin, count);
+        const GroupedSamples<T> samples = buffer.locate(group, c);
         const GroupedChannels<T> some{deform_channels, s.group_channels(),
                                       packed.get() + c * s.group_channels() * s.taps()};
         kernels<T>().grouped_forward(samples, some, bias_data ? bias_data + c : nullptr, to + c, channels);
@@ -251,16 +258,16 @@ Tensor grouped_forward(const DeformConv2dSizes& s, const Tensor& input, const Te
 
 template <typename T>
 std::array<Tensor, 4> grouped_backward(const DeformConv2dSizes& s, const Tensor& grad, const Tensor& input,
-                                       const Tensor& offset, const Tensor& weight, const std::optional<Tensor>& mask,
+                                       const Modulation& modulation, const Tensor& weight,
                                        const NeededGradients& need) {
   // Tasks: images first, then channels, until there is one for each thread.
   const int64_t workers = torch::stable::get_num_threads(), unit = unit_channels<T>(s);
   const int64_t image_parts = std::clamp<int64_t>(s.batch, 1, workers);
   const int64_t channel_parts = std::min(divide_up(workers, image_parts), s.channels / unit);
-  GradientTensors<T> gradients(s, input, offset, weight, mask, need, image_parts, channel_parts);
+  GradientTensors<T> gradients(s, input, modulation, weight, need, image_parts, channel_parts);
   if (s.batch > 0) {
     // They end with this block: before the input gradient is copied to another memory format.
-    const Operands<T> operands(s, input, offset, weight, mask);
+    const Operands<T> operands(s, input, modulation, weight);
     const bool channels_last = is_channels_last(grad);
     const Tensor grad_output =
         dense(grad, scalar_type_of<T>(), channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
@@ -278,13 +285,12 @@ std::array<Tensor, 4> grouped_backward(const DeformConv2dSizes& s, const Tensor&
   return gradients.finish();
 }
 
-#define DCN_INSTANTIATE(T)                                                                                       \
-  template bool uses_grouped_path<T>(const DeformConv2dSizes&);                                                  \
-  template Tensor grouped_forward<T>(const DeformConv2dSizes&, const Tensor&, const Tensor&, const Tensor&,      \
-                                     const std::optional<Tensor>&, const std::optional<Tensor>&);                \
-  template std::array<Tensor, 4> grouped_backward<T>(const DeformConv2dSizes&, const Tensor&, const Tensor&,     \
-                                                     const Tensor&, const Tensor&, const std::optional<Tensor>&, \
-                                                     const NeededGradients&);
+#define DCN_INSTANTIATE(T)                                                                                      \
+  template bool uses_grouped_path<T>(const DeformConv2dSizes&);                                                 \
+  template Tensor grouped_forward<T>(const DeformConv2dSizes&, const Tensor&, const Modulation&, const Tensor&, \
+                                     const std::optional<Tensor>&);                                             \
+  template std::array<Tensor, 4> grouped_backward<T>(const DeformConv2dSizes&, const Tensor&, const Tensor&,    \
+                                                     const Modulation&, const Tensor&, const NeededGradients&);
 DCN_INSTANTIATE(float)
 DCN_INSTANTIATE(double)
 #undef DCN_INSTANTIATE

@@ -7,6 +7,7 @@
 
 #include "kernels.h"
 #include "layout.h"
+#include "offsets.h"
 #include "tiles.h"
 
 namespace dcn::cpu {
@@ -14,45 +15,46 @@ namespace dcn::cpu {
 // The tensors of one call, dense, in the dtype of the computation.
 template <typename T>
 struct Operands {
-  Tensor image_tensor, offset_tensor, weight_tensor;
-  std::optional<Tensor> mask_tensor;
+  Tensor image_tensor, weight_tensor;
   DeformConv2dSizes sizes;
-  const T *images, *offsets, *masks, *weights;
+  Offsets<T> offsets;
+  const T *images, *weights;
   std::vector<T> zeros;
 
-  Operands(const DeformConv2dSizes& s, const Tensor& input, const Tensor& offset, const Tensor& weight,
-           const std::optional<Tensor>& mask)
+  Operands(const DeformConv2dSizes& s, const Tensor& input, const Modulation& modulation, const Tensor& weight)
       : image_tensor(to_channels_last<T>(input)),
-        offset_tensor(dense(offset, scalar_type_of<T>())),
         weight_tensor(dense(weight, scalar_type_of<T>())),
         sizes(s),
+        offsets(s, modulation),
         zeros(s.channels, T(0)) {
-    if (mask) mask_tensor = dense(*mask, scalar_type_of<T>());
     images = image_tensor.template const_data_ptr<T>();
-    offsets = offset_tensor.template const_data_ptr<T>();
     weights = weight_tensor.template const_data_ptr<T>();
-    masks = mask_tensor ? mask_tensor->template const_data_ptr<T>() : nullptr;
   }
 
   int64_t image_begin(int64_t n) const { return n * sizes.pixels() * sizes.channels; }
-  int64_t offset_begin(int64_t n) const { return n * sizes.deform_groups * sizes.taps() * 2 * sizes.positions(); }
-  const T* mask(int64_t n) const { return masks ? masks + offset_begin(n) / 2 : nullptr; }
   ImageChannels<T> channels(int64_t n, int64_t begin, int64_t count) const {
     return {images + image_begin(n) + begin, sizes.channels, count, zeros.data()};
-  }
-
-  void locate(int64_t n, int64_t deform_group, int64_t tap, int64_t begin, const TapSamples<T>& samples) const {
-    kernels<T>().locate(sizes, offsets + offset_begin(n), mask(n), deform_group, tap, begin, samples);
   }
 };
 
 // Where a backward task adds its results. Null where a gradient is not needed.
 template <typename T>
 struct Gradients {
-  T* input;   // (batch, pixels, channels)
-  T* offset;  // as offset
-  T* mask;    // as mask
-  T* weight;  // as weight
+  T* input;                        // (batch, pixels, channels)
+  T* offset;                       // (deform_groups, taps, 2, positions) for every image
+  T* mask;                         // (deform_groups, taps, positions) for every image
+  int64_t offset_size, mask_size;  // from one image to the next
+  bool logits;                     // the mask's gradient is by its logits
+  T* weight;                       // as weight
+
+  // Adds what follows from the dots of a tap, for positions from `begin` on of image n.
+  void add_to_offsets(const DeformConv2dSizes& s, int64_t n, int64_t deform_group, int64_t tap, int64_t begin,
+                      const TapSamples<T>& samples, const T* const* dots) const {
+    const int64_t plane = deform_group * s.taps() + tap;
+    T* y = offset + n * offset_size + 2 * plane * s.positions() + begin;
+    kernels<T>().add_offset_gradients(samples, dots, y, y + s.positions(),
+                                      mask ? mask + n * mask_size + plane * s.positions() + begin : nullptr, logits);
+  }
 };
 
 // The gradients that the caller asked for.
@@ -66,40 +68,47 @@ struct NeededGradients {
 template <typename T>
 class GradientTensors {
  public:
-  GradientTensors(const DeformConv2dSizes& s, const Tensor& input, const Tensor& offset, const Tensor& weight,
-                  const std::optional<Tensor>& mask, const NeededGradients& need, int64_t image_parts,
-                  int64_t channel_parts)
+  GradientTensors(const DeformConv2dSizes& s, const Tensor& input, const Modulation& modulation, const Tensor& weight,
+                  const NeededGradients& need, int64_t image_parts, int64_t channel_parts)
       : input_(input),
-        offset_(offset),
+        modulation_(modulation),
         weight_(weight),
-        mask_(mask),
         need_(need),
         grad_input_(empty_4d(input, {s.batch, s.channels, s.height, s.width}, scalar_type_of<T>(), true)),
-        grad_offset_(zeros(need.offset ? channel_parts : 0, offset.numel())),
-        grad_mask_(zeros(need.offset && mask ? channel_parts : 0, mask ? mask->numel() : 0)),
+        grad_offset_(zeros(need.offset ? channel_parts : 0, modulation.joint.value_or(modulation.offset).numel())),
+        grad_mask_(zeros(has_own_mask() ? channel_parts : 0, has_own_mask() ? modulation.mask->numel() : 0)),
         grad_weight_(zeros(need.weight ? image_parts : 0, weight.numel())) {
     if (need.input) torch::stable::zero_(grad_input_);
+    const int64_t plane_pairs = s.deform_groups * s.taps() * s.positions();
+    offset_size_ = plane_pairs * (modulation.joint ? 3 : 2), mask_size_ = plane_pairs * (modulation.joint ? 3 : 1);
   }
 
   Gradients<T> of(int64_t image_part, int64_t channel_part) {
     Gradients<T> part{};
+    part.offset_size = offset_size_, part.mask_size = mask_size_, part.logits = modulation_.joint.has_value();
     if (need_.input) part.input = grad_input_.template mutable_data_ptr<T>();
     if (need_.offset) part.offset = part_of_tensor(grad_offset_, channel_part);
-    if (need_.offset && mask_) part.mask = part_of_tensor(grad_mask_, channel_part);
+    if (need_.offset && part.logits) part.mask = part.offset + offset_size_ / 3 * 2;
+    if (has_own_mask()) part.mask = part_of_tensor(grad_mask_, channel_part);
     if (need_.weight) part.weight = part_of_tensor(grad_weight_, image_part);
     return part;
   }
 
-  // Input, offset, weight, mask, in the dtype of the computation; empty where not needed.
+  // Input, offset (or what holds it and the mask), weight, mask, in the dtype of the computation; empty where not
+  // needed.
   std::array<Tensor, 4> finish() const {
     const Tensor none = empty_result(input_);
-    return {need_.input ? like_input<T>(grad_input_, input_) : none,
-            need_.offset ? sum_parts(grad_offset_, offset_) : none,
+    return {need_.input ? like_input<T>(grad_input_, input_) : none, need_.offset ? offset_gradient() : none,
             need_.weight ? sum_parts(grad_weight_, weight_) : none,
-            need_.offset && mask_ ? sum_parts(grad_mask_, *mask_) : none};
+            has_own_mask() ? sum_parts(grad_mask_, *modulation_.mask) : none};
   }
 
  private:
+  bool has_own_mask() const { return need_.offset && modulation_.mask && !modulation_.joint; }
+  Tensor offset_gradient() const {
+    if (!modulation_.joint) return sum_parts(grad_offset_, modulation_.offset);
+    return like_input<T>(sum_parts(grad_offset_, *modulation_.joint), *modulation_.joint);
+  }
   Tensor zeros(int64_t parts, int64_t count) const {
     return torch::stable::new_zeros(input_, {parts, count}, scalar_type_of<T>());
   }
@@ -107,10 +116,12 @@ class GradientTensors {
     return parts.template mutable_data_ptr<T>() + index * parts.size(1);
   }
 
-  const Tensor &input_, &offset_, &weight_;
-  const std::optional<Tensor>& mask_;
+  const Tensor& input_;
+  const Modulation& modulation_;
+  const Tensor& weight_;
   NeededGradients need_;
   Tensor grad_input_, grad_offset_, grad_mask_, grad_weight_;
+  int64_t offset_size_, mask_size_;
 };
 
 }  // namespace dcn::cpu

@@ -25,6 +25,12 @@ struct TapSamples {
   T* modulation;
 };
 
+// Offsets of one tap for output positions side by side, in input pixels, and the modulation, null where there is none.
+template <typename T>
+struct TapOffsets {
+  const T *y, *x, *mask;
+};
+
 // The channels of an image that a pass works on.
 template <typename T>
 struct ImageChannels {
@@ -77,10 +83,12 @@ struct Kernels {
   int64_t rows;           // rows that a product handles at a time
   int64_t panel_vectors;  // the widest panel: 1, 2 or 4 vectors
 
-  // Locates the samples of one tap of deform group `group` for output positions from `begin` on. `offset` and `mask`
-  // point to the image; `mask` may be null.
-  void (*locate)(const DeformConv2dSizes& sizes, const T* offset, const T* mask, int64_t group, int64_t tap,
-                 int64_t begin, const TapSamples<T>& samples);
+  // Locates the samples of one tap for output positions from `begin` on, where `offsets` begin too.
+  void (*locate)(const DeformConv2dSizes& sizes, const TapOffsets<T>& offsets, int64_t tap, int64_t begin,
+                 const TapSamples<T>& samples);
+
+  // values[i] = 1 / (1 + exp(-values[i])).
+  void (*sigmoid)(T* values, int64_t count);
 
   // columns[p * column_stride + c] = sample p of channel c.
   void (*gather)(const ImageChannels<T>& from, const TapSamples<T>& samples, T* columns, int64_t column_stride);
@@ -92,8 +100,10 @@ struct Kernels {
   void (*backward)(const ImageChannels<T>& from, const TapSamples<T>& samples, T* columns, int64_t column_stride,
                    T* grad_image, T* const* dots, T* trash);
 
-  // Adds the gradients that follow from the dots; `grad_mask` may be null.
-  void (*add_offset_gradients)(const TapSamples<T>& samples, const T* const* dots, T* grad_y, T* grad_x, T* grad_mask);
+  // Adds the gradients that follow from the dots; `grad_mask` may be null, and is by the logits of the modulation where
+  // `logits`.
+  void (*add_offset_gradients)(const TapSamples<T>& samples, const T* const* dots, T* grad_y, T* grad_x, T* grad_mask,
+                               bool logits);
 
   void (*multiply)(const TileProduct<T>& product);
 

@@ -9,16 +9,16 @@ namespace {
 
 // One row of output positions: `count` of them from column w on.
 template <typename T, bool kDerivatives>
-void locate_row(const DeformConv2dSizes& sizes, const T* offset_y, const T* offset_x, const T* mask, T y, int64_t w,
-                int64_t j, int64_t count, const TapSamples<T>& samples, int64_t at) {
+void locate_row(const DeformConv2dSizes& sizes, const TapOffsets<T>& offsets, T y, int64_t w, int64_t j, int64_t count,
+                const TapSamples<T>& samples, int64_t at) {
   const auto height = static_cast<int32_t>(sizes.height), width = static_cast<int32_t>(sizes.width);
   const auto step = static_cast<T>(sizes.stride_w);
   const T x = tap_x<T>(sizes, w, j);
 #pragma omp simd
   for (int32_t p = 0; p < static_cast<int32_t>(count); ++p) {
-    const AxisSample<T> row = sample_axis_zeros(y + offset_y[p], height);
-    const AxisSample<T> column = sample_axis_zeros((x + static_cast<T>(p) * step) + offset_x[p], width);
-    const T modulation = mask ? mask[p] : T(1);
+    const AxisSample<T> row = sample_axis_zeros(y + offsets.y[p], height);
+    const AxisSample<T> column = sample_axis_zeros((x + static_cast<T>(p) * step) + offsets.x[p], width);
+    const T modulation = offsets.mask ? offsets.mask[p] : T(1);
     for (int k = 0; k < 4; ++k) {
       const int a = k / 2, b = k % 2;
       const int32_t pixel = (row.low + a) * width + column.low + b;
@@ -38,23 +38,43 @@ void locate_row(const DeformConv2dSizes& sizes, const T* offset_y, const T* offs
 }
 
 template <typename T>
-void locate(const DeformConv2dSizes& sizes, const T* offset, const T* mask, int64_t group, int64_t tap, int64_t begin,
+void locate(const DeformConv2dSizes& sizes, const TapOffsets<T>& offsets, int64_t tap, int64_t begin,
             const TapSamples<T>& samples) {
-  const int64_t positions = sizes.positions(), i = tap / sizes.kernel_w, j = tap % sizes.kernel_w;
-  const T* offset_y = offset + 2 * (group * sizes.taps() + tap) * positions;
-  const T* offset_x = offset_y + positions;
-  if (mask) mask += (group * sizes.taps() + tap) * positions;
+  const int64_t i = tap / sizes.kernel_w, j = tap % sizes.kernel_w;
   for (int64_t done = 0; done < samples.count;) {
     const int64_t p = begin + done, h = p / sizes.out_w, w = p % sizes.out_w;
     const int64_t count = std::min(samples.count - done, sizes.out_w - w);
     const T y = tap_y<T>(sizes, h, i);
-    const T* modulation = mask ? mask + p : nullptr;
+    const TapOffsets<T> row{offsets.y + done, offsets.x + done, offsets.mask ? offsets.mask + done : nullptr};
     if (samples.modulation) {
-      locate_row<T, true>(sizes, offset_y + p, offset_x + p, modulation, y, w, j, count, samples, done);
+      locate_row<T, true>(sizes, row, y, w, j, count, samples, done);
     } else {
-      locate_row<T, false>(sizes, offset_y + p, offset_x + p, modulation, y, w, j, count, samples, done);
+      locate_row<T, false>(sizes, row, y, w, j, count, samples, done);
     }
     done += count;
+  }
+}
+
+inline void sigmoid(double* values, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) values[i] = 1 / (1 + std::exp(-values[i]));
+}
+
+// exp(-x) as 2^n * exp(r) with |r| <= ln(2) / 2, r's part by its Taylor polynomial, whose rest is below rounding.
+inline void sigmoid(float* values, int64_t count) {
+  constexpr float kLog2E = 1.442695041F, kLn2High = 0.693359375F, kLn2Low = -2.12194440e-4F;
+  constexpr float kRound = 12582912.F;  // 1.5 * 2^23: adding it leaves an integer in the low bits
+#pragma omp simd
+  for (int64_t i = 0; i < count; ++i) {
+    const float x = values[i];
+    // Beyond these the result is 0 or 1 up to the smallest normal number; NaN stays NaN.
+    const float bounded = x > 87.F ? -87.F : x < -87.F ? 87.F : -x;
+    const float rounded = bounded * kLog2E + kRound, n = rounded - kRound;
+    const float r = (bounded - n * kLn2High) - n * kLn2Low;
+    const float tail = 1.F / 24 + r * (1.F / 120 + r * (1.F / 720 + r * (1.F / 5040)));
+    const float power = 1 + r * (1 + r * (0.5F + r * (1.F / 6 + r * tail)));
+    const int32_t exponent = (__builtin_bit_cast(int32_t, rounded) - 0x4B400000 + 127) << 23;
+    const float exponential = power * __builtin_bit_cast(float, exponent);
+    values[i] = 1 / (1 + exponential);
   }
 }
 
@@ -149,7 +169,8 @@ void backward(const ImageChannels<T>& from, const TapSamples<T>& samples, T* col
 }
 
 template <typename T>
-void add_offset_gradients(const TapSamples<T>& samples, const T* const* dots, T* grad_y, T* grad_x, T* grad_mask) {
+void add_offset_gradients(const TapSamples<T>& samples, const T* const* dots, T* grad_y, T* grad_x, T* grad_mask,
+                          bool logits) {
 #pragma omp simd
   for (int64_t p = 0; p < samples.count; ++p) {
     T by_y = 0, by_x = 0;
@@ -165,7 +186,8 @@ void add_offset_gradients(const TapSamples<T>& samples, const T* const* dots, T*
   for (int64_t p = 0; p < samples.count; ++p) {
     T by_mask = 0;
     for (int k = 0; k < 4; ++k) by_mask += samples.y_weight[k / 2][p] * samples.x_weight[k % 2][p] * dots[k][p];
-    grad_mask[p] += by_mask;
+    const T modulation = samples.modulation[p];
+    grad_mask[p] += logits ? modulation * (T(1) - modulation) * by_mask : by_mask;
   }
 }
 
@@ -236,6 +258,7 @@ constexpr Kernels<T> all_kernels() {
           kRows,
           DCN_PANEL_VECTORS,
           locate<T>,
+          sigmoid,
           gather<T>,
           backward<T>,
           add_offset_gradients<T>,

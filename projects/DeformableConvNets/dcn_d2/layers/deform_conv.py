@@ -10,25 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.utils import _pair
 
-from ..ops import deform_conv2d
+from ..ops import deform_conv2d, modulated_deform_conv2d
+from ..ops.modulated_deform_conv2d import split_offset_and_mask
 
 IntOrPair = int | tuple[int, int]
-
-
-def split_offset_and_mask(offset_and_mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Splits an offset branch's output for a modulated layer into offsets and modulation.
-
-    Args:
-        offset_and_mask: (N, 3 * deform_groups * kernel_h * kernel_w, H, W). The first two thirds are offsets, (y, x)
-            interleaved per tap, deform group by deform group; the last third are the logits of the modulation.
-            (The three thirds are not "all y, all x, mask", as code that cuts them into three may suggest.)
-
-    Returns:
-        The offsets, a view, and the modulation after the sigmoid, so 0.5 everywhere where the branch gives zeros.
-    """
-    logits = offset_and_mask.shape[1] // 3
-    offset, mask = offset_and_mask.split([2 * logits, logits], dim=1)
-    return offset, mask.sigmoid()
 
 
 class _DeformConvBase(nn.Module):
@@ -72,17 +57,24 @@ class _DeformConvBase(nn.Module):
         self.register_parameter("bias", nn.Parameter(torch.zeros(out_channels)) if bias else None)
         nn.init.kaiming_uniform_(self.weight, nonlinearity="relu")
 
-    def _convolve(self, x: Tensor, offset: Tensor, mask: Tensor | None = None) -> Tensor:
+    def _check_channels(self, name: str, tensor: Tensor, channels_per_tap: int) -> None:
         # The operator infers the number of deform groups from the offsets, so only the layer can tell that
         # they were made for another number of groups.
-        taps = self.deformable_groups * self.kernel_size[0] * self.kernel_size[1]
-        for name, tensor, channels in (("offset", offset, 2 * taps), ("mask", mask, taps)):
-            if tensor is not None and tensor.shape[1] != channels:
-                raise RuntimeError(
-                    f"{type(self).__name__}: {name} must have {channels} channels for deformable_groups="
-                    f"{self.deformable_groups} and kernel_size={self.kernel_size}, got {tensor.shape[1]}"
-                )
+        channels = channels_per_tap * self.deformable_groups * self.kernel_size[0] * self.kernel_size[1]
+        if tensor.shape[1] != channels:
+            raise RuntimeError(
+                f"{type(self).__name__}: {name} must have {channels} channels for deformable_groups="
+                f"{self.deformable_groups} and kernel_size={self.kernel_size}, got {tensor.shape[1]}"
+            )
+
+    def _convolve(self, x: Tensor, offset: Tensor, mask: Tensor | None = None) -> Tensor:
+        self._check_channels("offset", offset, 2)
+        if mask is not None:
+            self._check_channels("mask", mask, 1)
         out = deform_conv2d(x, offset, self.weight, self.bias, self.stride, self.padding, self.dilation, mask)
+        return self._finish(x, out)
+
+    def _finish(self, x: Tensor, out: Tensor) -> Tensor:
         if x.numel() == 0:
             return out  # as Detectron2: an empty batch would turn the statistics of a BatchNorm into NaN
         if self.norm is not None:
@@ -203,15 +195,24 @@ class ModulatedDeformConv(_DeformConvBase):
         )
         self.with_bias = bias
 
-    def forward(self, x: Tensor, offset: Tensor, mask: Tensor) -> Tensor:
+    def forward(self, x: Tensor, offset: Tensor, mask: Tensor | None = None) -> Tensor:
         """Convolves (N, in_channels, H, W) `x`.
 
         Args:
             x: the input.
-            offset: (N, 2 * deformable_groups * kernel_h * kernel_w, out_h, out_w), see `dcn_d2.ops.deform_conv2d`.
+            offset: (N, 2 * deformable_groups * kernel_h * kernel_w, out_h, out_w), see `dcn_d2.ops.deform_conv2d`; or,
+                without `mask`, an offset branch's output, (N, 3 * deformable_groups * kernel_h * kernel_w, out_h,
+                out_w), see `dcn_d2.ops.modulated_deform_conv2d`.
             mask: (N, deformable_groups * kernel_h * kernel_w, out_h, out_w), the factor of every sample.
         """
-        return self._convolve(x, offset, mask)
+        if mask is not None:
+            return self._convolve(x, offset, mask)
+        self._check_channels("offset (the branch's output, as there is no mask)", offset, 3)
+        if torch.jit.is_tracing() or torch.compiler.is_exporting():
+            # An exported graph holds operators that other runtimes know.
+            return self._convolve(x, *split_offset_and_mask(offset))
+        out = modulated_deform_conv2d(x, offset, self.weight, self.bias, self.stride, self.padding, self.dilation)
+        return self._finish(x, out)
 
 
 class DeformConvPack(DeformConv):
@@ -242,4 +243,4 @@ class ModulatedDeformConvPack(ModulatedDeformConv):
 
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
         """Convolves (N, in_channels, H, W) `x` at positions and with factors that it predicts from `x`."""
-        return self._convolve(x, *split_offset_and_mask(self.conv_offset(x)))
+        return super().forward(x, self.conv_offset(x))

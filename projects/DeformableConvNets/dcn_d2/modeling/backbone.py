@@ -14,7 +14,7 @@ from detectron2.modeling.backbone.fpn import LastLevelMaxPool
 from detectron2.modeling.backbone.resnet import BottleneckBlock
 from torch import Tensor, nn
 
-from ..layers import DeformConv, ModulatedDeformConv, split_offset_and_mask
+from ..layers import DeformConv, ModulatedDeformConv
 from .norm import fix_batch_norm_statistics
 
 
@@ -84,10 +84,7 @@ class DeformBottleneckBlock(CNNBlockBase):
 
     def _deform(self, x: Tensor) -> Tensor:
         """Runs the offset branch, conv2 and its norm."""
-        prediction = self.conv2_offset(x)
-        if self.deform_modulated:
-            return self.conv2(x, *split_offset_and_mask(prediction))
-        return self.conv2(x, prediction)
+        return self.conv2(x, self.conv2_offset(x))
 
 
 @BACKBONE_REGISTRY.register()

@@ -4,5 +4,11 @@
 from .deform_conv2d import deform_conv2d
 from .deform_psroi_pool import deform_psroi_pool
 from .deform_roi_pool import deform_roi_pool
+from .modulated_deform_conv2d import modulated_deform_conv2d
 
-__all__ = ["deform_conv2d", "deform_psroi_pool", "deform_roi_pool"]
+__all__ = [
+    "deform_conv2d",
+    "deform_psroi_pool",
+    "deform_roi_pool",
+    "modulated_deform_conv2d",
+]

@@ -1,5 +1,6 @@
 # Copyright (c) the dcn_d2 authors. SPDX-License-Identifier: Apache-2.0
 from pathlib import Path
+from typing import Any
 
 import detectron2.model_zoo
 import pytest
@@ -8,7 +9,7 @@ from detectron2.config import CfgNode, get_cfg
 from detectron2.layers import FrozenBatchNorm2d, ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, build_backbone, build_model
 from detectron2.modeling.backbone.resnet import DeformBottleneckBlock as TheirDeformBottleneckBlock
-from torch import Tensor, nn
+from torch import nn
 
 from dcn_d2 import add_dcn_config
 from dcn_d2.layers import DeformConv, ModulatedDeformConv
@@ -65,7 +66,8 @@ class TestArchitectures:
         assert deform_blocks(mine).keys() == deform_blocks(theirs).keys() != set()
         randomise(mine)
         theirs.load_state_dict(mine.state_dict(), strict=True)
-        images = torch.randn(2, 3, 64, 96)
+        # The two round the modulation's sigmoid in different places, and every random layer magnifies that.
+        mine, theirs, images = mine.double(), theirs.double(), torch.randn(2, 3, 64, 96).double()
         with torch.no_grad():
             for name, features in theirs(images).items():
                 torch.testing.assert_close(mine(images)[name], features)
@@ -110,15 +112,15 @@ def test_offsets_come_first_and_the_mask_is_the_sigmoid_of_the_last_third() -> N
     cfg = slim_config(DEFORM_ON_PER_STAGE=C3_TO_C5, DEFORM_MODULATED=True, DEFORM_NUM_GROUPS=4)
     backbone = backbone_of(cfg)
     randomise(backbone)
-    seen: dict[str, tuple[Tensor, ...]] = {}
+    seen: dict[str, tuple[Any, ...]] = {}
     block = backbone.res4[0]
     block.conv2_offset.register_forward_hook(lambda module, inputs, output: seen.update(branch=(*inputs, output)))
-    block.conv2.register_forward_hook(lambda module, inputs, output: seen.update(conv=inputs))
+    block.conv2.register_forward_hook(lambda module, inputs, output: seen.update(conv=(*inputs, output.clone())))
     backbone(torch.randn(1, 3, 64, 64))
-    (branch_input, branch), (x, offset, mask) = seen["branch"], seen["conv"]
-    assert branch.shape[1] == 4 * 27 and x is branch_input
-    torch.testing.assert_close(offset, branch[:, : 4 * 18])
-    torch.testing.assert_close(mask, branch[:, 4 * 18 :].sigmoid())
+    (branch_input, branch), (x, offset_and_mask, output) = seen["branch"], seen["conv"]
+    assert branch.shape[1] == 4 * 27 and x is branch_input and offset_and_mask is branch
+    offset, mask = branch[:, : 4 * 18], branch[:, 4 * 18 :].sigmoid()
+    torch.testing.assert_close(output, block.conv2(x, offset, mask))
 
 
 def test_resnext_has_a_grouped_convolution_and_a_dense_branch() -> None:

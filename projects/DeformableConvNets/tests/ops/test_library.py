@@ -64,8 +64,8 @@ assert len(messages) == 1 and "pip install" in messages[0] and "dcn_d2._C was no
 
 @pytest.mark.parametrize("capability", ["default", "avx2"])
 def test_every_instruction_set(capability: str) -> None:
-    names = ("test_deform_conv2d.py", "test_grouped.py", "test_deform_roi_pool.py", "test_deform_psroi_pool.py")
-    tests = [str(TESTS / name) for name in names]
+    operators = ("deform_conv2d", "modulated_deform_conv2d", "grouped", "deform_roi_pool", "deform_psroi_pool")
+    tests = [str(TESTS / f"test_{name}.py") for name in operators]
     result = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", *tests]
         + ["-k", "equals_reference and (cpu or test_grouped) or any_number_of_threads or wild and test_grouped"],

@@ -1,0 +1,124 @@
+// Copyright (c) the dcn_d2 authors. SPDX-License-Identifier: Apache-2.0
+// Offsets and modulation as the caller holds them: contiguous, channels_last, or parts of a larger tensor. They are
+// never copied as a whole; a tile's are put in order in the cache where that is needed.
+#pragma once
+
+#include <algorithm>
+
+#include "kernels.h"
+#include "tiles.h"
+
+namespace dcn::cpu {
+
+// A (batch, planes, out_h, out_w) tensor in the dtype of the computation, in which a plane's values or a position's
+// values lie side by side.
+template <typename T>
+class Planes {
+ public:
+  explicit Planes(const Tensor& tensor) : tensor_(legible(tensor)), values_(tensor_.template const_data_ptr<T>()) {
+    image_ = tensor_.stride(0), plane_ = tensor_.stride(1), position_ = position_stride(tensor_);
+  }
+
+  int64_t planes() const { return tensor_.size(1); }
+  bool in_order() const { return position_ == 1; }
+  int64_t plane_stride() const { return plane_; }
+  const T* at(int64_t n, int64_t position) const { return values_ + n * image_ + position * position_; }
+
+  // Writes positions [begin, begin + count) of image n, plane by plane.
+  void put_in_order(int64_t n, int64_t begin, int64_t count, T* to, int64_t to_stride) const {
+    const T* from = at(n, begin);
+    if (!in_order()) return kernels<T>().transpose(from, position_, count, planes(), to, to_stride);
+    for (int64_t plane = 0; plane < planes(); ++plane) {
+      std::copy_n(from + plane * plane_, count, to + plane * to_stride);
+    }
+  }
+
+ private:
+  // The distance of neighbouring positions, 0 where it is not the same everywhere.
+  static int64_t position_stride(const Tensor& tensor) {
+    const int64_t height = tensor.size(2), width = tensor.size(3);
+    if (width == 1) return height == 1 ? 1 : tensor.stride(2);
+    return height == 1 || tensor.stride(2) == width * tensor.stride(3) ? tensor.stride(3) : 0;
+  }
+  static Tensor legible(const Tensor& tensor) {
+    const Tensor cast =
+        tensor.scalar_type() == scalar_type_of<T>() ? tensor : torch::stable::to(tensor, scalar_type_of<T>());
+    const int64_t position = position_stride(cast);
+    return position == 1 || (position > 0 && cast.stride(1) == 1) ? cast : torch::stable::contiguous(cast);
+  }
+
+  Tensor tensor_;
+  const T* values_;
+  int64_t image_, plane_, position_;
+};
+
+// The offsets and the modulation of a call. The planes of `offset` are (deform_groups, taps, 2), those of `mask`
+// (deform_groups, taps).
+struct Modulation {
+  Tensor offset;
+  std::optional<Tensor> mask;
+  // The tensor that both are parts of, if the caller gave one: then the mask's sigmoid is the modulation.
+  std::optional<Tensor> joint;
+};
+
+template <typename T>
+struct Offsets {
+  DeformConv2dSizes sizes;
+  Planes<T> offset;
+  std::optional<Planes<T>> mask;
+  bool logits;
+
+  Offsets(const DeformConv2dSizes& s, const Modulation& given)
+      : sizes(s), offset(given.offset), logits(given.joint.has_value()) {
+    if (given.mask) mask.emplace(*given.mask);
+  }
+  bool mask_as_given() const { return !mask || (mask->in_order() && !logits); }
+};
+
+// The offsets and the modulation of a tile of output positions.
+template <typename T>
+class TileOffsets {
+ public:
+  TileOffsets(const Offsets<T>& offsets, int64_t tile)
+      : given_(offsets),
+        stride_(tile + 8),  // not a power of two, or planes would share cache sets
+        offset_buffer_(scratch<T>(offsets.offset.in_order() ? 0 : offsets.offset.planes() * stride_)),
+        mask_buffer_(scratch<T>(offsets.mask_as_given() ? 0 : offsets.mask->planes() * stride_)) {}
+
+  // Goes to positions [begin, begin + count) of image n.
+  void load(int64_t n, int64_t begin, int64_t count) {
+    begin_ = begin;
+    offset_ = given_.offset.in_order() ? given_.offset.at(n, begin)
+                                       : put_in_order(given_.offset, n, begin, count, offset_buffer_.get());
+    if (!given_.mask) return;
+    mask_ = given_.mask_as_given() ? given_.mask->at(n, begin)
+                                   : put_in_order(*given_.mask, n, begin, count, mask_buffer_.get());
+    for (int64_t plane = 0; given_.logits && plane < given_.mask->planes(); ++plane) {
+      kernels<T>().sigmoid(mask_buffer_.get() + plane * stride_, count);
+    }
+  }
+
+  // Samples of one tap for the first samples.count positions of the tile.
+  void locate(int64_t deform_group, int64_t tap, const TapSamples<T>& samples) const {
+    const int64_t plane = deform_group * given_.sizes.taps() + tap;
+    const int64_t offset_stride = given_.offset.in_order() ? given_.offset.plane_stride() : stride_;
+    const T* y = offset_ + 2 * plane * offset_stride;
+    TapOffsets<T> of_tap{y, y + offset_stride, nullptr};
+    if (mask_) of_tap.mask = mask_ + plane * (given_.mask_as_given() ? given_.mask->plane_stride() : stride_);
+    kernels<T>().locate(given_.sizes, of_tap, tap, begin_, samples);
+  }
+
+ private:
+  const T* put_in_order(const Planes<T>& planes, int64_t n, int64_t begin, int64_t count, T* to) const {
+    planes.put_in_order(n, begin, count, to, stride_);
+    return to;
+  }
+
+  const Offsets<T>& given_;
+  int64_t stride_;
+  Scratch<T> offset_buffer_, mask_buffer_;
+  const T *offset_ = nullptr, *mask_ = nullptr;
+  int64_t begin_ = 0;
+};
+
+}  // namespace dcn::cpu

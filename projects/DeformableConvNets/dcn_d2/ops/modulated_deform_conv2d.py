@@ -1,0 +1,185 @@
+# Copyright (c) the dcn_d2 authors. SPDX-License-Identifier: Apache-2.0
+"""Modulated deformable convolution that takes an offset branch's output as it is: nothing is split or copied before."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ._arguments import IntPair, check, check_tensor, new_empty_in_format_of, pair
+from ._library import LIBRARY, define, needed_gradients, register_autocast, without_double_backward
+
+define(
+    "modulated_deform_conv2d(Tensor input, Tensor offset_and_mask, Tensor weight, Tensor? bias=None, "
+    "int[2] stride=1, int[2] padding=0, int[2] dilation=1) -> Tensor"
+)
+define(
+    "modulated_deform_conv2d_backward(Tensor grad, Tensor input, Tensor offset_and_mask, Tensor weight, "
+    "int[2] stride, int[2] padding, int[2] dilation, bool need_input, bool need_offset, bool need_weight) "
+    "-> (Tensor, Tensor, Tensor)"
+)
+
+
+def modulated_deform_conv2d(
+    input: Tensor,
+    offset_and_mask: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: IntPair = (1, 1),
+    padding: IntPair = (0, 0),
+    dilation: IntPair = (1, 1),
+) -> Tensor:
+    """Modulated deformable convolution (v2) by the output of an offset branch.
+
+    The same as `deform_conv2d` with the offsets and the modulation of `split_offset_and_mask`, but that the sigmoid is
+    taken inside, and neither the branch's output nor its gradient is split, joined or copied as a whole.
+
+    Source: Zhu et al., "Deformable ConvNets v2: More Deformable, Better Results", CVPR 2019, section 3.2.
+
+    Args:
+        input: (N, in_channels, in_h, in_w), float64, float32, float16 or bfloat16.
+        offset_and_mask: (N, 3 * deform_groups * kernel_h * kernel_w, out_h, out_w), contiguous or channels_last. The
+            first two thirds are offsets in input pixels, (y, x) interleaved per tap, deform group by deform group; the
+            last third are the logits of the modulation.
+        weight: (out_channels, in_channels / groups, kernel_h, kernel_w).
+        bias: (out_channels,) or None.
+        stride: a number or (height, width); so are padding, of zeros, and dilation.
+
+    Returns:
+        (N, out_channels, out_h, out_w), in the memory format of `input`.
+
+    Raises:
+        RuntimeError: A tensor's rank, shape, dtype or device does not fit; the message names it and both values.
+        ValueError: stride, padding or dilation is not a number or a pair.
+    """
+    return torch.ops.dcn_d2.modulated_deform_conv2d(
+        input,
+        offset_and_mask,
+        weight,
+        bias,
+        pair(stride, "stride"),
+        pair(padding, "padding"),
+        pair(dilation, "dilation"),
+    )
+
+
+def split_offset_and_mask(offset_and_mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Splits an offset branch's output for a modulated layer into offsets and modulation.
+
+    Args:
+        offset_and_mask: (N, 3 * deform_groups * kernel_h * kernel_w, H, W). The first two thirds are offsets, (y, x)
+            interleaved per tap, deform group by deform group; the last third are the logits of the modulation.
+            (The three thirds are not "all y, all x, mask", as code that cuts them into three may suggest.)
+
+    Returns:
+        The offsets, a view, and the modulation after the sigmoid, so 0.5 everywhere where the branch gives zeros.
+    """
+    logits = offset_and_mask.shape[1] // 3
+    offset, mask = offset_and_mask.split([2 * logits, logits], dim=1)
+    return offset, mask.sigmoid()
+
+
+def _check_offset_and_mask(offset_and_mask: Tensor, weight: Tensor) -> None:
+    """Checks what `csrc/deform_conv2d.h` checks."""
+    name = "modulated_deform_conv2d"
+    check_tensor(name, "weight", weight, weight, 4)
+    check_tensor(name, "offset_and_mask", offset_and_mask, offset_and_mask, 4)
+    kernel_h, kernel_w = weight.shape[2:]
+    channels, taps = offset_and_mask.shape[1], kernel_h * kernel_w
+    check(
+        taps > 0 and channels > 0 and channels % (3 * taps) == 0,
+        lambda: f"{name}: offset_and_mask has {channels} channels, which is no multiple of 3 * {kernel_h} * {kernel_w}",
+    )
+
+
+def _forward_in_parts(
+    input: Tensor,
+    offset_and_mask: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Sequence[int] = (1, 1),
+    padding: Sequence[int] = (0, 0),
+    dilation: Sequence[int] = (1, 1),
+) -> Tensor:
+    """For devices without a kernel of the whole."""
+    _check_offset_and_mask(offset_and_mask, weight)
+    offset, mask = split_offset_and_mask(offset_and_mask)
+    return torch.ops.dcn_d2.deform_conv2d(input, offset, weight, bias, stride, padding, dilation, mask)
+
+
+def _backward_in_parts(
+    grad: Tensor,
+    input: Tensor,
+    offset_and_mask: Tensor,
+    weight: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    need_input: bool,
+    need_offset: bool,
+    need_weight: bool,
+) -> tuple[Tensor, ...]:
+    offset, mask = split_offset_and_mask(offset_and_mask)
+    grad_input, grad_offset, grad_weight, grad_mask = torch.ops.dcn_d2.deform_conv2d_backward(
+        grad, input, offset, weight, mask, stride, padding, dilation, need_input, need_offset, need_weight
+    )
+    if need_offset:
+        grad_offset = torch.cat([grad_offset, grad_mask * mask * (1 - mask)], dim=1)
+    return grad_input, grad_offset, grad_weight
+
+
+LIBRARY.impl("modulated_deform_conv2d", _forward_in_parts, "CompositeExplicitAutograd")
+LIBRARY.impl("modulated_deform_conv2d_backward", _backward_in_parts, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("dcn_d2::modulated_deform_conv2d")
+def _fake(*arguments: Any, **named: Any) -> Tensor:
+    return _forward_in_parts(*arguments, **named)  # runs on fake tensors
+
+
+@torch.library.register_fake("dcn_d2::modulated_deform_conv2d_backward")
+def _fake_backward(
+    grad: Tensor,
+    input: Tensor,
+    offset_and_mask: Tensor,
+    weight: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    need_input: bool,
+    need_offset: bool,
+    need_weight: bool,
+) -> tuple[Tensor, ...]:
+    def empty(like: Tensor, needed: bool) -> Tensor:
+        return new_empty_in_format_of(like, like.shape) if needed else grad.new_empty(0)
+
+    return (
+        empty(input, need_input),
+        empty(offset_and_mask, need_offset),
+        weight.new_empty(weight.shape) if need_weight else grad.new_empty(0),
+    )
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    input, offset_and_mask, weight, bias, ctx.stride, ctx.padding, ctx.dilation = inputs
+    ctx.has_bias = bias is not None
+    ctx.save_for_backward(input, offset_and_mask, weight)
+
+
+@without_double_backward
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    input, offset_and_mask, weight = ctx.saved_tensors
+    *needed, need_bias = needed_gradients(ctx, 7)[:4]
+    gradients: Sequence[Tensor] = torch.ops.dcn_d2.modulated_deform_conv2d_backward(
+        grad, input, offset_and_mask, weight, ctx.stride, ctx.padding, ctx.dilation, *needed
+    )
+    found = [gradient if wanted else None for gradient, wanted in zip(gradients, needed)]
+    grad_bias = grad.sum((0, 2, 3)) if need_bias and ctx.has_bias else None
+    return *found, grad_bias, None, None, None
+
+
+torch.library.register_autograd("dcn_d2::modulated_deform_conv2d", _backward, setup_context=_setup_context)
+register_autocast("modulated_deform_conv2d")
