@@ -11,10 +11,10 @@ namespace dcn::cpu {
 namespace {
 
 // What a tile keeps in the second-level cache: its columns, and in the backward pass also a segment's weight gradient.
-constexpr int64_t kColumnBytes = int64_t{576} << 10;
+constexpr int64_t kColumnBytes = int64_t{256} << 10;
 constexpr int64_t kWeightBytes = int64_t{1200} << 10;
 // Positions of a tile: more of them read the packed weight less often.
-constexpr int64_t kMaxTile = 240;
+constexpr int64_t kMaxTile = 120;
 
 // Channels [begin, begin + count) lie in one conv group and one deform group.
 struct Segment {
@@ -41,37 +41,47 @@ int64_t tile_size(int64_t bytes, int64_t positions, int64_t workers) {
   return std::max<int64_t>(divide_up(fitting, rows) * rows, rows);
 }
 
-// Memory for the samples of one tap.
+// Memory for the samples of some taps.
 template <typename T>
 class TapBuffer {
  public:
-  TapBuffer(int64_t tile, bool derivatives)
-      : pixels_(scratch<int32_t>(4 * tile)), values_(scratch<T>((derivatives ? 13 : 4) * tile)) {
+  TapBuffer(int64_t taps, int64_t tile, bool derivatives) : samples_(taps) {
+    tile = divide_up(tile, kMostLanes) * kMostLanes;
+    pixels_ = scratch<int32_t>(4 * taps * tile);
+    values_ = scratch<T>((derivatives ? 13 : 4) * taps * tile);
+    int32_t* next_pixel = pixels_.get();
     T* next = values_.get();
     const auto take = [&] { return std::exchange(next, next + tile); };
-    for (int k = 0; k < 4; ++k) {
-      samples_.pixel[k] = pixels_.get() + k * tile;
-      samples_.weight[k] = take();
+    for (TapSamples<T>& samples : samples_) {
+      for (int k = 0; k < 4; ++k) {
+        samples.pixel[k] = std::exchange(next_pixel, next_pixel + tile);
+        samples.weight[k] = take();
+      }
+      if (!derivatives) continue;
+      for (int a = 0; a < 2; ++a) {
+        samples.y_weight[a] = take();
+        samples.y_slope[a] = take();
+        samples.x_weight[a] = take();
+        samples.x_slope[a] = take();
+      }
+      samples.modulation = take();
     }
-    if (!derivatives) return;
-    for (int a = 0; a < 2; ++a) {
-      samples_.y_weight[a] = take();
-      samples_.y_slope[a] = take();
-      samples_.x_weight[a] = take();
-      samples_.x_slope[a] = take();
-    }
-    samples_.modulation = take();
   }
 
-  const TapSamples<T>& of(int64_t count) {
-    samples_.count = count;
-    return samples_;
+  // Samples of taps [tap, tap + taps) for the first `count` positions of a tile.
+  const TapSamples<T>* locate(const TileOffsets<T>& offsets, int64_t deform_group, int64_t tap, int64_t taps,
+                              int64_t count) {
+    for (int64_t t = 0; t < taps; ++t) {
+      samples_[t].count = count;
+      offsets.locate(deform_group, tap + t, samples_[t]);
+    }
+    return samples_.data();
   }
 
  private:
   Scratch<int32_t> pixels_;
   Scratch<T> values_;
-  TapSamples<T> samples_{};
+  std::vector<TapSamples<T>> samples_;
 };
 
 // Writes output positions of one image. A tile's columns are gathered for some taps at a time, as (positions, taps,
@@ -84,7 +94,7 @@ class ForwardTile {
         weight_(weight),
         taps_(taps),
         offsets_(operands.offsets, tile),
-        samples_(tile, false),
+        samples_(taps, tile, false),
         column_stride_(taps * operands.sizes.channels + kernels<T>().lanes),
         columns_(scratch<T>(tile * column_stride_)),
         output_(scratch<T>(tile * operands.sizes.out_channels)) {}
@@ -98,7 +108,7 @@ class ForwardTile {
     offsets_.load(n, begin, count);
     for (int64_t tap = 0; tap < s.taps(); tap += taps_) {
       const int64_t taps = std::min(taps_, s.taps() - tap);
-      for (int64_t t = 0; t < taps; ++t) gather(n, count, tap + t, columns_.get() + t * s.channels);
+      gather(n, count, tap, taps);
       multiply(tap, taps, count, out);
     }
     for (int64_t p = 0; bias && p < count; ++p) {
@@ -111,13 +121,13 @@ class ForwardTile {
   }
 
  private:
-  void gather(int64_t n, int64_t count, int64_t tap, T* columns) {
-    const TapSamples<T>& samples = samples_.of(count);
-    const int64_t channels = operands_.sizes.deform_channels();
-    for (int64_t group = 0; group < operands_.sizes.deform_groups; ++group) {
-      offsets_.locate(group, tap, samples);
-      kernels<T>().gather(operands_.channels(n, group * channels, channels), samples, columns + group * channels,
-                          column_stride_);
+  void gather(int64_t n, int64_t count, int64_t tap, int64_t taps) {
+    const DeformConv2dSizes& s = operands_.sizes;
+    const int64_t channels = s.deform_channels();
+    for (int64_t group = 0; group < s.deform_groups; ++group) {
+      const TapSamples<T>* samples = samples_.locate(offsets_, group, tap, taps, count);
+      kernels<T>().gather(operands_.channels(n, group * channels, channels), samples, taps,
+                          columns_.get() + group * channels, column_stride_, s.channels);
     }
   }
 
@@ -193,7 +203,7 @@ class BackwardTask {
         gradients_(gradients),
         grad_panels_(operands.sizes.group_out_channels()),
         offsets_(operands.offsets, tile),
-        samples_(tile, true),
+        samples_(1, tile, true),
         grad_tile_(scratch<T>(grad_panels_.size(tile))),
         columns_(scratch<T>(tile * operands.sizes.taps() * segment_channels)),
         grad_weight_(scratch<T>(operands.sizes.taps() * segment_channels * operands.sizes.group_out_channels())),
@@ -280,16 +290,15 @@ class BackwardTask {
 
   void run_tap(const Segment& segment, int64_t n, int64_t begin, int64_t count, int64_t tap, int64_t width) {
     const DeformConv2dSizes& s = operands_.sizes;
-    const TapSamples<T>& samples = samples_.of(count);
+    const TapSamples<T>* samples = samples_.locate(offsets_, segment.deform_group, tap, 1, count);
     const ImageChannels<T> channels = operands_.channels(n, segment.begin, segment.count);
     T* columns = columns_.get() + tap * segment.count;
-    offsets_.locate(segment.deform_group, tap, samples);
-    if (!gradients_.input && !gradients_.offset) return kernels<T>().gather(channels, samples, columns, width);
+    if (!gradients_.input && !gradients_.offset) return kernels<T>().gather(channels, samples, 1, columns, width, 0);
     T* const dots[4] = {dots_.get(), dots_.get() + tile_, dots_.get() + 2 * tile_, dots_.get() + 3 * tile_};
     T* grad_image = gradients_.input ? gradients_.input + operands_.image_begin(n) + segment.begin : nullptr;
-    kernels<T>().backward(channels, samples, columns, width, grad_image, gradients_.offset ? dots : nullptr,
+    kernels<T>().backward(channels, *samples, columns, width, grad_image, gradients_.offset ? dots : nullptr,
                           trash_.data());
-    if (gradients_.offset) gradients_.add_to_offsets(s, n, segment.deform_group, tap, begin, samples, dots);
+    if (gradients_.offset) gradients_.add_to_offsets(s, n, segment.deform_group, tap, begin, *samples, dots);
   }
 
   const Operands<T>& operands_;

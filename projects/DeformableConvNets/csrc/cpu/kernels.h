@@ -13,8 +13,8 @@ namespace dcn::cpu {
 
 constexpr int32_t kNoPixel = -1;  // a neighbour outside the image
 
-// The samples of one tap for `count` output positions, as arrays over the positions. Neighbours come in the order top
-// left, top right, bottom left, bottom right: neighbour k is row k / 2, column k % 2.
+// The samples of one tap for `count` output positions, as arrays over the positions, which hold whole vectors.
+// Neighbours come in the order top left, top right, bottom left, bottom right: neighbour k is row k / 2, column k % 2.
 template <typename T>
 struct TapSamples {
   int64_t count;
@@ -23,6 +23,13 @@ struct TapSamples {
   // Factors of the derivatives, per row and per column of neighbours; null where they are not needed.
   T *y_weight[2], *y_slope[2], *x_weight[2], *x_slope[2];
   T* modulation;
+};
+
+// Where the first tap reads before its offset is added, for the output positions of a tile, in input pixels. Both
+// arrays hold whole vectors.
+template <typename T>
+struct TileStart {
+  const T *y, *x;
 };
 
 // Offsets of one tap for output positions side by side, in input pixels, and the modulation, null where there is none.
@@ -77,21 +84,25 @@ struct GroupedChannels {
   const T* weight;         // as pack_grouped_weight leaves it
 };
 
+// The most values that a vector holds.
+constexpr int64_t kMostLanes = 16;
+
 template <typename T>
 struct Kernels {
   int64_t lanes;          // values in a vector
   int64_t rows;           // rows that a product handles at a time
   int64_t panel_vectors;  // the widest panel: 1, 2 or 4 vectors
 
-  // Locates the samples of one tap for output positions from `begin` on, where `offsets` begin too.
-  void (*locate)(const DeformConv2dSizes& sizes, const TapOffsets<T>& offsets, int64_t tap, int64_t begin,
+  // Locates the samples of one tap.
+  void (*locate)(const DeformConv2dSizes& sizes, const TileStart<T>& start, const TapOffsets<T>& offsets, int64_t tap,
                  const TapSamples<T>& samples);
 
   // values[i] = 1 / (1 + exp(-values[i])).
   void (*sigmoid)(T* values, int64_t count);
 
-  // columns[p * column_stride + c] = sample p of channel c.
-  void (*gather)(const ImageChannels<T>& from, const TapSamples<T>& samples, T* columns, int64_t column_stride);
+  // columns[p * column_stride + t * from.channels + c] = sample p of tap t and channel c, for all `taps` samples.
+  void (*gather)(const ImageChannels<T>& from, const TapSamples<T>* samples, int64_t taps, T* columns,
+                 int64_t column_stride, int64_t tap_stride);
 
   // From gradient columns: adds each to the pixels of `grad_image` that it was read from, writes
   // dots[k][p] = <gradient column p, neighbour k of sample p>, and puts the samples in the gradient columns' place.

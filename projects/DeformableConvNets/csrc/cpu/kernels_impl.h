@@ -7,51 +7,89 @@
 namespace dcn::cpu::DCN_ISA {
 namespace {
 
-// One row of output positions: `count` of them from column w on.
-template <typename T, bool kDerivatives>
-void locate_row(const DeformConv2dSizes& sizes, const TapOffsets<T>& offsets, T y, int64_t w, int64_t j, int64_t count,
-                const TapSamples<T>& samples, int64_t at) {
-  const auto height = static_cast<int32_t>(sizes.height), width = static_cast<int32_t>(sizes.width);
-  const auto step = static_cast<T>(sizes.stride_w);
-  const T x = tap_x<T>(sizes, w, j);
-#pragma omp simd
-  for (int32_t p = 0; p < static_cast<int32_t>(count); ++p) {
-    const AxisSample<T> row = sample_axis_zeros(y + offsets.y[p], height);
-    const AxisSample<T> column = sample_axis_zeros((x + static_cast<T>(p) * step) + offsets.x[p], width);
-    const T modulation = offsets.mask ? offsets.mask[p] : T(1);
+template <typename T>
+using Mask = decltype(Vector<T>{} < Vector<T>{});  // integers as wide as T, -1 for true
+
+// As sample_axis_zeros, of a vector of positions.
+template <typename T>
+struct AxisVector {
+  Mask<T> low, exists[2];
+  Vector<T> weight[2], slope[2];
+};
+
+template <typename T>
+[[gnu::always_inline]] inline AxisVector<T> sample_axis_vector(const Vector<T>& position, int32_t size) {
+  const Vector<T> zero = {}, one = zero + 1;
+  const Mask<T> inside = (position > -one) & (position < zero + static_cast<T>(size));
+  const Vector<T> safe = inside ? position : zero;
+  AxisVector<T> axis;
+  axis.low = __builtin_convertvector(safe, Mask<T>);
+  axis.low += __builtin_convertvector(axis.low, Vector<T>) > safe;  // rounded up, so one less is the floor
+  const Vector<T> fraction = safe - __builtin_convertvector(axis.low, Vector<T>);
+  axis.exists[0] = inside & (axis.low >= 0);
+  axis.exists[1] = inside & (axis.low + 1 < Mask<T>{} + size);
+  axis.weight[0] = axis.exists[0] ? one - fraction : zero;
+  axis.weight[1] = axis.exists[1] ? fraction : zero;
+  axis.slope[0] = axis.exists[0] ? -one : zero;
+  axis.slope[1] = axis.exists[1] ? one : zero;
+  return axis;
+}
+
+// Stores to places of their type, which may be narrower.
+template <typename T>
+[[gnu::always_inline]] inline void store_pixels(int32_t* to, const Mask<T>& pixels) {
+  typedef int32_t Narrow __attribute__((vector_size(kLanes<T> * sizeof(int32_t))));
+  const Narrow narrow = __builtin_convertvector(pixels, Narrow);
+  __builtin_memcpy(to, &narrow, sizeof(narrow));
+}
+
+template <typename T, bool kMask, bool kDerivatives>
+void locate_all(const DeformConv2dSizes& sizes, TileStart<T> start, TapOffsets<T> offsets, int64_t tap,
+                TapSamples<T> samples) {
+  constexpr int64_t lanes = kLanes<T>;
+  const Vector<T> zero = {};
+  const Vector<T> y = zero + static_cast<T>(tap / sizes.kernel_w * sizes.dilation_h);
+  const Vector<T> x = zero + static_cast<T>(tap % sizes.kernel_w * sizes.dilation_w);
+  T last[3][lanes] = {};  // the offsets of the last positions, as a whole vector
+  for (int64_t p = 0; p < samples.count; p += lanes) {
+    const T *offset_y = offsets.y + p, *offset_x = offsets.x + p, *mask = kMask ? offsets.mask + p : nullptr;
+    if (const int64_t rest = samples.count - p; rest < lanes) {
+      offset_y = std::copy_n(offset_y, rest, last[0]) - rest;
+      offset_x = std::copy_n(offset_x, rest, last[1]) - rest;
+      if (kMask) mask = std::copy_n(mask, rest, last[2]) - rest;
+    }
+    const AxisVector<T> row =
+        sample_axis_vector<T>((load(start.y + p) + y) + load(offset_y), static_cast<int32_t>(sizes.height));
+    const AxisVector<T> column =
+        sample_axis_vector<T>((load(start.x + p) + x) + load(offset_x), static_cast<int32_t>(sizes.width));
+    const Vector<T> modulation = kMask ? load(mask) : zero + 1;
+    const Mask<T> first = row.low * static_cast<int32_t>(sizes.width) + column.low;
+    const Mask<T> second = first + static_cast<int32_t>(sizes.width), none = Mask<T>{} + kNoPixel;
+#pragma GCC unroll 4
     for (int k = 0; k < 4; ++k) {
       const int a = k / 2, b = k % 2;
-      const int32_t pixel = (row.low + a) * width + column.low + b;
-      samples.pixel[k][at + p] = row.exists[a] && column.exists[b] ? pixel : kNoPixel;
-      samples.weight[k][at + p] = modulation * row.weight[a] * column.weight[b];
+      store_pixels<T>(samples.pixel[k] + p, row.exists[a] & column.exists[b] ? (a ? second : first) + b : none);
+      store(samples.weight[k] + p, modulation * row.weight[a] * column.weight[b]);
     }
-    if (kDerivatives) {
-      for (int a = 0; a < 2; ++a) {
-        samples.y_weight[a][at + p] = row.weight[a];
-        samples.y_slope[a][at + p] = row.slope[a];
-        samples.x_weight[a][at + p] = column.weight[a];
-        samples.x_slope[a][at + p] = column.slope[a];
-      }
-      samples.modulation[at + p] = modulation;
+    if (!kDerivatives) continue;
+#pragma GCC unroll 2
+    for (int a = 0; a < 2; ++a) {
+      store(samples.y_weight[a] + p, row.weight[a]);
+      store(samples.y_slope[a] + p, row.slope[a]);
+      store(samples.x_weight[a] + p, column.weight[a]);
+      store(samples.x_slope[a] + p, column.slope[a]);
     }
+    store(samples.modulation + p, modulation);
   }
 }
 
 template <typename T>
-void locate(const DeformConv2dSizes& sizes, const TapOffsets<T>& offsets, int64_t tap, int64_t begin,
+void locate(const DeformConv2dSizes& sizes, const TileStart<T>& start, const TapOffsets<T>& offsets, int64_t tap,
             const TapSamples<T>& samples) {
-  const int64_t i = tap / sizes.kernel_w, j = tap % sizes.kernel_w;
-  for (int64_t done = 0; done < samples.count;) {
-    const int64_t p = begin + done, h = p / sizes.out_w, w = p % sizes.out_w;
-    const int64_t count = std::min(samples.count - done, sizes.out_w - w);
-    const T y = tap_y<T>(sizes, h, i);
-    const TapOffsets<T> row{offsets.y + done, offsets.x + done, offsets.mask ? offsets.mask + done : nullptr};
-    if (samples.modulation) {
-      locate_row<T, true>(sizes, row, y, w, j, count, samples, done);
-    } else {
-      locate_row<T, false>(sizes, row, y, w, j, count, samples, done);
-    }
-    done += count;
+  if (samples.modulation) {
+    (offsets.mask ? locate_all<T, true, true> : locate_all<T, false, true>)(sizes, start, offsets, tap, samples);
+  } else {
+    (offsets.mask ? locate_all<T, true, false> : locate_all<T, false, false>)(sizes, start, offsets, tap, samples);
   }
 }
 
@@ -79,28 +117,31 @@ inline void sigmoid(float* values, int64_t count) {
 }
 
 template <typename T>
-void gather(const ImageChannels<T>& from, const TapSamples<T>& samples, T* columns, int64_t column_stride) {
+void gather(const ImageChannels<T>& from, const TapSamples<T>* samples, int64_t taps, T* columns, int64_t column_stride,
+            int64_t tap_stride) {
   constexpr int64_t lanes = kLanes<T>;
   const ImageChannels<T> image = from;  // a copy: what is stored below cannot be part of it
-  const int64_t channels = image.channels, whole = channels / lanes * lanes, count = samples.count;
-  const int32_t* const pixels[4] = {samples.pixel[0], samples.pixel[1], samples.pixel[2], samples.pixel[3]};
-  const T* const weights[4] = {samples.weight[0], samples.weight[1], samples.weight[2], samples.weight[3]};
+  const int64_t channels = image.channels, whole = channels / lanes * lanes, count = samples->count;
+  // All taps of a position one after the other: neighbouring positions and taps read the same pixels.
   for (int64_t p = 0; p < count; ++p, columns += column_stride) {
-    const T* row[4];
-    Vector<T> weight[4];
+    T* column = columns;
+    for (int64_t t = 0; t < taps; ++t, column += tap_stride) {
+      const T* row[4];
+      Vector<T> weight[4];
 #pragma GCC unroll 4
-    for (int k = 0; k < 4; ++k) {
-      const int32_t pixel = pixels[k][p];
-      row[k] = pixel == kNoPixel ? image.zeros : image.image + pixel * image.stride;
-      weight[k] = Vector<T>{} + weights[k][p];
-    }
-    for (int64_t c = 0; c < whole; c += lanes) {
-      store(columns + c, weight[0] * load(row[0] + c) + weight[1] * load(row[1] + c) + weight[2] * load(row[2] + c) +
-                             weight[3] * load(row[3] + c));
-    }
-    for (int64_t c = whole; c < channels; ++c) {
-      columns[c] =
-          weight[0][0] * row[0][c] + weight[1][0] * row[1][c] + weight[2][0] * row[2][c] + weight[3][0] * row[3][c];
+      for (int k = 0; k < 4; ++k) {
+        const int32_t pixel = samples[t].pixel[k][p];
+        row[k] = pixel == kNoPixel ? image.zeros : image.image + pixel * image.stride;
+        weight[k] = Vector<T>{} + samples[t].weight[k][p];
+      }
+      for (int64_t c = 0; c < whole; c += lanes) {
+        store(column + c, weight[0] * load(row[0] + c) + weight[1] * load(row[1] + c) + weight[2] * load(row[2] + c) +
+                              weight[3] * load(row[3] + c));
+      }
+      for (int64_t c = whole; c < channels; ++c) {
+        column[c] =
+            weight[0][0] * row[0][c] + weight[1][0] * row[1][c] + weight[2][0] * row[2][c] + weight[3][0] * row[3][c];
+      }
     }
   }
 }

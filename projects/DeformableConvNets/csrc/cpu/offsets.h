@@ -81,13 +81,19 @@ class TileOffsets {
  public:
   TileOffsets(const Offsets<T>& offsets, int64_t tile)
       : given_(offsets),
-        stride_(tile + 8),  // not a power of two, or planes would share cache sets
+        stride_(divide_up(tile, kMostLanes) * kMostLanes + 8),  // not a power of two, or planes would share cache sets
+        start_(scratch<T>(2 * stride_)),
         offset_buffer_(scratch<T>(offsets.offset.in_order() ? 0 : offsets.offset.planes() * stride_)),
         mask_buffer_(scratch<T>(offsets.mask_as_given() ? 0 : offsets.mask->planes() * stride_)) {}
 
   // Goes to positions [begin, begin + count) of image n.
   void load(int64_t n, int64_t begin, int64_t count) {
-    begin_ = begin;
+    const DeformConv2dSizes& s = given_.sizes;
+    for (int64_t p = 0, h = begin / s.out_w, w = begin % s.out_w; p < stride_; ++p) {
+      start_[p] = p < count ? tap_y<T>(s, h, 0) : T(0);
+      start_[stride_ + p] = p < count ? tap_x<T>(s, w, 0) : T(0);
+      if (++w == s.out_w) w = 0, ++h;
+    }
     offset_ = given_.offset.in_order() ? given_.offset.at(n, begin)
                                        : put_in_order(given_.offset, n, begin, count, offset_buffer_.get());
     if (!given_.mask) return;
@@ -105,7 +111,7 @@ class TileOffsets {
     const T* y = offset_ + 2 * plane * offset_stride;
     TapOffsets<T> of_tap{y, y + offset_stride, nullptr};
     if (mask_) of_tap.mask = mask_ + plane * (given_.mask_as_given() ? given_.mask->plane_stride() : stride_);
-    kernels<T>().locate(given_.sizes, of_tap, tap, begin_, samples);
+    kernels<T>().locate(given_.sizes, {start_.get(), start_.get() + stride_}, of_tap, tap, samples);
   }
 
  private:
@@ -116,9 +122,8 @@ class TileOffsets {
 
   const Offsets<T>& given_;
   int64_t stride_;
-  Scratch<T> offset_buffer_, mask_buffer_;
+  Scratch<T> start_, offset_buffer_, mask_buffer_;
   const T *offset_ = nullptr, *mask_ = nullptr;
-  int64_t begin_ = 0;
 };
 
 }  // namespace dcn::cpu
