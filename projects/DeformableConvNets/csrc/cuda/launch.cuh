@@ -10,6 +10,17 @@
 #include "sample.h"
 #include "tensor.h"
 
+namespace dcn::cuda {
+
+// What entry points ask of a device.
+struct Device {
+  int capability;  // 90 is 9.0
+  int multiprocessors;
+  int shared_bytes;  // of shared memory that a block may have
+};
+
+}  // namespace dcn::cuda
+
 #if defined(DCN_EMULATE)
 #include "emulate.h"
 #else
@@ -18,13 +29,32 @@
 #include <torch/csrc/stable/macros.h>
 
 #define DCN_SHARED(Type, name) __shared__ Type name
+#define DCN_DYNAMIC_SHARED(name) extern __shared__ __align__(128) unsigned char name[]
 #define DCN_LAUNCH(kernel, blocks, threads, stream, ...)                          \
   do {                                                                            \
     kernel<<<static_cast<unsigned>(blocks), threads, 0, (stream)>>>(__VA_ARGS__); \
     STD_CUDA_KERNEL_LAUNCH_CHECK();                                               \
   } while (0)
+// With `bytes` of dynamic shared memory, for kernels that declare it by DCN_DYNAMIC_SHARED. More than 48 KB have to be
+// asked for.
+#define DCN_LAUNCH_SHARED(kernel, blocks, threads, bytes, stream, ...)                                       \
+  do {                                                                                                       \
+    STD_CUDA_CHECK(                                                                                          \
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes))); \
+    kernel<<<static_cast<unsigned>(blocks), threads, static_cast<size_t>(bytes), (stream)>>>(__VA_ARGS__);   \
+    STD_CUDA_KERNEL_LAUNCH_CHECK();                                                                          \
+  } while (0)
 
 namespace dcn::cuda {
+
+// The architecture that the code was compiled for which the current device runs of a kernel: an older one than the
+// device's if the driver compiled it from PTX.
+template <typename Kernel>
+int compiled_capability(Kernel* kernel) {
+  cudaFuncAttributes attributes;
+  STD_CUDA_CHECK(cudaFuncGetAttributes(&attributes, kernel));
+  return attributes.ptxVersion;
+}
 
 constexpr int64_t kMaxBlocks = (int64_t{1} << 31) - 1;  // of one launch; kernels loop where there is more work
 constexpr int64_t kEnoughBlocks = 2048;                 // fill every GPU; more would only add atomics
@@ -38,6 +68,15 @@ class DeviceScope {
     stream_ = static_cast<cudaStream_t>(stream);
   }
   cudaStream_t stream() const { return stream_; }
+  Device device() const {
+    int index = 0, major = 0, minor = 0, multiprocessors = 0, shared_bytes = 0;
+    STD_CUDA_CHECK(cudaGetDevice(&index));
+    STD_CUDA_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, index));
+    STD_CUDA_CHECK(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, index));
+    STD_CUDA_CHECK(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, index));
+    STD_CUDA_CHECK(cudaDeviceGetAttribute(&shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, index));
+    return {10 * major + minor, multiprocessors, shared_bytes};
+  }
 
  private:
   torch::stable::accelerator::DeviceGuard guard_;

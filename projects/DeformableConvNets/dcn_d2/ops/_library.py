@@ -53,6 +53,17 @@ def define(schema: str) -> None:
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
 
 
+def has_cuda_kernel(name: str) -> bool:
+    """Whether the compiled library brought a CUDA kernel for a defined operator."""
+    return torch._C._dispatch_has_kernel_for_dispatch_key(f"dcn_d2::{name}", "CUDA")
+
+
+def convolutions_allow_tf32() -> bool:
+    """Whether torch lets cuDNN's convolutions round float32 operands to TF32."""
+    # Unlike torch.backends.cudnn.allow_tf32 it can be read whichever of the two was set.
+    return torch.backends.cudnn.conv.fp32_precision == "tf32"
+
+
 def register_fallback(name: str, reference: Callable[..., Any]) -> None:
     """Runs `reference` on devices for which no kernel was compiled, and warns once."""
 

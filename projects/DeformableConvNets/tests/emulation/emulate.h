@@ -18,6 +18,8 @@
 #include <functional>
 #include <memory>
 #include <stdexcept>
+#include <string>
+#include <string_view>
 #include <vector>
 
 #include "tensor.h"
@@ -30,51 +32,105 @@ namespace dcn::emulate {
 
 constexpr size_t kStackBytes = size_t{128} << 10;
 constexpr size_t kSharedBytes = size_t{48} << 10;  // what a kernel may have on every GPU without asking for more
+constexpr size_t kExchangeBytes = 256;             // that a lane gives to an instruction of its warp
+constexpr size_t kDynamicAlignment = 128;
 constexpr unsigned kWarpLanes = 32;
 
 // kRoundRobin: threads take turns from one barrier or shuffle to the next, the first thread first.
 // kGreedyWarp: the last warp runs until a block barrier stops it, then the one before it; its lanes last to first.
 enum class Schedule { kRoundRobin, kGreedyWarp };
 
+// A copy from global to shared memory that is under way; of zeros if `from` is null.
+struct Copy {
+  void* to;
+  const void* from;
+  size_t bytes;
+};
+
 struct Fiber {
   ucontext_t context;
   std::unique_ptr<char[]> stack{new char[kStackBytes]};
   bool ready;
-  unsigned shuffles;        // how many it has done
-  size_t shared_variables;  // how many it has seen
+  unsigned exchanges;                    // how many it has done
+  size_t shared_variables;               // how many it has seen
+  std::vector<Copy> copies;              // under way
+  std::vector<size_t> committed_copies;  // of each group; the others are not committed yet
 };
 
 struct Warp {
-  unsigned waiting;                   // lanes at a shuffle
-  uint64_t exchanged[2][kWarpLanes];  // used in turn
+  unsigned waiting;  // lanes at a shuffle or another instruction of a whole warp
+  alignas(16) char exchanged[2][kWarpLanes][kExchangeBytes];  // used in turn
+};
+
+// What the lanes of a warp gave to one instruction.
+struct Exchange {
+  const char (*lanes)[kExchangeBytes];
+
+  template <typename T>
+  const T* from(unsigned lane) const {
+    return reinterpret_cast<const T*>(lanes[lane]);
+  }
 };
 
 class Machine {
  public:
   Schedule schedule = Schedule::kRoundRobin;
-  int removed_barrier = 0;  // a __syncthreads() on this line does nothing
+  // A __syncthreads() on this line of this file does nothing.
+  int removed_barrier = 0;
+  std::string removed_barrier_file;
+  cuda::Device device{90, 4, 227 << 10};
 
   static Machine& get() {
     static Machine machine;
     return machine;
   }
 
-  void launch(int64_t blocks, unsigned threads, std::function<void()> kernel);
+  void launch(int64_t blocks, unsigned threads, size_t dynamic_bytes, std::function<void()> kernel);
 
-  void block_barrier(int line) {
-    if (line == removed_barrier) return;
+  void block_barrier(int line, const char* file) {
+    if (line == removed_barrier && std::string_view(file).ends_with(removed_barrier_file)) return;
     if (waiting_ > 0 && line != barrier_) throw std::runtime_error("emulated kernel: divergent __syncthreads()");
     barrier_ = line;
     wait(waiting_, 0, fibers_.size());
   }
 
-  // What lane `from` of the same warp gives to the same shuffle.
-  uint64_t exchange(uint64_t given, unsigned from) {
+  // What all lanes of the same warp give to the same instruction.
+  Exchange exchange_all(const void* given, size_t bytes) {
+    STD_TORCH_CHECK(bytes <= kExchangeBytes, "emulated kernel: a lane exchanges ", bytes, " bytes");
     Warp& warp = warps_[current_ / kWarpLanes];
-    uint64_t* exchanged = warp.exchanged[fibers_[current_].shuffles++ % 2];
-    exchanged[current_ % kWarpLanes] = given;
+    auto& exchanged = warp.exchanged[fibers_[current_].exchanges++ % 2];
+    std::memcpy(exchanged[current_ % kWarpLanes], given, bytes);
     wait(warp.waiting, current_ / kWarpLanes * kWarpLanes, kWarpLanes);
-    return exchanged[from];
+    return {exchanged};
+  }
+
+  // Copies arrive as late as they may: when somebody waits for them. Until then there is poison.
+  void copy_later(void* to, const void* from, size_t bytes) {
+    std::memset(to, 0xff, bytes);
+    fibers_[current_].copies.push_back({to, from, bytes});
+  }
+  void commit_copies() {
+    Fiber& fiber = fibers_[current_];
+    size_t before = 0;
+    for (const size_t count : fiber.committed_copies) before += count;
+    fiber.committed_copies.push_back(fiber.copies.size() - before);
+  }
+  void wait_copies(size_t groups_left) {
+    Fiber& fiber = fibers_[current_];
+    size_t done = 0;
+    while (fiber.committed_copies.size() > groups_left) {
+      done += fiber.committed_copies.front();
+      fiber.committed_copies.erase(fiber.committed_copies.begin());
+    }
+    for (size_t i = 0; i < done; ++i) {
+      const Copy& copy = fiber.copies[i];
+      if (copy.from) {
+        std::memcpy(copy.to, copy.from, copy.bytes);
+      } else {
+        std::memset(copy.to, 0, copy.bytes);
+      }
+    }
+    fiber.copies.erase(fiber.copies.begin(), fiber.copies.begin() + static_cast<std::ptrdiff_t>(done));
   }
 
   // The block's next shared variable, at first filled with bytes that make NaN of a float and -1 of an integer.
@@ -90,6 +146,8 @@ class Machine {
     return *reinterpret_cast<T*>(shared_[index].get());
   }
 
+  unsigned char* dynamic_shared() { return dynamic_.get() + dynamic_skipped_; }
+
  private:
   static void enter() {
     Machine& machine = get();
@@ -100,6 +158,9 @@ class Machine {
       machine.kernel_();
     } catch (...) {
       machine.failure_ = std::current_exception();
+    }
+    if (!machine.fibers_[machine.current_].copies.empty() && !machine.failure_) {
+      machine.failure_ = std::make_exception_ptr(std::runtime_error("emulated kernel: nobody waits for a copy"));
     }
     ++machine.done_;
     machine.fibers_[machine.current_].ready = false;
@@ -150,6 +211,8 @@ class Machine {
   int barrier_ = 0;  // line of the barrier that some wait at
   std::vector<std::unique_ptr<char[]>> shared_;
   size_t shared_bytes_ = 0;
+  std::unique_ptr<unsigned char[]> dynamic_;
+  size_t dynamic_bytes_ = 0, dynamic_skipped_ = 0;
 };
 
 }  // namespace dcn::emulate
@@ -161,24 +224,26 @@ class Machine {
 #define __forceinline__ inline
 #define __launch_bounds__(...)
 #define DCN_SHARED(Type, name) Type& name = dcn::emulate::Machine::get().shared_variable<Type>()
+#define DCN_DYNAMIC_SHARED(name) unsigned char* name = dcn::emulate::Machine::get().dynamic_shared()
+#define DCN_LAUNCH_SHARED(kernel, blocks, threads, bytes, stream, ...) \
+  ((void)(stream), dcn::emulate::Machine::get().launch(blocks, threads, bytes, [&] { kernel(__VA_ARGS__); }))
 #define DCN_LAUNCH(kernel, blocks, threads, stream, ...) \
-  ((void)(stream), dcn::emulate::Machine::get().launch(blocks, threads, [&] { kernel(__VA_ARGS__); }))
+  DCN_LAUNCH_SHARED(kernel, blocks, threads, 0, stream, __VA_ARGS__)
 
 struct EmulatedIndex {
   unsigned x;
 };
 inline EmulatedIndex threadIdx, blockIdx, blockDim, gridDim;
 
-inline void __syncthreads(int line = __builtin_LINE()) { dcn::emulate::Machine::get().block_barrier(line); }
+inline void __syncthreads(int line = __builtin_LINE(), const char* file = __builtin_FILE()) {
+  dcn::emulate::Machine::get().block_barrier(line, file);
+}
 
 template <typename T>
 T __shfl_xor_sync(unsigned lanes, T value, int distance) {
   STD_TORCH_CHECK(lanes == 0xffffffffu, "emulated kernel: only whole warps can shuffle");
-  uint64_t bits = 0;
-  std::memcpy(&bits, &value, sizeof(T));
-  bits = dcn::emulate::Machine::get().exchange(bits, threadIdx.x % dcn::emulate::kWarpLanes ^ distance);
-  std::memcpy(&value, &bits, sizeof(T));
-  return value;
+  const dcn::emulate::Exchange all = dcn::emulate::Machine::get().exchange_all(&value, sizeof(T));
+  return *all.from<T>(threadIdx.x % dcn::emulate::kWarpLanes ^ static_cast<unsigned>(distance));
 }
 
 // No lane passes before all of them have come.
@@ -200,6 +265,11 @@ T atomicMax(T* address, T value) {
 
 namespace dcn::cuda {
 
+template <typename Kernel>
+int compiled_capability(Kernel*) {
+  return emulate::Machine::get().device.capability;
+}
+
 // Small, so that blocks loop over their work and parts of the positions have several tiles.
 constexpr int64_t kMaxBlocks = 5;
 constexpr int64_t kEnoughBlocks = 8;
@@ -208,6 +278,7 @@ class DeviceScope {
  public:
   explicit DeviceScope(const Tensor&) {}
   int stream() const { return 0; }
+  Device device() const { return emulate::Machine::get().device; }
 };
 
 }  // namespace dcn::cuda
@@ -216,11 +287,16 @@ namespace dcn::emulate {
 
 inline void Machine::run_block() {
   shared_.clear(), shared_bytes_ = 0;
+  // Of exactly the size that was asked for, so that a sanitizer sees what lies beyond; aligned by what is skipped.
+  dynamic_.reset(new unsigned char[dynamic_bytes_ + kDynamicAlignment]);
+  dynamic_skipped_ = kDynamicAlignment - reinterpret_cast<uintptr_t>(dynamic_.get()) % kDynamicAlignment;
+  std::memset(dynamic_.get(), 0xff, dynamic_bytes_ + kDynamicAlignment);
   warps_.assign(fibers_.size() / kWarpLanes, Warp{});
   waiting_ = done_ = 0, failure_ = nullptr;
   current_ = static_cast<unsigned>(fibers_.size()) - 1;
   for (Fiber& fiber : fibers_) {
-    fiber.ready = true, fiber.shuffles = 0, fiber.shared_variables = 0;
+    fiber.ready = true, fiber.exchanges = 0, fiber.shared_variables = 0;
+    fiber.copies.clear(), fiber.committed_copies.clear();
     getcontext(&fiber.context);
     fiber.context.uc_stack.ss_sp = fiber.stack.get(), fiber.context.uc_stack.ss_size = kStackBytes;
     makecontext(&fiber.context, &Machine::enter, 0);
@@ -233,7 +309,10 @@ inline void Machine::run_block() {
   }
 }
 
-inline void Machine::launch(int64_t blocks, unsigned threads, std::function<void()> kernel) {
+inline void Machine::launch(int64_t blocks, unsigned threads, size_t dynamic_bytes, std::function<void()> kernel) {
+  STD_TORCH_CHECK(dynamic_bytes <= static_cast<size_t>(device.shared_bytes), "emulated kernel: launched with ",
+                  dynamic_bytes, " bytes of shared memory");
+  dynamic_bytes_ = dynamic_bytes;
   STD_TORCH_CHECK(blocks > 0 && threads > 0 && threads <= 1024 && threads % kWarpLanes == 0,
                   "emulated kernel: launched with ", blocks, " blocks of ", threads, " threads");
   kernel_ = std::move(kernel);

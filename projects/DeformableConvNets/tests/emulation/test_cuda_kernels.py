@@ -3,22 +3,16 @@
 
 from __future__ import annotations
 
-import ctypes
-import fcntl
 import os
-import re
 import shlex
-import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from torch.utils.cpp_extension import include_paths
 
 from dcn_d2.ops import reference
 from tests.ops.samples import (
@@ -32,17 +26,19 @@ from tests.ops.samples import (
     by_name,
 )
 
-HERE = Path(__file__).parent
-PROJECT = HERE.parents[1]
-SANITIZED = "DCN_SANITIZED"  # names the sanitized library in the process that runs under the sanitizers
-ROUND_ROBIN, GREEDY_WARP = 0, 1
+from .emulator import (
+    GRADIENTS,
+    GREEDY_WARP,
+    HERE,
+    PROJECT,
+    ROUND_ROBIN,
+    SANITIZED,
+    call,
+    compile_library,
+    emulate,
+)
+
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 4e-3, torch.bfloat16: 3e-2}
-# What the backward operators return.
-GRADIENTS = {
-    "deform_conv2d": ("input", "offset", "weight", "mask"),
-    "deform_roi_pool": ("input", "offset", "mask"),
-    "deform_psroi_pool": ("input", "offset", "mask"),
-}
 
 # The samples of all operators' tests, and such as cross the borders of the kernels' tiles and warps.
 EMULATED_CONV_SAMPLES = [
@@ -74,94 +70,6 @@ POOLING_SAMPLES += [
     ("deform_psroi_pool", RoiSample("several_runs", output_size=(2, 1), geometry={"sample_per_part": 19})),
     ("deform_psroi_pool", RoiSample("cells", channels=8, input_channels=32, geometry={"group_size": 2})),
 ]
-
-
-def compile_library(library: Path, *flags: str) -> Path:
-    """Compiles the kernels with the host's C++ compiler."""
-    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
-    if compiler is None:
-        pytest.skip("no C++ compiler to compile the emulated kernels with")
-    target = re.search(r'TORCH_TARGET_VERSION = "(\w+)"', (PROJECT / "setup.py").read_text())
-    assert target is not None
-    command = [
-        *shlex.split(compiler),
-        "-std=c++20",
-        "-O1",
-        "-g1",
-        "-shared",
-        "-fPIC",
-        "-fvisibility=hidden",
-        "-Wall",
-        "-Wextra",
-        "-Werror",
-    ]
-    command += ["-Wno-unknown-pragmas", f"-DTORCH_TARGET_VERSION={target[1]}", f"-I{PROJECT / 'csrc'}", f"-I{HERE}"]
-    command += [word for path in include_paths("cpu") for word in ("-isystem", path)]
-    command += [*flags, str(HERE / "emulated.cpp"), "-o", str(library)]
-    subprocess.run([*command, f"-L{Path(torch.__file__).parent / 'lib'}", "-ltorch_cpu"], check=True)
-    return library
-
-
-def schema_of(name: str) -> Any:
-    return getattr(torch.ops.dcn_d2, name).default._schema
-
-
-@pytest.fixture(scope="session")
-def library_path(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Compiles the library once, also where several processes run the tests."""
-    if SANITIZED in os.environ:
-        return os.environ[SANITIZED]
-    folder = tmp_path_factory.getbasetemp()
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        folder = folder.parent
-    with open(folder / "emulation.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        library = folder / "emulated.so"
-        return str(library if library.exists() else compile_library(library))
-
-
-@pytest.fixture(scope="session")
-def configure(library_path: str) -> Iterator[Any]:
-    """Loads the library and defines its operators; gives the function that sets schedule and removed barrier."""
-    library = torch.library.Library("dcn_d2_emulated", "DEF")
-    for name in GRADIENTS:
-        for suffix in ("", "_backward"):
-            library.define(str(schema_of(name + suffix)).removeprefix("dcn_d2::"))
-    torch.ops.load_library(library_path)
-    yield ctypes.CDLL(library_path).dcn_emulate_configure
-    library._destroy()
-
-
-@pytest.fixture(autouse=True)
-def poisoned_outputs() -> Iterator[None]:
-    """Fills what torch allocates with NaN."""
-    torch.use_deterministic_algorithms(True)
-    assert torch.empty(3).isnan().all()
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
-# Under the sanitizers one schedule will do: both touch the same memory.
-@pytest.fixture(params=[ROUND_ROBIN] if SANITIZED in os.environ else [ROUND_ROBIN, GREEDY_WARP])
-def schedule(request: pytest.FixtureRequest, configure: Any) -> None:
-    configure(request.param, 0)
-
-
-def call(namespace: Any, name: str, values: dict[str, Any]) -> Any:
-    """Calls an operator, or its backward, by argument names; those not given take the operator's defaults."""
-    defaults = {a.name: a.default_value for a in schema_of(name.removesuffix("_backward")).arguments}
-    return getattr(namespace, name)(*((defaults | values)[a.name] for a in schema_of(name).arguments))
-
-
-def emulate(name: str, values: dict[str, Any], **need: bool) -> dict[str, Tensor]:
-    """Runs an emulated operator forward and backward. Gives its output and gradients by name."""
-    operators = torch.ops.dcn_d2_emulated
-    output = call(operators, name, values)
-    generator = torch.Generator().manual_seed(1)
-    grad = values.get("grad", torch.randn(output.shape, generator=generator, dtype=torch.float64).to(output.dtype))
-    needed = dict.fromkeys(("need_input", "need_offset", "need_weight"), True) | {"deterministic": False} | need
-    found = call(operators, f"{name}_backward", values | needed | {"grad": grad})
-    return {"output": output, "grad": grad} | dict(zip(GRADIENTS[name], found))
 
 
 def check(name: str, values: dict[str, Any], **need: bool) -> dict[str, Tensor]:
@@ -340,13 +248,13 @@ def barriers(file: str) -> list[int]:
     return [number for number, line in enumerate(lines, 1) if "__syncthreads()" in line]
 
 
-def removal_is_noticed(configure: Any, operator: str, values: dict[str, Any], line: int) -> bool:
+def removal_is_noticed(configure: Any, operator: str, values: dict[str, Any], file: str, line: int) -> bool:
     """Whether results change, or an emulated kernel fails, in some schedule without the barrier on this line."""
-    configure(ROUND_ROBIN, 0)
+    configure(ROUND_ROBIN)
     expected = emulate(operator, values)
     noticed = False
     for schedule in (ROUND_ROBIN, GREEDY_WARP):
-        configure(schedule, line)
+        configure(schedule, line, file)
         try:
             found = emulate(operator, values)
         except RuntimeError as error:
@@ -354,16 +262,16 @@ def removal_is_noticed(configure: Any, operator: str, values: dict[str, Any], li
             noticed = True
         else:
             noticed |= any(not torch.allclose(found[name], value, equal_nan=True) for name, value in expected.items())
-    configure(ROUND_ROBIN, 0)
+    configure(ROUND_ROBIN)
     return noticed
 
 
-@pytest.mark.parametrize("line", barriers("deform_conv2d.cuh"))
+@pytest.mark.parametrize("line", barriers("deform_conv2d_simt.cuh"))
 def test_a_removed_barrier_is_noticed(configure: Any, line: int) -> None:
     """The emulator finds each of the kernels' barriers missing, so it would find one that was forgotten."""
     values = conv_values(conv_sample("many_channels"))
-    assert removal_is_noticed(configure, "deform_conv2d", values, line), (
-        f"deform_conv2d.cuh:{line}: nothing needs this barrier, or the emulator does not see what does"
+    assert removal_is_noticed(configure, "deform_conv2d", values, "deform_conv2d_simt.cuh", line), (
+        f"deform_conv2d_simt.cuh:{line}: nothing needs this barrier, or the emulator does not see what does"
     )
 
 
@@ -375,7 +283,7 @@ def test_a_removed_barrier_of_pooling_is_noticed(configure: Any, file: str, line
     """With maps of several tiles, and blocks that have several tiles of bins and passes over the channels."""
     rois = ((0, 2.0, 3.0, 30.0, 40.0), (5, 1.0, 1.0, 9.0, 9.0), (1, -12.0, 5.0, 21.5, 70.0))
     sample = RoiSample("barriers", channels=260, size=(13, 21), output_size=(5, 5), rois=rois)
-    assert removal_is_noticed(configure, "deform_roi_pool", roi_values(sample), line), (
+    assert removal_is_noticed(configure, "deform_roi_pool", roi_values(sample), file, line), (
         f"{file}:{line}: nothing needs this barrier, or the emulator does not see what does"
     )
 

@@ -1,41 +1,12 @@
 // Copyright (c) the dcn_d2 authors. SPDX-License-Identifier: Apache-2.0
-// Kernels of deform_conv2d: implicit matrix products. Samples are gathered into shared memory where they are
-// multiplied; no column matrix exists. Images and weights are channels_last, so that neighbouring threads read
-// neighbouring channels.
+// Kernels of deform_conv2d for every type and size: implicit matrix products without tensor cores. Samples are gathered
+// into shared memory where they are multiplied; no column matrix exists.
 #pragma once
 
-#include "deform_conv2d.h"
+#include "deform_conv2d_operands.cuh"
 #include "tile.cuh"
 
 namespace dcn::cuda {
-
-// The operands of one call, dense.
-template <typename T>
-struct Operands {
-  DeformConv2dSizes sizes;
-  int64_t segment;   // neighbouring channels in the same conv group and the same deform group: gcd of the two
-  const T* images;   // (batch, pixels, channels)
-  const T* offsets;  // (batch, deform_groups, taps, 2, positions)
-  const T* masks;    // (batch, deform_groups, taps, positions), or null
-  const T* weights;  // (out_channels, taps, group_channels)
-
-  __device__ __forceinline__ const T* image(int64_t n) const { return images + n * sizes.pixels() * sizes.channels; }
-  // Of output channel `o`, counted over all groups, and the c-th input channel of its group.
-  __device__ __forceinline__ int64_t weight_index(int64_t o, int64_t tap, int64_t c) const {
-    return (o * sizes.taps() + tap) * sizes.group_channels() + c;
-  }
-};
-
-// An output-like tensor, contiguous or channels_last.
-template <typename T>
-struct Planes {
-  T* data;
-  int64_t image_stride, channel_stride, position_stride;
-
-  __device__ __forceinline__ T& at(int64_t image, int64_t channel, int64_t position) const {
-    return data[image * image_stride + channel * channel_stride + position * position_stride];
-  }
-};
 
 // Up to kTile output positions of one image.
 struct PositionTile {
@@ -68,17 +39,9 @@ __device__ __forceinline__ void locate(const Operands<T>& operands, const Positi
   const DeformConv2dSizes& s = operands.sizes;
   const int index = threadIdx.x;
   if (index >= kTile) return;
-  AxisSample<A> y = no_sample<A>(), x = no_sample<A>();
-  A mask = 1;
-  if (index < tile.count) {
-    const int64_t position = tile.begin + index, h = position / s.out_w, w = position % s.out_w;
-    const int64_t sample = (tile.image * s.deform_groups + deform_group) * s.taps() + tap;
-    const T* offset = operands.offsets + sample * 2 * s.positions() + position;
-    y = sample_axis_zeros(tap_y<A>(s, h, tap / s.kernel_w) + static_cast<A>(offset[0]), static_cast<int32_t>(s.height));
-    x = sample_axis_zeros(tap_x<A>(s, w, tap % s.kernel_w) + static_cast<A>(offset[s.positions()]),
-                          static_cast<int32_t>(s.width));
-    if (operands.masks) mask = static_cast<A>(operands.masks[sample * s.positions() + position]);
-  }
+  Place<A> place{no_sample<A>(), no_sample<A>(), 1};
+  if (index < tile.count) place = place_sample<A>(operands, tile.image, tile.begin + index, deform_group, tap);
+  const auto& [y, x, mask] = place;
 #pragma unroll
   for (int k = 0; k < 4; ++k) {
     const int row = k / 2, column = k % 2;
@@ -139,9 +102,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor<T>)
           const int64_t depth = begin + operands.segment - c;
           fill_along_depth(shared.weights, [&](int k, int i) {
             const bool exists = k < depth && out_begin + i < out_end;
-            return exists ? static_cast<A>(
-                                operands.weights[operands.weight_index(out_begin + i, tap, c - group_begin + k)])
-                          : A(0);
+            return exists ? static_cast<A>(operands.weights.at(out_begin + i, c - group_begin + k, tap)) : A(0);
           });
           fill_along_depth(shared.samples, [&](int k, int j) {
             return k < depth ? read_sample(image + c + k, s.channels, shared.neighbours[j]) : A(0);
@@ -214,8 +175,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor<T>)
           });
           fill_along_tile(shared.weights, [&](int k, int j) {
             const bool exists = o + k < out_end && begin + j < end;
-            return exists ? static_cast<A>(operands.weights[operands.weight_index(o + k, tap, begin - group_begin + j)])
-                          : A(0);
+            return exists ? static_cast<A>(operands.weights.at(o + k, begin - group_begin + j, tap)) : A(0);
           });
           __syncthreads();
           product.add(shared.grads, shared.weights);
@@ -272,7 +232,7 @@ DCN_HOST_DEVICE int64_t weight_tiles(const Operands<T>& operands) {
 }
 
 // A block sums one tap of up to kTile output channels by up to kTile input channels over one of `parts` parts of the
-// positions, and adds that to grad_weight, which is laid out as weights.
+// positions, and adds that to grad_weight, which is channels_last.
 template <typename T>
 __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor<T>)
     weight_gradient_kernel(const Operands<T> operands, const Planes<const T> grad_output, const int64_t parts,
@@ -320,7 +280,8 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor<T>)
       for (int j = 0; j < kEach; ++j) {
         const int64_t c = begin + Product<A>::column(j);
         if (o >= out_end || c >= end) continue;
-        atomicAdd(grad_weight + operands.weight_index(o, tap, c - group * s.group_channels()), product.value[i][j]);
+        atomicAdd(grad_weight + (o * s.taps() + tap) * s.group_channels() + c - group * s.group_channels(),
+                  product.value[i][j]);
       }
     }
   }

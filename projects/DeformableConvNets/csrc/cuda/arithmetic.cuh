@@ -1,0 +1,151 @@
+// Copyright (c) the dcn_d2 authors. SPDX-License-Identifier: Apache-2.0
+// What the tensor cores multiply: how samples become operands, where operands lie in shared memory, and the product of
+// a warp. Operands are rows of 128 bytes, eight units; a row's units are permuted by its index, so that the eight rows
+// of a matrix lie in different banks.
+#pragma once
+
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+
+#include "mma.cuh"
+
+namespace dcn::cuda {
+
+constexpr int kRowUnits = 8;  // of a row: what is summed over in one step
+constexpr int kRowBytes = kRowUnits * kUnitBytes;
+
+DCN_HOST_DEVICE unsigned swizzled(unsigned row, unsigned unit) {
+  return row * kRowBytes + (unit ^ row % kRowUnits) * kUnitBytes;
+}
+
+template <Kind kKind>
+using Element = std::conditional_t<kKind == Kind::kHalf, torch::headeronly::Half,
+                                   std::conditional_t<kKind == Kind::kBFloat16, torch::headeronly::BFloat16, float>>;
+
+template <Kind kKind>
+constexpr int kUnitElements = kUnitBytes / static_cast<int>(sizeof(Element<kKind>));
+
+// To 11 bits, the nearest, ties away from zero. Infinities and NaN stay what they are.
+__device__ __forceinline__ uint32_t round_to_tf32(float value) {
+  const uint32_t bits = float_to_bits(value);
+  const bool finite = (bits & 0x7f800000u) != 0x7f800000u;
+  return (finite ? bits + 0x1000u : bits) & (finite ? 0xffffe000u : 0xffffffffu);
+}
+
+// The elements of a unit as floats, and back: rounded to what the tensor cores take.
+template <Kind kKind>
+__device__ __forceinline__ void to_floats(const Unit& unit, float (&values)[kUnitElements<kKind>]) {
+  if constexpr (kUnitElements<kKind> == 4) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) values[i] = bits_to_float(unit.word[i]);
+  } else {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) unpack<kKind>(unit.word[i], values[2 * i], values[2 * i + 1]);
+  }
+}
+
+template <Kind kKind>
+__device__ __forceinline__ Unit to_unit(const float (&values)[kUnitElements<kKind>]) {
+  Unit unit;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    if constexpr (kKind == Kind::kTF32) {
+      unit.word[i] = round_to_tf32(values[i]);
+    } else if constexpr (kKind == Kind::kFloat32) {
+      unit.word[i] = float_to_bits(values[i]);
+    } else {
+      unit.word[i] = pack<kKind>(values[2 * i], values[2 * i + 1]);
+    }
+  }
+  return unit;
+}
+
+// Splits a float32 into two parts of 11 bits, of which the sum is the value to 22 bits.
+__device__ __forceinline__ void split(uint32_t bits, uint32_t& high, uint32_t& low) {
+  high = bits & 0xffffe000u;
+  const float value = bits_to_float(bits), rest = value - bits_to_float(high);
+  low = bits == high ? 0 : round_to_tf32(rest);  // an infinity has no rest
+}
+
+// A warp's part of the product of a block: kRows times 16 rows by kColumns times 8 columns. kColumns is even.
+template <Kind kKind, int kRows, int kColumns>
+struct WarpProduct {
+  // The tensor cores round sums towards zero, which over thousands of them costs more than float32 may lose. So
+  // kFloat32 lets them add up one step only.
+  static constexpr bool kSplit = kKind == Kind::kFloat32;
+  static constexpr int kStepRows = kSplit ? kRows : 1, kStepColumns = kSplit ? kColumns : 1;
+
+  float value[kRows][kColumns][4] = {};
+  float step[kStepRows][kStepColumns][4] = {};
+
+  // Adds the product of units 2 `slice` and 2 `slice` + 1 of the rows of both operands from `a_row` and `b_row` on,
+  // which are multiples of eight.
+  __device__ __forceinline__ void add_slice(SharedAddress a, unsigned a_row, SharedAddress b, unsigned b_row,
+                                            unsigned slice) {
+    const unsigned lane = threadIdx.x % kWarp;
+    uint32_t left[kRows][4];
+    SharedAddress rows[kRows];
+    // Rows are aligned, so that the bits of the unit are bits of the address.
+    const SharedAddress first_row = flip(a + swizzled(a_row + lane % 16, lane / 16), slice * 2 * kUnitBytes);
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) rows[i] = first_row + i * 16 * kRowBytes;
+    load_matrices<kRows>(left, rows);
+    const SharedAddress first_column =
+        flip(b + swizzled(b_row + lane % 8 + lane / 16 * 8, lane / 8 % 2), slice * 2 * kUnitBytes);
+    // Two columns at a time: the compiler then needs registers for no more than that.
+#pragma unroll
+    for (int j = 0; j < kColumns; j += 2) {
+      uint32_t pair[1][4];
+      const SharedAddress columns[1] = {first_column + j * 8 * kRowBytes};
+      load_matrices<1>(pair, columns);
+      const uint32_t right[2][2] = {{pair[0][0], pair[0][1]}, {pair[0][2], pair[0][3]}};
+      add(j, left, right);
+    }
+  }
+
+  // Adds to two columns.
+  __device__ __forceinline__ void add(int column, const uint32_t (&left)[kRows][4], const uint32_t (&right)[2][2]) {
+    if constexpr (kSplit) {
+      uint32_t left_high[kRows][4], left_low[kRows][4], right_high[2][2], right_low[2][2];
+#pragma unroll
+      for (int i = 0; i < kRows; ++i) {
+#pragma unroll
+        for (int k = 0; k < 4; ++k) split(left[i][k], left_high[i][k], left_low[i][k]);
+      }
+#pragma unroll
+      for (int j = 0; j < 2; ++j) {
+#pragma unroll
+        for (int k = 0; k < 2; ++k) split(right[j][k], right_high[j][k], right_low[j][k]);
+      }
+      multiply<kKind>(step, column, left_low, right_high);
+      multiply<kKind>(step, column, left_high, right_low);
+      multiply<kKind>(step, column, left_high, right_high);
+    } else {
+      multiply<kKind>(value, column, left, right);
+    }
+  }
+
+  // After the slices of a step.
+  __device__ __forceinline__ void end_step() {
+    if constexpr (kSplit) {
+#pragma unroll
+      for (int i = 0; i < kRows; ++i) {
+#pragma unroll
+        for (int j = 0; j < kColumns; ++j) {
+#pragma unroll
+          for (int e = 0; e < 4; ++e) value[i][j][e] += step[i][j][e], step[i][j][e] = 0;
+        }
+      }
+    }
+  }
+
+  // Where value[i][j][e] lies in the warp's part.
+  __device__ __forceinline__ static int row(int i, int e) {
+    return 16 * i + static_cast<int>(threadIdx.x) % kWarp / 4 + e / 2 * 8;
+  }
+  __device__ __forceinline__ static int column(int j, int e) {
+    return 8 * j + static_cast<int>(threadIdx.x) % 4 * 2 + e % 2;
+  }
+};
+
+}  // namespace dcn::cuda

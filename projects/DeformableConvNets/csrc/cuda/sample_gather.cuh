@@ -1,0 +1,107 @@
+// Copyright (c) the dcn_d2 authors. SPDX-License-Identifier: Apache-2.0
+// Gathers samples: where they fall is found once for a tile of positions, up to kMostTaps taps and a deform group, and
+// kept in shared memory for all channels.
+#pragma once
+
+#include "product.cuh"
+
+namespace dcn::cuda {
+
+// A sample in 16 bytes.
+struct alignas(16) PackedSample {
+  uint32_t place;  // index of the upper left pixel among all images, plus width + 1, times 16; bits of what exists
+  float y, x;      // by how much it lies beyond the upper left pixel
+  float mask;
+
+  DCN_HOST_DEVICE bool exists(int corner) const { return place >> corner & 1; }
+  DCN_HOST_DEVICE int pixel(int width) const { return static_cast<int>(place >> 4) - width - 1; }
+};
+constexpr int64_t kMostPackedPixels = (int64_t{1} << 28) - 1;
+
+DCN_HOST_DEVICE PackedSample pack_sample(const Place<float>& place, int64_t image, int64_t pixels, int64_t width) {
+  uint32_t exists = 0;
+  for (int corner = 0; corner < 4; ++corner) {
+    exists |= static_cast<uint32_t>(place.y.exists[corner / 2] && place.x.exists[corner % 2]) << corner;
+  }
+  const auto fraction = [](const AxisSample<float>& axis) {
+    return axis.exists[1] ? axis.weight[1] : 1.0f - axis.weight[0];
+  };
+  const int64_t index = image * pixels + (place.y.low + 1) * width + place.x.low + 1;
+  return {static_cast<uint32_t>(index) << 4 | exists, fraction(place.y), fraction(place.x), place.mask};
+}
+
+// How the channels of a product's rows are found.
+struct GatherSizes {
+  int group_columns, group_channels;  // columns of the product that read the same channels, and how many those are
+  int deform_channels;                // of a deform group
+  int segment_units;                  // in the same conv group and the same deform group
+};
+
+template <Kind kKind>
+struct SampleGather {
+  Operands<Element<kKind>> operands;
+  GatherSizes sizes;
+
+  struct Table {
+    PackedSample sample[kMostTaps][kProductRows];
+  };
+
+  // What a thread keeps.
+  struct State {
+    Unit corner[4];
+    const PackedSample* sample;
+    int channel;  // the first of the group
+
+    __device__ __forceinline__ State(const SampleGather& gather, int column_begin)
+        : channel(column_begin / gather.sizes.group_columns * gather.sizes.group_channels) {}
+
+    // Locates the samples of the step's taps and segment. All threads call it together.
+    __device__ __forceinline__ void fill(Table& table, const SampleGather& gather, const ProductSizes& sizes,
+                                         int row_begin, const Step& step) {
+      const DeformConv2dSizes& s = gather.operands.sizes;
+      const int first = channel + step.segment * gather.sizes.segment_units * kUnitElements<kKind>;
+      const int deform_group = first / gather.sizes.deform_channels;
+      const int row = static_cast<int>(threadIdx.x) % kProductRows;
+      const int image = (row_begin + row) / sizes.image_rows, position = (row_begin + row) % sizes.image_rows;
+      for (int tap = static_cast<int>(threadIdx.x) / kProductRows; tap < step.taps;
+           tap += kProductThreads / kProductRows) {
+        PackedSample packed{0, 0, 0, 0};
+        if (row_begin + row < sizes.rows) {
+          const auto place = place_sample<float>(gather.operands, image, position, deform_group, step.tap + tap);
+          packed = pack_sample(place, image, s.pixels(), s.width);
+        }
+        table.sample[tap][row] = packed;
+      }
+    }
+
+    // Loads the corners of a row's unit.
+    __device__ __forceinline__ void start(const Table& table, const SampleGather& gather, const Pair& pair, int row) {
+      const int width = static_cast<int>(gather.operands.sizes.width);
+      sample = &table.sample[pair.tap()][row];
+      const PackedSample place{pair.exists() ? sample->place : 0, 0, 0, 0};
+      const int channels = static_cast<int>(gather.operands.sizes.channels);
+      const Element<kKind>* first = gather.operands.images + int64_t{place.pixel(width)} * channels + channel +
+                                    pair.unit() * kUnitElements<kKind>;
+#pragma unroll
+      for (int k = 0; k < 4; ++k) {
+        corner[k] = place.exists(k) ? load_unit(first + (k / 2 * width + k % 2) * channels) : Unit{{0, 0, 0, 0}};
+      }
+    }
+    // Interpolates between them.
+    __device__ __forceinline__ Unit finish() const {
+      const float y = sample->y, x = sample->x, mask = sample->mask;
+      float sum[kUnitElements<kKind>] = {};
+#pragma unroll
+      for (int k = 0; k < 4; ++k) {
+        const float weight = (k / 2 ? y : 1.0f - y) * (k % 2 ? x : 1.0f - x) * mask;
+        float values[kUnitElements<kKind>];
+        to_floats<kKind>(corner[k], values);
+#pragma unroll
+        for (int e = 0; e < kUnitElements<kKind>; ++e) sum[e] += weight * values[e];
+      }
+      return to_unit<kKind>(sum);
+    }
+  };
+};
+
+}  // namespace dcn::cuda

@@ -1,0 +1,81 @@
+# Copyright (c) the dcn_d2 authors. SPDX-License-Identifier: Apache-2.0
+"""Compiles the CUDA sources for the CPU and calls the operators that they define there."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.cpp_extension import include_paths
+
+HERE = Path(__file__).parent
+PROJECT = HERE.parents[1]
+SANITIZED = "DCN_SANITIZED"  # names the sanitized library in the process that runs under the sanitizers
+ROUND_ROBIN, GREEDY_WARP = 0, 1
+# What the backward operators return.
+GRADIENTS = {
+    "deform_conv2d": ("input", "offset", "weight", "mask"),
+    "deform_roi_pool": ("input", "offset", "mask"),
+    "deform_psroi_pool": ("input", "offset", "mask"),
+}
+
+
+# The operators that CUDA kernels are compiled for, where those are not the public ones.
+COMPILED = {"deform_conv2d": "_deform_conv2d", "deform_conv2d_backward": "_deform_conv2d_backward"}
+
+
+def schema_of(name: str) -> Any:
+    return getattr(torch.ops.dcn_d2, name).default._schema
+
+
+def compile_library(library: Path, *flags: str) -> Path:
+    """Compiles the kernels with the host's C++ compiler."""
+    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
+    if compiler is None:
+        pytest.skip("no C++ compiler to compile the emulated kernels with")
+    target = re.search(r'TORCH_TARGET_VERSION = "(\w+)"', (PROJECT / "setup.py").read_text())
+    assert target is not None
+    command = [
+        *shlex.split(compiler),
+        "-std=c++20",
+        "-O1",
+        "-g1",
+        "-shared",
+        "-fPIC",
+        "-fvisibility=hidden",
+        "-Wall",
+        "-Wextra",
+        "-Werror",
+    ]
+    command += ["-Wno-unknown-pragmas", f"-DTORCH_TARGET_VERSION={target[1]}", f"-I{PROJECT / 'csrc'}", f"-I{HERE}"]
+    command += [word for path in include_paths("cpu") for word in ("-isystem", path)]
+    command += [*flags, str(HERE / "emulated.cpp"), "-o", str(library)]
+    subprocess.run([*command, f"-L{Path(torch.__file__).parent / 'lib'}", "-ltorch_cpu"], check=True)
+    return library
+
+
+def call(namespace: Any, name: str, values: dict[str, Any]) -> Any:
+    """Calls an operator, or its backward, by argument names; those not given take the operator's defaults."""
+    defaults = {a.name: a.default_value for a in schema_of(name.removesuffix("_backward").lstrip("_")).arguments}
+    return getattr(namespace, name)(*((defaults | values)[a.name] for a in schema_of(name).arguments))
+
+
+def emulate(name: str, values: dict[str, Any], **need: bool) -> dict[str, Tensor]:
+    """Runs an emulated operator forward and backward. Gives its output and gradients by name."""
+    operators = torch.ops.dcn_d2_emulated
+    values = {"allow_tf32": False} | values
+    output = call(operators, COMPILED.get(name, name), values)
+    generator = torch.Generator().manual_seed(1)
+    grad = values.get("grad", torch.randn(output.shape, generator=generator, dtype=torch.float64).to(output.dtype))
+    needed = dict.fromkeys(("need_input", "need_offset", "need_weight"), True) | {"deterministic": False} | need
+    backward = f"{name}_backward"
+    found = call(operators, COMPILED.get(backward, backward), values | needed | {"grad": grad})
+    return {"output": output, "grad": grad} | dict(zip(GRADIENTS[name], found))

@@ -1,0 +1,189 @@
+# Copyright (c) the dcn_d2 authors. SPDX-License-Identifier: Apache-2.0
+"""Runs deform_conv2d's tensor-core kernels on the CPU: see emulate.h for what that proves and what not."""
+
+from __future__ import annotations
+
+import ctypes
+import faulthandler
+import functools
+import os
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from dcn_d2.ops import reference
+from tests.ops.samples import ConvSample, by_name
+
+from .emulator import GREEDY_WARP, PROJECT, ROUND_ROBIN, call, emulate
+from .test_cuda_kernels import conv_values
+
+# Of csrc/cuda/mma.cuh.
+KINDS = {"float16": 0, "bfloat16": 1, "tf32": 2}
+# How the operands are given, and the error allowed relative to the largest value of the float64 reference.
+ARITHMETIC = {
+    "float16": (torch.float16, False, 1e-2),
+    "bfloat16": (torch.bfloat16, False, 1e-2),
+    "tf32": (torch.float32, True, 1e-3),
+    "float32": (torch.float32, False, 1e-5),
+}
+SHARED_BYTES = 227 << 10
+
+# Sizes at which the tensor cores compute in all dtypes, around the borders of tiles, steps and units.
+SAMPLES = [
+    ConvSample("several_tiles", channels=24, out_channels=70, size=(9, 15)),
+    ConvSample("wide", channels=72, out_channels=136, size=(7, 10), stride=(2, 1), mask=False, kernel=(2, 2)),
+    ConvSample("widest", channels=8, out_channels=264, size=(5, 4), batch=1, kernel=(1, 1), padding=(0, 0)),
+    ConvSample("deform_groups", channels=64, out_channels=16, deform_groups=4, size=(5, 6), bias=False),
+    ConvSample("groups", channels=64, out_channels=64, groups=8, size=(5, 6)),
+    ConvSample("small_groups", channels=64, out_channels=64, groups=16, deform_groups=2, size=(6, 7), spread=30.0),
+    ConvSample("groups_across_deform_groups", channels=48, out_channels=24, groups=3, deform_groups=2, dilation=(1, 2)),
+    ConvSample("many_taps", channels=16, out_channels=8, kernel=(4, 5), padding=(2, 2), size=(7, 7)),
+    ConvSample("one_pixel", channels=8, out_channels=8, size=(1, 1), batch=1),
+]
+
+
+def exact(values: dict[str, Any]) -> dict[str, Any]:
+    return {name: value.double() if isinstance(value, Tensor) else value for name, value in values.items()}
+
+
+def errors(values: dict[str, Any], found: dict[str, Tensor]) -> dict[str, float]:
+    """Largest errors of output and gradients, relative to the largest value of each in float64."""
+    names = [name for name in ("input", "offset", "weight", "mask") if name in values]
+    expected = reference.gradients(
+        lambda *leaves: call(reference, "deform_conv2d", exact(values) | dict(zip(names, leaves))),
+        [values[name].double() for name in names],
+        found["grad"].double(),
+        [True] * len(names),
+    )
+    oracle = {"output": call(reference, "deform_conv2d", exact(values))} | dict(zip(names, expected))
+    return {
+        name: float((found[name].double() - value).abs().max() / value.abs().max().clamp(min=1e-3))
+        for name, value in oracle.items()
+    }
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("as_matrices", [False, True])
+def test_fragments_multiply_to_the_matrix_product(kind: str, as_matrices: bool, library_path: str) -> None:
+    dtype = {"tf32": torch.float32}.get(kind) or getattr(torch, kind)
+    generator = torch.Generator().manual_seed(0)
+    # Whole numbers: no kind rounds them.
+    a, b = (torch.randint(-8, 9, (n, 32 // dtype.itemsize), generator=generator).to(dtype) for n in (16, 8))
+    found = torch.empty(16, 8)
+    ctypes.CDLL(library_path).dcn_emulate_multiply(
+        KINDS[kind], *(ctypes.c_void_p(t.data_ptr()) for t in (a, b, found)), ctypes.c_bool(as_matrices)
+    )
+    assert torch.equal(found, a.float() @ b.float().T)
+
+
+@pytest.mark.usefixtures("schedule")
+@pytest.mark.parametrize("arithmetic", ARITHMETIC)
+@pytest.mark.parametrize("sample", SAMPLES, ids=by_name)
+def test_deform_conv2d(sample: ConvSample, arithmetic: str) -> None:
+    dtype, allow_tf32, tolerance = ARITHMETIC[arithmetic]
+    values = conv_values(sample, dtype) | {"allow_tf32": allow_tf32}
+    if sample.batch > 1:
+        values["input"] = values["input"].contiguous(memory_format=torch.channels_last)
+    found = emulate("deform_conv2d", values)
+    assert found["output"].is_contiguous(memory_format=torch.channels_last) == (
+        sample.size == (1, 1) or sample.batch > 1
+    )
+    for name, error in errors(values, found).items():
+        assert error < tolerance, name
+
+
+@pytest.mark.parametrize("arithmetic", ARITHMETIC)
+def test_memory_formats_and_strides(arithmetic: str, configure: Any) -> None:
+    configure(ROUND_ROBIN)
+    dtype, allow_tf32, _ = ARITHMETIC[arithmetic]
+    values = conv_values(SAMPLES[0], dtype) | {"allow_tf32": allow_tf32}
+    expected = emulate("deform_conv2d", values)
+    last = {
+        name: t.contiguous(memory_format=torch.channels_last) if isinstance(t, Tensor) and t.dim() == 4 else t
+        for name, t in values.items()
+    }
+    both = torch.cat([values["mask"], values["offset"]], 1)  # as an offset branch gives them
+    last["mask"], last["offset"] = both.split([values["mask"].shape[1], values["offset"].shape[1]], 1)
+    last["grad"] = expected["grad"].contiguous(memory_format=torch.channels_last)
+    found = emulate("deform_conv2d", last)
+    assert found["output"].is_contiguous(memory_format=torch.channels_last)
+    assert found["input"].is_contiguous(memory_format=torch.channels_last)
+    for name, value in expected.items():
+        assert torch.equal(found[name], value), name
+
+
+@pytest.mark.parametrize("multiprocessors", [1, 30, 132])
+def test_any_split_of_the_sum(multiprocessors: int, configure: Any, device: Any) -> None:
+    configure(ROUND_ROBIN)
+    device(90, multiprocessors, SHARED_BYTES)
+    for channels_last in (False, True):
+        values = conv_values(ConvSample("small_map", channels=64, out_channels=40, size=(6, 7)), torch.float32)
+        if channels_last:
+            values["input"] = values["input"].contiguous(memory_format=torch.channels_last)
+        assert max(errors(values, emulate("deform_conv2d", values)).values()) < 1e-5
+
+
+def test_devices_without_the_instructions_or_the_shared_memory(configure: Any, device: Any) -> None:
+    configure(ROUND_ROBIN)
+    values = conv_values(SAMPLES[2], torch.bfloat16)
+    for capability, shared_bytes in ((75, 64 << 10), (86, 99 << 10), (80, 163 << 10)):
+        device(capability, 4, shared_bytes)
+        assert max(errors(values, emulate("deform_conv2d", values)).values()) < 1e-2
+
+
+def test_infinities_that_no_sample_reads_stay_out(configure: Any) -> None:
+    configure(ROUND_ROBIN)
+    for dtype, allow_tf32, _ in ARITHMETIC.values():
+        values = conv_values(ConvSample("outside", channels=8, size=(4, 5), bias=False), dtype)
+        values["input"][:] = float("inf")
+        values["offset"][:] = 99.0
+        output = emulate("deform_conv2d", values | {"allow_tf32": allow_tf32})["output"]
+        assert not output.any()
+
+
+def barriers(file: str) -> list[tuple[str, int]]:
+    lines = (PROJECT / "csrc/cuda" / file).read_text().splitlines()
+    return [(file, number) for number, line in enumerate(lines, 1) if "__syncthreads()" in line]
+
+
+def changes_something(run: Callable[[], bool]) -> bool:
+    """Calls `run` in a process of its own: what reads poison may well crash, and that counts as well."""
+    pid = os.fork()
+    if pid == 0:
+        faulthandler.disable()
+        changed = True
+        try:
+            changed = run()
+        finally:
+            os._exit(int(changed))
+    return os.waitpid(pid, 0)[1] != 0
+
+
+@pytest.mark.parametrize(("file", "line"), [*barriers("product.cuh"), *barriers("layout.cuh")])
+def test_a_removed_barrier_is_noticed(configure: Any, device: Any, file: str, line: int) -> None:
+    """The emulator finds each of the kernels' barriers missing, so it would find one that was forgotten."""
+    for multiprocessors, sample in (
+        (1, ConvSample("loops", channels=64, out_channels=40, deform_groups=2, size=(5, 11))),
+        (30, ConvSample("splits", channels=64, out_channels=70, size=(6, 7))),
+    ):
+        device(90, multiprocessors, SHARED_BYTES)
+        values = conv_values(sample, torch.bfloat16)
+        last = values | {"input": values["input"].contiguous(memory_format=torch.channels_last)}
+        for each in (values, last):
+            configure(ROUND_ROBIN)
+            expected = emulate("deform_conv2d", each)
+
+            def run(schedule: int, each: Any = each, expected: Any = expected) -> bool:
+                configure(schedule, line, file)
+                try:
+                    found = emulate("deform_conv2d", each)
+                except RuntimeError as error:
+                    return "emulated kernel" in str(error)
+                return any(not torch.equal(found[name], value) for name, value in expected.items())
+
+            if any(changes_something(functools.partial(run, schedule)) for schedule in (ROUND_ROBIN, GREEDY_WARP)):
+                return
+    pytest.fail(f"{file}:{line}: nothing needs this barrier, or the emulator does not see what does")
