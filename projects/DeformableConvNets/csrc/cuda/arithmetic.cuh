@@ -67,8 +67,9 @@ __device__ __forceinline__ void split(uint32_t bits, uint32_t& high, uint32_t& l
   low = bits == high ? 0 : round_to_tf32(rest);  // an infinity has no rest
 }
 
-// A warp's part of the product of a block: kRows times 16 rows by kColumns times 8 columns. kColumns is even.
-template <Kind kKind, int kRows, int kColumns>
+// A warp's part of the product of a block: kRows times 16 rows by kColumns times 8 columns. kColumns is even. With
+// kRaw, rows were copied from memory, so that tf32 rows are still to be rounded.
+template <Kind kKind, int kRows, int kColumns, bool kRaw = false>
 struct WarpProduct {
   // The tensor cores round sums towards zero, which over thousands of them costs more than float32 may lose. So
   // kFloat32 lets them add up one step only.
@@ -90,6 +91,7 @@ struct WarpProduct {
 #pragma unroll
     for (int i = 0; i < kRows; ++i) rows[i] = first_row + i * 16 * kRowBytes;
     load_matrices<kRows>(left, rows);
+    round_raw(left);
     const SharedAddress first_column =
         flip(b + swizzled(b_row + lane % 8 + lane / 16 * 8, lane / 8 % 2), slice * 2 * kUnitBytes);
     // Two columns at a time: the compiler then needs registers for no more than that.
@@ -100,6 +102,26 @@ struct WarpProduct {
       load_matrices<1>(pair, columns);
       const uint32_t right[2][2] = {{pair[0][0], pair[0][1]}, {pair[0][2], pair[0][3]}};
       add(j, left, right);
+    }
+  }
+
+  // Adds the product of fragments that were loaded.
+  __device__ __forceinline__ void add_fragments(uint32_t (&left)[kRows][4], const uint32_t (&right)[kColumns][2]) {
+    round_raw(left);
+#pragma unroll
+    for (int j = 0; j < kColumns; j += 2) {
+      const uint32_t pair[2][2] = {{right[j][0], right[j][1]}, {right[j + 1][0], right[j + 1][1]}};
+      add(j, left, pair);
+    }
+  }
+
+  __device__ __forceinline__ static void round_raw(uint32_t (&left)[kRows][4]) {
+    if constexpr (kRaw && kKind == Kind::kTF32) {
+#pragma unroll
+      for (int i = 0; i < kRows; ++i) {
+#pragma unroll
+        for (int k = 0; k < 4; ++k) left[i][k] = round_to_tf32(bits_to_float(left[i][k]));
+      }
     }
   }
 

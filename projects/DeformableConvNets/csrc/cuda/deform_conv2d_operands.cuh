@@ -30,6 +30,12 @@ struct Weights {
   }
 };
 
+// Gradients by where samples fall.
+template <typename T>
+struct SampleGradients {
+  Planes<T> offsets, masks;  // as the offsets and masks; the latter's data is null where there are none
+};
+
 template <typename T>
 struct Operands {
   DeformConv2dSizes sizes;

@@ -3,7 +3,7 @@
 // into shared memory where they are multiplied; no column matrix exists.
 #pragma once
 
-#include "deform_conv2d_operands.cuh"
+#include "sample_lists.cuh"
 #include "tile.cuh"
 
 namespace dcn::cuda {
@@ -124,13 +124,65 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor<T>)
   }
 }
 
-// Gradients by what is sampled. Null where not needed.
+// A block computes the gradients of up to kTile pixels of one image by up to kTile channels of a segment.
 template <typename T>
-struct SampleGradients {
-  Accumulate<T>* images;  // (batch, pixels, channels), zeroed
-  T* offsets;             // as offsets
-  T* masks;               // as masks
-};
+__global__ void __launch_bounds__(kThreads, kBlocksPerProcessor<T>)
+    input_gradient_kernel(const Operands<T> operands, const SampleLists<Accumulate<T>> lists,
+                          const Planes<const T> grad_output, const Planes<T> grad_input) {
+  using A = Accumulate<T>;
+  struct Shared {
+    Operand<A> weights, grads;
+  };
+  DCN_SHARED(Shared, shared);
+  const DeformConv2dSizes& s = operands.sizes;
+  const int64_t pixel_tiles = divide_up(s.pixels(), kTile), segment_tiles = divide_up(operands.segment, kTile);
+  const int64_t channel_tiles = s.channels / operands.segment * segment_tiles;
+
+  for (int64_t work = blockIdx.x; work < lists.images * pixel_tiles * channel_tiles; work += gridDim.x) {
+    const int64_t tile = work % channel_tiles, image = work / channel_tiles / pixel_tiles;
+    const int64_t pixel_begin = work / channel_tiles % pixel_tiles * kTile;
+    const int64_t segment = tile / segment_tiles * operands.segment, end = segment + operands.segment;
+    const int64_t begin = segment + tile % segment_tiles * kTile, group = begin / s.group_channels();
+    const int64_t out_begin = group * s.group_out_channels(), out_end = out_begin + s.group_out_channels();
+    Product<A> product;
+    for (int64_t tap = 0; tap < s.taps(); ++tap) {
+      for (int64_t o = out_begin; o < out_end; o += kDepth) {
+        fill_along_tile(shared.weights, [&](int k, int i) {
+          return o + k < out_end && begin + i < end
+                     ? static_cast<A>(operands.weights.at(o + k, begin - group * s.group_channels() + i, tap))
+                     : A(0);
+        });
+        fill_along_depth(shared.grads, [&](int k, int j) {
+          A sum = 0;
+          if (o + k >= out_end || pixel_begin + j >= s.pixels()) return sum;
+          const int64_t list = lists.list(s, image, begin / s.deform_channels(), tap, pixel_begin + j);
+          for (int64_t at = lists.starts[list]; at < lists.starts[list + 1]; ++at) {
+            const ListEntry<A> entry = lists.entries[at];
+            sum += entry.weight * static_cast<A>(grad_output.at(lists.first_image + entry.position / s.positions(),
+                                                                o + k, entry.position % s.positions()));
+          }
+          return sum;
+        });
+        __syncthreads();
+        product.add(shared.weights, shared.grads);
+        __syncthreads();
+      }
+    }
+    for (int i = 0; i < kEach; ++i) {
+      const int64_t c = begin + Product<A>::row(i);
+      for (int j = 0; j < kEach; ++j) {
+        const int64_t pixel = pixel_begin + Product<A>::column(j);
+        if (c < end && pixel < s.pixels()) {
+          grad_input.at(lists.first_image + image, c, pixel) = static_cast<T>(product.value[i][j]);
+        }
+      }
+    }
+  }
+}
+
+DCN_HOST_DEVICE int64_t input_gradient_work(const DeformConv2dSizes& s, int64_t segment, int64_t images) {
+  return images * divide_up(s.pixels(), kTile) * s.channels / segment * divide_up(segment, kTile);
+}
 
 DCN_HOST_DEVICE int64_t sample_gradient_work(const DeformConv2dSizes& s) {
   return position_tiles(s) * s.deform_groups * s.taps();
@@ -138,7 +190,7 @@ DCN_HOST_DEVICE int64_t sample_gradient_work(const DeformConv2dSizes& s) {
 
 // A block owns one tap of a deform group for a tile of positions, with all of that group's channels: it alone computes
 // their offset and mask gradients. For up to kTile channels at a time, the gradient by the samples is the product of
-// grad_output and weights; it is scattered to the pixels and dotted with them.
+// grad_output and weights; it is dotted with the pixels.
 template <typename T>
 __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor<T>)
     sample_gradient_kernel(const Operands<T> operands, const Planes<const T> grad_output,
@@ -156,7 +208,6 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor<T>)
     const int64_t tap = work % s.taps(), deform_group = work / s.taps() % s.deform_groups;
     const PositionTile tile = position_tile(s, work / s.taps() / s.deform_groups);
     const T* image = operands.image(tile.image);
-    A* grad_image = gradients.images ? gradients.images + tile.image * s.pixels() * s.channels : nullptr;
     // The barriers below lie between this and the first use.
     locate(operands, tile, deform_group, tap, shared.neighbours, shared.derivatives);
 
@@ -193,10 +244,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor<T>)
 #pragma unroll
             for (int j = 0; j < kEach; ++j) {
               const int64_t c = begin + Product<A>::column(j);
-              if (c >= end) continue;
-              if (grad_image)
-                atomicAdd(grad_image + pixel * s.channels + c, product.value[i][j] * neighbours.weight[k]);
-              if (gradients.offsets) dot += product.value[i][j] * static_cast<A>(image[pixel * s.channels + c]);
+              if (c < end) dot += product.value[i][j] * static_cast<A>(image[pixel * s.channels + c]);
             }
             by_y[i] += dot * derivatives.by_y[k];
             by_x[i] += dot * derivatives.by_x[k];
@@ -206,18 +254,16 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor<T>)
       }
     }
 
-    if (gradients.offsets) {
-      const int64_t sample = (tile.image * s.deform_groups + deform_group) * s.taps() + tap;
+    const int64_t channel = deform_group * s.taps() + tap;
 #pragma unroll
-      for (int i = 0; i < kEach; ++i) {
-        const A sum_y = sum_lanes(by_y[i], kSide), sum_x = sum_lanes(by_x[i], kSide);
-        const A sum_mask = sum_lanes(by_mask[i], kSide);
-        if (Product<A>::row(i) >= tile.count || Product<A>::column(0) != 0) continue;
-        const int64_t position = tile.begin + Product<A>::row(i);
-        gradients.offsets[sample * 2 * s.positions() + position] = static_cast<T>(sum_y);
-        gradients.offsets[(sample * 2 + 1) * s.positions() + position] = static_cast<T>(sum_x);
-        if (gradients.masks) gradients.masks[sample * s.positions() + position] = static_cast<T>(sum_mask);
-      }
+    for (int i = 0; i < kEach; ++i) {
+      const A sum_y = sum_lanes(by_y[i], kSide), sum_x = sum_lanes(by_x[i], kSide);
+      const A sum_mask = sum_lanes(by_mask[i], kSide);
+      if (Product<A>::row(i) >= tile.count || Product<A>::column(0) != 0) continue;
+      const int64_t position = tile.begin + Product<A>::row(i);
+      gradients.offsets.at(tile.image, 2 * channel, position) = static_cast<T>(sum_y);
+      gradients.offsets.at(tile.image, 2 * channel + 1, position) = static_cast<T>(sum_x);
+      if (gradients.masks.data) gradients.masks.at(tile.image, channel, position) = static_cast<T>(sum_mask);
     }
     __syncthreads();
   }
@@ -232,11 +278,11 @@ DCN_HOST_DEVICE int64_t weight_tiles(const Operands<T>& operands) {
 }
 
 // A block sums one tap of up to kTile output channels by up to kTile input channels over one of `parts` parts of the
-// positions, and adds that to grad_weight, which is channels_last.
+// positions, into `partials` (parts, out_channels, taps, group_channels).
 template <typename T>
 __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor<T>)
     weight_gradient_kernel(const Operands<T> operands, const Planes<const T> grad_output, const int64_t parts,
-                           Accumulate<T>* grad_weight) {
+                           Accumulate<T>* partials) {
   using A = Accumulate<T>;
   struct Shared {
     Operand<A> grads, samples;
@@ -280,8 +326,8 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor<T>)
       for (int j = 0; j < kEach; ++j) {
         const int64_t c = begin + Product<A>::column(j);
         if (o >= out_end || c >= end) continue;
-        atomicAdd(grad_weight + (o * s.taps() + tap) * s.group_channels() + c - group * s.group_channels(),
-                  product.value[i][j]);
+        partials[((part * s.out_channels + o) * s.taps() + tap) * s.group_channels() + c - group * s.group_channels()] =
+            product.value[i][j];
       }
     }
   }

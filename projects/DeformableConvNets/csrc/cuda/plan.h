@@ -43,6 +43,14 @@ inline bool fits_tensor_cores(const DeformConv2dSizes& s, const Device& device, 
          s.width * s.channels <= most && s.out_channels <= most && s.taps() <= most / s.channels;
 }
 
+// What all packings of a convolution's weights have in common.
+inline Packing packing_of(const DeformConv2dSizes& s) {
+  Packing packing{};
+  packing.conv_outputs = static_cast<int>(s.group_out_channels());
+  packing.conv_channels = static_cast<int>(s.group_channels());
+  return packing;
+}
+
 struct Cut {
   int columns;  // of a block's tile: 64, 128 or 256
   int splits;

@@ -63,8 +63,8 @@ template <int kColumns>
 constexpr int kProductStages = kColumns == 256 ? 2 : 3;
 
 // Blocks that a multiprocessor shall hold at least: what the compiler may spend registers on without spilling.
-template <Kind kKind, int kColumns>
-constexpr int kProductBlocks = kColumns >= 128 || kKind == Kind::kFloat32 ? 1 : 2;
+template <Kind kKind, int kColumns, typename Gather>
+constexpr int kProductBlocks = kColumns >= 128 || kKind == Kind::kFloat32 || !Gather::kLean ? 1 : 2;
 
 // Bytes of dynamic shared memory of product_kernel.
 template <Kind kKind, int kColumns, typename Gather>
@@ -131,11 +131,10 @@ __device__ __forceinline__ void store_tile(const ProductSizes& sizes, const Prod
       }
     }
   }
-  __syncthreads();
 }
 
 template <Kind kKind, int kColumns, typename Gather>
-__global__ void __launch_bounds__(kProductThreads, (kProductBlocks<kKind, kColumns>))
+__global__ void __launch_bounds__(kProductThreads, (kProductBlocks<kKind, kColumns, Gather>))
     product_kernel(const ProductSizes sizes, const Gather gather, const Unit* packed,
                    const ProductOutput<Element<kKind>> output) {
   using Grid = WarpGrid<kColumns>;
@@ -180,8 +179,9 @@ __global__ void __launch_bounds__(kProductThreads, (kProductBlocks<kKind, kColum
   __syncthreads();
 #pragma unroll
   for (int i = 0; i < kProductRows * kRowUnits / kProductThreads; ++i) {
+    state.prepare(table, gather, next, gather_row + 32 * i);
     state.start(table, gather, next, gather_row + 32 * i);
-    *reinterpret_cast<Unit*>(gathered + 32 * i * kRowBytes) = state.finish();
+    *reinterpret_cast<Unit*>(gathered + 32 * i * kRowBytes) = state.finish(gather);
   }
   const auto pair_after = [&](int step) { return pairs[(step + 1 < tile.end ? step + 1 : step) * kRowUnits]; };
   next = pair_after(tile.begin);
@@ -201,13 +201,17 @@ __global__ void __launch_bounds__(kProductThreads, (kProductBlocks<kKind, kColum
       }
     }
     const Pair after_next = pair_after(step + 1);
+    if (more) state.prepare(table, gather, next, gather_row);
     const unsigned next_half = half ^ kOperandBytes;
 #pragma unroll
     for (int slice = 0; slice < 4; ++slice) {
       // What is loaded here arrives while the tensor cores are busy.
-      if (more) state.start(table, gather, next, gather_row + 32 * slice);
+      if (more) {
+        state.start(table, gather, next, gather_row + 32 * slice);
+        if (slice < 3) state.prepare(table, gather, next, gather_row + 32 * (slice + 1));
+      }
       product.add_slice(operands + half, warp_row, stage, warp_column, slice);
-      if (more) *reinterpret_cast<Unit*>(gathered + next_half + 32 * slice * kRowBytes) = state.finish();
+      if (more) *reinterpret_cast<Unit*>(gathered + next_half + 32 * slice * kRowBytes) = state.finish(gather);
     }
     product.end_step();
     next = after_next;
@@ -283,12 +287,7 @@ void run_product(const DeviceScope& device, const Tensor& like, ProductSizes siz
   sizes.segment_tiles = (sizes.packing.columns + kColumns - 1) / kColumns;
   sizes.packing.padded = sizes.segment_tiles * kColumns;
   sizes.splits = splits;
-  const int64_t units = sizes.packing.total_units();
-  const std::array<int64_t, 1> bytes{units * kUnitBytes};
-  Tensor packed = torch::stable::empty(bytes, ScalarType::Byte, std::nullopt, like.device());
-  Unit* packed_units = static_cast<Unit*>(packed.mutable_data_ptr());
-  DCN_LAUNCH(pack_kernel<kKind>, std::min(divide_up(units, 256), kMaxBlocks), 256, device.stream(), sizes.packing,
-             weights, packed_units);
+  const PackedWeights packed(KindConstant<kKind>(), device, like, sizes.packing, weights);
   ProductOutput<T> output{bias, planes, nullptr};
   std::optional<Tensor> partials;
   if (splits > 1) {
@@ -298,7 +297,7 @@ void run_product(const DeviceScope& device, const Tensor& like, ProductSizes siz
   }
   const auto kernel = product_kernel<kKind, kColumns, Gather>;
   DCN_LAUNCH_SHARED(kernel, sizes.work(), kProductThreads, (product_bytes<kKind, kColumns, Gather>()), device.stream(),
-                    sizes, gather, static_cast<const Unit*>(packed_units), output);
+                    sizes, gather, packed.units(), output);
   if (splits > 1) {
     const int64_t tiles = divide_up(sizes.rows, kFinishTile) * divide_up(sizes.columns, kFinishTile);
     DCN_LAUNCH(finish_kernel<T>, std::min(tiles, kMaxBlocks), 256, device.stream(), sizes, output);

@@ -98,35 +98,42 @@ struct Packing {
   bool outputs;         // columns are output channels, summed over are input channels; or the other way round
   // Of the convolution: output and input channels of a group.
   int conv_outputs, conv_channels;
+  bool permuted = false;  // columns as permuted_column says
+  int outer_taps = 1;  // if not 1, all segments are packed for one tap after the other, and the Reduction has one tap
 
   DCN_HOST_DEVICE int64_t step_units() const { return int64_t{padded} * kRowUnits; }
   DCN_HOST_DEVICE int64_t segment_units() const { return step_units() * reduction.steps(); }
-  DCN_HOST_DEVICE int64_t weight_units() const { return segment_units() * segments; }
+  DCN_HOST_DEVICE int64_t weight_units() const { return segment_units() * segments * outer_taps; }
   // Behind the weights lie the Pairs of all steps.
   DCN_HOST_DEVICE int64_t total_units() const { return weight_units() + 2 * int64_t{reduction.steps()}; }
 };
+
+// Which column of every 32 a packed row has, so that the sums that a lane gets in four neighbouring fragments, two in
+// each, are those of eight neighbouring columns.
+DCN_HOST_DEVICE int permuted_column(int row) { return row / 32 * 32 + row % 8 / 2 * 8 + row % 32 / 8 * 2 + row % 2; }
 
 template <Kind kKind>
 __global__ void pack_kernel(const Packing packing, const Weights<const Element<kKind>> weights, Unit* packed) {
   const int steps = packing.reduction.steps();
   for (int64_t at = int64_t{blockIdx.x} * blockDim.x + threadIdx.x; at < packing.weight_units();
        at += int64_t{gridDim.x} * blockDim.x) {
-    const int64_t row = at / kRowUnits % packing.padded, segment = at / packing.segment_units();
-    const int slot = static_cast<int>(at % kRowUnits), column = slot ^ static_cast<int>(row % kRowUnits);
+    const int row = static_cast<int>(at / kRowUnits % packing.padded);
+    const int slot = static_cast<int>(at % kRowUnits), column = slot ^ row % kRowUnits;
+    const int segment = static_cast<int>(at / packing.segment_units());
     const Step step(packing.reduction, static_cast<int>(at / packing.step_units() % steps));
-    const int64_t n = segment * packing.columns + row;
-    const int64_t unit = int64_t{step.segment} * packing.reduction.units + step.unit_of(column);
-    const int64_t first = n / packing.group_columns * packing.group_channels + unit * kUnitElements<kKind>;
-    const bool exists = row < packing.columns && step.tap_of(column) < step.taps;
+    const int local = packing.permuted ? permuted_column(row) : row;
+    const int n = segment % packing.segments * packing.columns + local;
+    const int tap = segment / packing.segments + step.tap + step.tap_of(column);
+    const int unit = step.segment * packing.reduction.units + step.unit_of(column);
+    const int first = n / packing.group_columns * packing.group_channels + unit * kUnitElements<kKind>;
+    const bool exists = local < packing.columns && step.tap_of(column) < step.taps;
     float values[kUnitElements<kKind>];
 #pragma unroll
     for (int e = 0; e < kUnitElements<kKind>; ++e) {
-      const int64_t output = packing.outputs ? n : first + e, channel = packing.outputs ? first + e : n;
+      const int output = packing.outputs ? n : first + e, channel = packing.outputs ? first + e : n;
       const bool same_group = output / packing.conv_outputs == channel / packing.conv_channels;
       values[e] =
-          exists && same_group
-              ? static_cast<float>(weights.at(output, channel % packing.conv_channels, step.tap + step.tap_of(column)))
-              : 0.0f;
+          exists && same_group ? static_cast<float>(weights.at(output, channel % packing.conv_channels, tap)) : 0.0f;
     }
     packed[at] = to_unit<kKind>(values);
     if (segment == 0 && row == 0) {
@@ -135,5 +142,25 @@ __global__ void pack_kernel(const Packing packing, const Weights<const Element<k
     }
   }
 }
+
+// Weights packed for one kernel.
+class PackedWeights {
+ public:
+  template <Kind kKind>
+  PackedWeights(std::integral_constant<Kind, kKind>, const DeviceScope& device, const Tensor& like,
+                const Packing& packing, const Weights<const Element<kKind>>& weights)
+      : tensor_(torch::stable::empty(std::array<int64_t, 1>{packing.total_units() * kUnitBytes}, ScalarType::Byte,
+                                     std::nullopt, like.device())) {
+    DCN_LAUNCH(pack_kernel<kKind>, std::min(divide_up(packing.weight_units(), 256), kMaxBlocks), 256, device.stream(),
+               packing, weights, static_cast<Unit*>(tensor_.mutable_data_ptr()));
+  }
+  const Unit* units() const { return static_cast<const Unit*>(tensor_.const_data_ptr()); }
+
+ private:
+  Tensor tensor_;
+};
+
+template <Kind kKind>
+using KindConstant = std::integral_constant<Kind, kKind>;
 
 }  // namespace dcn::cuda

@@ -7,6 +7,10 @@
 
 namespace dcn::cuda {
 
+// Of the four in a step: split operands take the registers that more would need.
+template <Kind kKind>
+constexpr int kUnrolledSlices = kKind == Kind::kFloat32 ? 1 : 4;
+
 // A sample in 16 bytes.
 struct alignas(16) PackedSample {
   uint32_t place;  // index of the upper left pixel among all images, plus width + 1, times 16; bits of what exists
@@ -30,6 +34,39 @@ DCN_HOST_DEVICE PackedSample pack_sample(const Place<float>& place, int64_t imag
   return {static_cast<uint32_t>(index) << 4 | exists, fraction(place.y), fraction(place.x), place.mask};
 }
 
+// A unit of a sample between loading and use.
+template <Kind kKind>
+struct Interpolation {
+  Unit corner[4];
+  const PackedSample* sample;
+
+  // Loads the corners; `from` is the unit in the first image's first pixel.
+  __device__ __forceinline__ void start(const PackedSample* place, bool exists, const Element<kKind>* from,
+                                        int channels, int width) {
+    sample = place;
+    const PackedSample here{exists ? place->place : 0, 0, 0, 0};
+    from += int64_t{here.pixel(width)} * channels;
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+      corner[k] = here.exists(k) ? load_unit(from + (k / 2 * width + k % 2) * channels) : Unit{{0, 0, 0, 0}};
+    }
+  }
+  // Interpolates between them.
+  __device__ __forceinline__ Unit finish() const {
+    const float y = sample->y, x = sample->x, mask = sample->mask;
+    float sum[kUnitElements<kKind>] = {};
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+      const float weight = (k / 2 ? y : 1.0f - y) * (k % 2 ? x : 1.0f - x) * mask;
+      float values[kUnitElements<kKind>];
+      to_floats<kKind>(corner[k], values);
+#pragma unroll
+      for (int e = 0; e < kUnitElements<kKind>; ++e) sum[e] += weight * values[e];
+    }
+    return to_unit<kKind>(sum);
+  }
+};
+
 // How the channels of a product's rows are found.
 struct GatherSizes {
   int group_columns, group_channels;  // columns of the product that read the same channels, and how many those are
@@ -39,6 +76,8 @@ struct GatherSizes {
 
 template <Kind kKind>
 struct SampleGather {
+  static constexpr bool kLean = true;  // whether it leaves registers for two blocks
+
   Operands<Element<kKind>> operands;
   GatherSizes sizes;
 
@@ -48,8 +87,7 @@ struct SampleGather {
 
   // What a thread keeps.
   struct State {
-    Unit corner[4];
-    const PackedSample* sample;
+    Interpolation<kKind> interpolation;
     int channel;  // the first of the group
 
     __device__ __forceinline__ State(const SampleGather& gather, int column_begin)
@@ -74,33 +112,14 @@ struct SampleGather {
       }
     }
 
-    // Loads the corners of a row's unit.
+    __device__ __forceinline__ void prepare(const Table&, const SampleGather&, const Pair&, int) {}
     __device__ __forceinline__ void start(const Table& table, const SampleGather& gather, const Pair& pair, int row) {
-      const int width = static_cast<int>(gather.operands.sizes.width);
-      sample = &table.sample[pair.tap()][row];
-      const PackedSample place{pair.exists() ? sample->place : 0, 0, 0, 0};
-      const int channels = static_cast<int>(gather.operands.sizes.channels);
-      const Element<kKind>* first = gather.operands.images + int64_t{place.pixel(width)} * channels + channel +
-                                    pair.unit() * kUnitElements<kKind>;
-#pragma unroll
-      for (int k = 0; k < 4; ++k) {
-        corner[k] = place.exists(k) ? load_unit(first + (k / 2 * width + k % 2) * channels) : Unit{{0, 0, 0, 0}};
-      }
+      const DeformConv2dSizes& s = gather.operands.sizes;
+      interpolation.start(&table.sample[pair.tap()][row], pair.exists(),
+                          gather.operands.images + channel + pair.unit() * kUnitElements<kKind>,
+                          static_cast<int>(s.channels), static_cast<int>(s.width));
     }
-    // Interpolates between them.
-    __device__ __forceinline__ Unit finish() const {
-      const float y = sample->y, x = sample->x, mask = sample->mask;
-      float sum[kUnitElements<kKind>] = {};
-#pragma unroll
-      for (int k = 0; k < 4; ++k) {
-        const float weight = (k / 2 ? y : 1.0f - y) * (k % 2 ? x : 1.0f - x) * mask;
-        float values[kUnitElements<kKind>];
-        to_floats<kKind>(corner[k], values);
-#pragma unroll
-        for (int e = 0; e < kUnitElements<kKind>; ++e) sum[e] += weight * values[e];
-      }
-      return to_unit<kKind>(sum);
-    }
+    __device__ __forceinline__ Unit finish(const SampleGather&) const { return interpolation.finish(); }
   };
 };
 

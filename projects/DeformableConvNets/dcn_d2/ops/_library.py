@@ -61,7 +61,7 @@ def has_cuda_kernel(name: str) -> bool:
 def convolutions_allow_tf32() -> bool:
     """Whether torch lets cuDNN's convolutions round float32 operands to TF32."""
     # Unlike torch.backends.cudnn.allow_tf32 it can be read whichever of the two was set.
-    return torch.backends.cudnn.conv.fp32_precision == "tf32"
+    return torch.backends.cudnn.conv.fp32_precision == "tf32"  # type: ignore[attr-defined]
 
 
 def register_fallback(name: str, reference: Callable[..., Any]) -> None:

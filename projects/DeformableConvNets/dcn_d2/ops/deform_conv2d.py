@@ -25,7 +25,6 @@ from ._library import (
     define,
     has_cuda_kernel,
     needed_gradients,
-    refuse_nondeterministic,
     register_autocast,
     register_fallback,
     without_double_backward,
@@ -261,7 +260,6 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     input, offset, weight, mask = ctx.saved_tensors
     need_input, need_offset, need_weight, need_bias, *_, need_mask = needed_gradients(ctx, 8)
-    refuse_nondeterministic("deform_conv2d_backward", grad.device)
     gradients: Sequence[Tensor | None] = torch.ops.dcn_d2.deform_conv2d_backward(
         grad,
         input,

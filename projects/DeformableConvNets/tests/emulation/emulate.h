@@ -10,6 +10,7 @@
 // which depends on who runs first: hence two schedules.
 #pragma once
 
+#include <setjmp.h>
 #include <ucontext.h>
 
 #include <cmath>
@@ -47,8 +48,15 @@ struct Copy {
   size_t bytes;
 };
 
-struct Fiber {
+// A thread of execution. One that was left before is entered again by longjmp: unlike swapcontext it does not ask the
+// system for the signal mask. The address sanitizer wants to see swapcontext.
+struct Context {
   ucontext_t context;
+  jmp_buf left;
+  bool was_left = false;
+};
+
+struct Fiber : Context {
   std::unique_ptr<char[]> stack{new char[kStackBytes]};
   bool ready;
   unsigned exchanges;                    // how many it has done
@@ -164,17 +172,19 @@ class Machine {
     }
     ++machine.done_;
     machine.fibers_[machine.current_].ready = false;
-    machine.switch_to(machine.fibers_[machine.current_].context, machine.main_, machine.main_stack_,
-                      machine.main_stack_bytes_);
+    machine.switch_to(machine.fibers_[machine.current_], machine.main_, machine.main_stack_, machine.main_stack_bytes_);
   }
 
-  void switch_to(ucontext_t& from, ucontext_t& to, [[maybe_unused]] const void* stack, [[maybe_unused]] size_t bytes) {
+  void switch_to(Context& from, Context& to, [[maybe_unused]] const void* stack, [[maybe_unused]] size_t bytes) {
 #if defined(__SANITIZE_ADDRESS__)
     __sanitizer_start_switch_fiber(nullptr, stack, bytes);
-#endif
-    swapcontext(&from, &to);
-#if defined(__SANITIZE_ADDRESS__)
+    swapcontext(&from.context, &to.context);
     __sanitizer_finish_switch_fiber(nullptr, nullptr, nullptr);
+#else
+    if (_setjmp(from.left) != 0) return;
+    from.was_left = true;
+    if (to.was_left) _longjmp(to.left, 1);
+    setcontext(&to.context);
 #endif
   }
 
@@ -185,7 +195,7 @@ class Machine {
       for (size_t i = begin; i < begin + count; ++i) fibers_[i].ready = true;
       waiting = 0;
     }
-    switch_to(fibers_[current_].context, main_, main_stack_, main_stack_bytes_);
+    switch_to(fibers_[current_], main_, main_stack_, main_stack_bytes_);
   }
 
   // Makes the fiber that runs next the current one.
@@ -202,7 +212,7 @@ class Machine {
 
   std::vector<Fiber> fibers_;
   std::vector<Warp> warps_;
-  ucontext_t main_;
+  Context main_;
   const void* main_stack_ = nullptr;
   size_t main_stack_bytes_ = 0;
   std::function<void()> kernel_;
@@ -297,6 +307,7 @@ inline void Machine::run_block() {
   for (Fiber& fiber : fibers_) {
     fiber.ready = true, fiber.exchanges = 0, fiber.shared_variables = 0;
     fiber.copies.clear(), fiber.committed_copies.clear();
+    fiber.was_left = false;
     getcontext(&fiber.context);
     fiber.context.uc_stack.ss_sp = fiber.stack.get(), fiber.context.uc_stack.ss_size = kStackBytes;
     makecontext(&fiber.context, &Machine::enter, 0);
@@ -304,7 +315,7 @@ inline void Machine::run_block() {
   while (done_ < fibers_.size()) {
     choose();
     threadIdx.x = current_;
-    switch_to(main_, fibers_[current_].context, fibers_[current_].stack.get(), kStackBytes);
+    switch_to(main_, fibers_[current_], fibers_[current_].stack.get(), kStackBytes);
     if (failure_) std::rethrow_exception(failure_);
   }
 }

@@ -3,6 +3,7 @@
 #define DCN_EMULATE
 
 #include "cuda/deform_conv2d.cu"
+#include "cuda/deform_conv2d_backward.cu"
 #include "cuda/deform_psroi_pool.cu"
 #include "cuda/deform_roi_pool.cu"
 
