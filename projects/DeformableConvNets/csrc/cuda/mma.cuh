@@ -45,6 +45,13 @@ __device__ __forceinline__ SharedAddress shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
+// blockIdx.x, which the compiler does not know to be the same every time.
+__device__ __forceinline__ unsigned block_index() {
+  unsigned index;
+  asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(index));
+  return index;
+}
+
 // Flips bits of an address.
 __device__ __forceinline__ SharedAddress flip(SharedAddress address, unsigned bits) { return address ^ bits; }
 

@@ -33,7 +33,7 @@ struct ProductTile {
   int begin, end;
 
   __device__ __forceinline__ ProductTile(const ProductSizes& sizes, int steps, int tile_columns) {
-    const int index = static_cast<int>(blockIdx.x) % sizes.tiles(), rest = static_cast<int>(blockIdx.x) / sizes.tiles();
+    const int block = static_cast<int>(block_index()), index = block % sizes.tiles(), rest = block / sizes.tiles();
     segment = index / sizes.segment_tiles, first_column = index % sizes.segment_tiles * tile_columns;
     segment_columns = sizes.packing.columns, columns = segment_columns - first_column;
     row = rest % sizes.row_tiles() * kProductRows, split = rest / sizes.row_tiles();
@@ -62,9 +62,15 @@ struct ProductOutput {
 template <int kColumns>
 constexpr int kProductStages = kColumns == 256 ? 2 : 3;
 
-// Blocks that a multiprocessor shall hold at least: what the compiler may spend registers on without spilling.
+// Blocks that a multiprocessor shall hold at least: what the compiler may spend registers on without spilling. Two with
+// 128 columns need 200 KB of shared memory, which GPUs before 9.0 have not.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+constexpr int kMostSharedColumns = 64;
+#else
+constexpr int kMostSharedColumns = 128;
+#endif
 template <Kind kKind, int kColumns, typename Gather>
-constexpr int kProductBlocks = kColumns >= 128 || kKind == Kind::kFloat32 || !Gather::kLean ? 1 : 2;
+constexpr int kProductBlocks = kColumns > kMostSharedColumns || kKind == Kind::kFloat32 || !Gather::kLean ? 1 : 2;
 
 // Bytes of dynamic shared memory of product_kernel.
 template <Kind kKind, int kColumns, typename Gather>
@@ -183,7 +189,7 @@ __global__ void __launch_bounds__(kProductThreads, (kProductBlocks<kKind, kColum
     state.start(table, gather, next, gather_row + 32 * i);
     *reinterpret_cast<Unit*>(gathered + 32 * i * kRowBytes) = state.finish(gather);
   }
-  const auto pair_after = [&](int step) { return pairs[(step + 1 < tile.end ? step + 1 : step) * kRowUnits]; };
+  const auto pair_after = [&](int step) { return pairs[(step + 1 < tile.end ? step + 1 : tile.end - 1) * kRowUnits]; };
   next = pair_after(tile.begin);
 
   WarpProduct<kKind, Grid::kWarpRows / 16, Grid::kWarpColumns / 8> product;
@@ -221,21 +227,23 @@ __global__ void __launch_bounds__(kProductThreads, (kProductBlocks<kKind, kColum
   wait_copies<0>();
   __syncthreads();
 
+  // Computed again, so that the loop need not keep it in registers.
+  const ProductTile result(sizes, steps, kColumns);
   if (sizes.splits == 1) {
-    store_tile<kKind, kColumns>(sizes, output, product, warp_row, warp_column, tile, shared);
+    store_tile<kKind, kColumns>(sizes, output, product, warp_row, warp_column, result, shared);
     return;
   }
-  float* partials = output.partials + int64_t{tile.split} * sizes.rows * sizes.columns + tile.column();
+  float* partials = output.partials + int64_t{result.split} * sizes.rows * sizes.columns + result.column();
 #pragma unroll
   for (int i = 0; i < Grid::kWarpRows / 16; ++i) {
 #pragma unroll
     for (int e = 0; e < 4; ++e) {
-      const int row = tile.row + warp_row + product.row(i, e);
+      const int row = result.row + warp_row + product.row(i, e);
       float* to = partials + int64_t{row} * sizes.columns;
 #pragma unroll
       for (int j = 0; j < Grid::kWarpColumns / 8; ++j) {
         const int column = warp_column + product.column(j, e);
-        if (row < sizes.rows && column < tile.columns) to[column] = product.value[i][j][e];
+        if (row < sizes.rows && column < result.columns) to[column] = product.value[i][j][e];
       }
     }
   }
