@@ -124,15 +124,3 @@ def without_double_backward(backward: Callable[..., Sequence[Any]]) -> Callable[
         return delayed_error(*leaves)
 
     return wrapped
-
-
-def refuse_nondeterministic(name: str, device: torch.device) -> None:
-    """Honours `torch.use_deterministic_algorithms` for an operator that is not deterministic on CUDA."""
-    if device.type == "cuda" and torch.are_deterministic_algorithms_enabled():
-        message = (
-            f"dcn_d2: {name} adds with atomics on CUDA and has no deterministic implementation, but "
-            "torch.use_deterministic_algorithms(True) is set. Use warn_only=True, or run it on CPU"
-        )
-        if not torch.is_deterministic_algorithms_warn_only_enabled():
-            raise RuntimeError(message)
-        warnings.warn(message, stacklevel=2)
