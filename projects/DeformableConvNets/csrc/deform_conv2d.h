@@ -41,15 +41,26 @@ inline int64_t conv_output_size(int64_t size, int64_t kernel, int64_t stride, in
   return span < 0 ? 0 : span / stride + 1;
 }
 
-// The taps of `weight`, if the channels of an offset branch's output are a multiple of three times as many.
-inline int64_t check_offset_and_mask(const Tensor& offset_and_mask, const Tensor& weight) {
+// The offsets and the modulation of a call. The planes of `offset` are (deform_groups, taps, 2), those of `mask`
+// (deform_groups, taps).
+struct Modulation {
+  Tensor offset;
+  std::optional<Tensor> mask;
+  // The tensor that both are parts of, if the caller gave one: then the mask's sigmoid is the modulation.
+  std::optional<Tensor> joint;
+};
+
+// The parts of an offset branch's output, if its channels are a multiple of three times the taps of `weight`.
+inline Modulation parts_of(Tensor offset_and_mask, const Tensor& weight) {
   const char* op = "modulated_deform_conv2d";
   check_operand(op, "weight", weight, weight, 4);
   check_operand(op, "offset_and_mask", offset_and_mask, offset_and_mask, 4);
   const int64_t taps = weight.size(2) * weight.size(3), channels = offset_and_mask.size(1);
   STD_TORCH_CHECK(taps > 0 && channels > 0 && channels % (3 * taps) == 0, op, ": offset_and_mask has ", channels,
                   " channels, which is no multiple of 3 * ", weight.size(2), " * ", weight.size(3));
-  return taps;
+  const int64_t logits = channels / 3;
+  return {torch::stable::narrow(offset_and_mask, 1, 0, 2 * logits),
+          torch::stable::narrow(offset_and_mask, 1, 2 * logits, logits), offset_and_mask};
 }
 
 // Raises an error that names the operand and both values where something does not fit.

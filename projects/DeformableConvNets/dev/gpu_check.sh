@@ -70,7 +70,7 @@ if not torch.cuda.is_available():
     sys.exit("gpu_check: no GPU is visible to torch")
 if _library.missing_kernels:
     sys.exit(f"gpu_check: {_library.missing_kernels}")
-for name in ("deform_conv2d", "deform_roi_pool", "deform_psroi_pool"):
+for name in dcn_d2.ops.__all__:
     for suffix in ("", "_backward"):
         if not torch._C._dispatch_has_kernel_for_dispatch_key(f"dcn_d2::{name}{suffix}", "CUDA"):
             sys.exit(f"gpu_check: dcn_d2._C has no CUDA kernel of {name}{suffix}. Build it with FORCE_CUDA=1")

@@ -393,14 +393,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> deform_conv2d_backward(
   return {gradients[0], gradients[1], gradients[2], gradients[3]};
 }
 
-// The parts of an offset branch's output.
-Modulation parts_of(Tensor offset_and_mask, const Tensor& weight) {
-  const int64_t taps = check_offset_and_mask(offset_and_mask, weight);
-  const int64_t logits = offset_and_mask.size(1) / (3 * taps) * taps;
-  return {torch::stable::narrow(offset_and_mask, 1, 0, 2 * logits),
-          torch::stable::narrow(offset_and_mask, 1, 2 * logits, logits), offset_and_mask};
-}
-
 Tensor modulated_deform_conv2d(Tensor input, Tensor offset_and_mask, Tensor weight, std::optional<Tensor> bias,
                                std::vector<int64_t> stride, std::vector<int64_t> padding,
                                std::vector<int64_t> dilation) {

@@ -52,15 +52,6 @@ class Planes {
   int64_t image_, plane_, position_;
 };
 
-// The offsets and the modulation of a call. The planes of `offset` are (deform_groups, taps, 2), those of `mask`
-// (deform_groups, taps).
-struct Modulation {
-  Tensor offset;
-  std::optional<Tensor> mask;
-  // The tensor that both are parts of, if the caller gave one: then the mask's sigmoid is the modulation.
-  std::optional<Tensor> joint;
-};
-
 template <typename T>
 struct Offsets {
   DeformConv2dSizes sizes;

@@ -136,12 +136,13 @@ bool weight_gradient_on_tensor_cores(KindConstant<kKind>, const DeviceScope& dev
 template <typename T>
 class Backward {
  public:
-  Backward(const DeformConv2dSizes& sizes, const Tensor& grad, const Tensor& given_input, const Tensor& offset,
-           const Tensor& weight, const std::optional<Tensor>& mask, bool allow_tf32)
+  Backward(const DeformConv2dSizes& sizes, const Tensor& grad, const Tensor& given_input, const Modulation& modulation,
+           const Tensor& weight, bool allow_tf32)
       : s_(sizes),
         device_(given_input),
         input_(given_input),
-        operands_(device_, sizes, given_input, offset, weight, mask),
+        modulation_(modulation),
+        operands_(device_, sizes, given_input, modulation, weight),
         grad_(to_channels_last<T>(grad, 1, device_.stream())),
         grads_(grad_.const_data_ptr<T>()),
         grad_planes_(planes(grads_, sizes.out_channels, sizes.positions(), true)),
@@ -168,14 +169,18 @@ class Backward {
     return gradient;
   }
 
-  // The latter is left as it is without a mask.
+  // Of the tensors that the caller gave: the mask's is left as it is without a mask or where both are one tensor.
   void by_offset_and_mask(Tensor& grad_offset, Tensor& grad_mask) const {
-    grad_offset = torch::stable::new_zeros(operands_.offset, operands_.offset.sizes());
     const int64_t channels = s_.deform_groups * s_.taps();
-    SampleGradients<T> gradients{planes(grad_offset.mutable_data_ptr<T>(), 2 * channels, s_.positions(), false), {}};
-    if (operands_.mask) {
-      grad_mask = torch::stable::new_zeros(*operands_.mask, operands_.mask->sizes());
-      gradients.masks = planes(grad_mask.mutable_data_ptr<T>(), channels, s_.positions(), false);
+    SampleGradients<T> gradients{};
+    if (modulation_.joint) {
+      const bool channels_last = is_channels_last(*modulation_.joint);
+      gradients.offsets = allocate(grad_offset, 3 * channels, channels_last);
+      gradients.masks = gradients.offsets;
+      gradients.masks.data += 2 * channels * gradients.masks.channel_stride;
+    } else {
+      gradients.offsets = allocate(grad_offset, 2 * channels, false);
+      if (modulation_.mask) gradients.masks = allocate(grad_mask, channels, false);
     }
     const Operands<T>& operands = operands_.pointers;
     if (empty_ || with_kind<T>(allow_tf32_, [&](auto kind) {
@@ -209,15 +214,43 @@ class Backward {
   }
 
  private:
+  // Makes a tensor for gradients by offsets or masks. Kernels write all of it, or else it is zero.
+  Planes<T> allocate(Tensor& gradient, int64_t channels, bool channels_last) const {
+    gradient = empty_4d(input_, {s_.batch, channels, s_.out_h, s_.out_w}, input_.scalar_type(), channels_last);
+    if (empty_) torch::stable::zero_(gradient);
+    return planes(gradient.mutable_data_ptr<T>(), channels, s_.positions(), channels_last);
+  }
+
   DeformConv2dSizes s_;
   DeviceScope device_;
   Tensor input_;
+  Modulation modulation_;
   DenseOperands<T> operands_;
   Tensor grad_;  // channels_last
   const T* grads_;
   Planes<const T> grad_planes_;
   bool allow_tf32_, empty_;
 };
+
+struct NeededGradients {
+  bool input, offset, weight;  // the mask's comes with the offset's
+};
+
+// By input, offset (or what holds it and the mask), weight, mask; empty where not needed.
+std::array<Tensor, 4> backward(const char* op, const DeformConv2dSizes& s, const Tensor& grad, const Tensor& input,
+                               const Modulation& modulation, const Tensor& weight, const NeededGradients& need,
+                               bool allow_tf32) {
+  check_operand(op, "grad", grad, input, 4);
+  check_shape(op, "grad", grad, {s.batch, s.out_channels, s.out_h, s.out_w});
+  return dispatch(input.scalar_type(), [&](auto zero) {
+    const Backward<decltype(zero)> backward(s, grad, input, modulation, weight, allow_tf32);
+    const Tensor none = empty_result(grad);
+    Tensor grad_offset = none, grad_mask = none;
+    if (need.offset) backward.by_offset_and_mask(grad_offset, grad_mask);
+    return std::array<Tensor, 4>{need.input ? backward.by_input() : none, grad_offset,
+                                 need.weight ? backward.by_weight() : none, grad_mask};
+  });
+}
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> deform_conv2d_backward(Tensor grad, Tensor input, Tensor offset,
                                                                   Tensor weight, std::optional<Tensor> mask,
@@ -226,16 +259,23 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> deform_conv2d_backward(Tensor grad, T
                                                                   std::vector<int64_t> dilation, bool need_input,
                                                                   bool need_offset, bool need_weight, bool allow_tf32) {
   const DeformConv2dSizes s = check_deform_conv2d(input, offset, weight, std::nullopt, mask, stride, padding, dilation);
-  check_operand("deform_conv2d_backward", "grad", grad, input, 4);
-  check_shape("deform_conv2d_backward", "grad", grad, {s.batch, s.out_channels, s.out_h, s.out_w});
-  return dispatch(input.scalar_type(), [&](auto zero) {
-    const Backward<decltype(zero)> backward(s, grad, input, offset, weight, mask, allow_tf32);
-    const Tensor none = empty_result(grad);
-    Tensor grad_offset = none, grad_mask = none;
-    if (need_offset) backward.by_offset_and_mask(grad_offset, grad_mask);
-    return std::tuple<Tensor, Tensor, Tensor, Tensor>(need_input ? backward.by_input() : none, grad_offset,
-                                                      need_weight ? backward.by_weight() : none, grad_mask);
-  });
+  const auto found = backward("deform_conv2d_backward", s, grad, input, {offset, mask, std::nullopt}, weight,
+                              {need_input, need_offset, need_weight}, allow_tf32);
+  return {found[0], found[1], found[2], found[3]};
+}
+
+std::tuple<Tensor, Tensor, Tensor> modulated_deform_conv2d_backward(Tensor grad, Tensor input, Tensor offset_and_mask,
+                                                                    Tensor weight, std::vector<int64_t> stride,
+                                                                    std::vector<int64_t> padding,
+                                                                    std::vector<int64_t> dilation, bool need_input,
+                                                                    bool need_offset, bool need_weight,
+                                                                    bool allow_tf32) {
+  const Modulation parts = parts_of(offset_and_mask, weight);
+  const DeformConv2dSizes s =
+      check_deform_conv2d(input, parts.offset, weight, std::nullopt, parts.mask, stride, padding, dilation);
+  const auto found = backward("modulated_deform_conv2d_backward", s, grad, input, parts, weight,
+                              {need_input, need_offset, need_weight}, allow_tf32);
+  return {found[0], found[1], found[2]};
 }
 
 }  // namespace
@@ -244,5 +284,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> deform_conv2d_backward(Tensor grad, T
 #if !defined(DCN_EMULATE)
 STABLE_TORCH_LIBRARY_IMPL(dcn_d2, CUDA, m) {
   m.impl("_deform_conv2d_backward", TORCH_BOX(&dcn::cuda::deform_conv2d_backward));
+  m.impl("_modulated_deform_conv2d_backward", TORCH_BOX(&dcn::cuda::modulated_deform_conv2d_backward));
 }
 #endif

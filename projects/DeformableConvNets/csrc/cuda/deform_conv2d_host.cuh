@@ -24,11 +24,11 @@ struct DenseOperands {
   Operands<T> pointers;
 
   DenseOperands(const DeviceScope& device, const DeformConv2dSizes& s, const Tensor& given_input,
-                const Tensor& given_offset, const Tensor& given_weight, const std::optional<Tensor>& given_mask)
+                const Modulation& modulation, const Tensor& given_weight)
       : input(to_channels_last<T>(given_input, 1, device.stream())),
-        offset(with_flat_planes(given_offset)),
+        offset(with_flat_planes(modulation.offset)),
         weight(with_flat_planes(given_weight)) {
-    if (given_mask) mask = with_flat_planes(*given_mask);
+    if (modulation.mask) mask = with_flat_planes(*modulation.mask);
     pointers.sizes = s;
     pointers.segment = std::gcd(s.group_channels(), s.deform_channels());
     pointers.images = input.const_data_ptr<T>();
@@ -36,6 +36,7 @@ struct DenseOperands {
     pointers.masks = mask
                          ? Planes<const T>{mask->const_data_ptr<T>(), mask->stride(0), mask->stride(1), mask->stride(3)}
                          : Planes<const T>{};
+    pointers.logits = modulation.joint.has_value();
     pointers.weights = {weight.const_data_ptr<T>(), weight.stride(0), weight.stride(1), weight.stride(3)};
   }
 

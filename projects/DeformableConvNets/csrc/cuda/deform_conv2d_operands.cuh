@@ -43,6 +43,7 @@ struct Operands {
   const T* images;           // (batch, pixels, channels)
   Planes<const T> offsets;   // (batch, deform_groups * taps * 2, positions)
   Planes<const T> masks;     // (batch, deform_groups * taps, positions); its data is null where there is none
+  bool logits;               // the masks are logits of the modulation
   Weights<const T> weights;  // (out_channels, group_channels, taps)
 
   __device__ __forceinline__ const T* image(int64_t n) const { return images + n * sizes.pixels() * sizes.channels; }
@@ -52,8 +53,14 @@ struct Operands {
 template <typename A>
 struct Place {
   AxisSample<A> y, x;
-  A mask;
+  A modulation;
 };
+
+// The derivative of the modulation by the mask that the caller gave.
+template <typename T, typename A>
+__device__ __forceinline__ A modulation_slope(const Operands<T>& operands, A modulation) {
+  return operands.logits ? modulation * (A(1) - modulation) : A(1);
+}
 
 // The only place where offsets and masks are read. Indices are int where they fit, which is cheaper to divide.
 template <typename A, typename T, typename Index>
@@ -64,10 +71,11 @@ __device__ __forceinline__ Place<A> place_sample(const Operands<T>& operands, In
   const Index channel = deform_group * static_cast<Index>(s.taps()) + tap;
   const T* offset = &operands.offsets.at(image, 2 * int64_t{channel}, position);
   const A offset_y = static_cast<A>(offset[0]), offset_x = static_cast<A>(offset[operands.offsets.channel_stride]);
-  const A mask = operands.masks.data ? static_cast<A>(operands.masks.at(image, channel, position)) : A(1);
+  A modulation = operands.masks.data ? static_cast<A>(operands.masks.at(image, channel, position)) : A(1);
+  if (operands.logits) modulation = reciprocal(A(1) + std::exp(-modulation));
   return {sample_axis_zeros(tap_y<A>(s, position / out_w, tap / kernel_w) + offset_y, static_cast<int32_t>(s.height)),
           sample_axis_zeros(tap_x<A>(s, position % out_w, tap % kernel_w) + offset_x, static_cast<int32_t>(s.width)),
-          mask};
+          modulation};
 }
 
 }  // namespace dcn::cuda

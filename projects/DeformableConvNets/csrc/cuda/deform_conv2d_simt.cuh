@@ -41,17 +41,17 @@ __device__ __forceinline__ void locate(const Operands<T>& operands, const Positi
   if (index >= kTile) return;
   Place<A> place{no_sample<A>(), no_sample<A>(), 1};
   if (index < tile.count) place = place_sample<A>(operands, tile.image, tile.begin + index, deform_group, tap);
-  const auto& [y, x, mask] = place;
+  const auto& [y, x, modulation] = place;
 #pragma unroll
   for (int k = 0; k < 4; ++k) {
     const int row = k / 2, column = k % 2;
     const bool exists = y.exists[row] && x.exists[column];
     neighbours[index].pixel[k] = exists ? (y.low + row) * static_cast<int32_t>(s.width) + x.low + column : -1;
-    neighbours[index].weight[k] = y.weight[row] * x.weight[column] * mask;
+    neighbours[index].weight[k] = y.weight[row] * x.weight[column] * modulation;
     if (derivatives) {
-      derivatives[index].by_y[k] = y.slope[row] * x.weight[column] * mask;
-      derivatives[index].by_x[k] = y.weight[row] * x.slope[column] * mask;
-      derivatives[index].by_mask[k] = y.weight[row] * x.weight[column];
+      derivatives[index].by_y[k] = y.slope[row] * x.weight[column] * modulation;
+      derivatives[index].by_x[k] = y.weight[row] * x.slope[column] * modulation;
+      derivatives[index].by_mask[k] = y.weight[row] * x.weight[column] * modulation_slope(operands, modulation);
     }
   }
 }

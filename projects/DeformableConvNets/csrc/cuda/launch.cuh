@@ -47,6 +47,10 @@ struct Device {
 
 namespace dcn::cuda {
 
+// 1 / value; of floats to 2 units in the last place, and 0 beyond 2^126. A division would need more registers.
+__device__ __forceinline__ float reciprocal(float value) { return __fdividef(1.0f, value); }
+__device__ __forceinline__ double reciprocal(double value) { return 1.0 / value; }
+
 // The architecture that the code was compiled for which the current device runs of a kernel: an older one than the
 // device's if the driver compiled it from PTX.
 template <typename Kernel>

@@ -156,12 +156,13 @@ __global__ void __launch_bounds__(kProductThreads, kKind == Kind::kFloat32 ? 1 :
   const int image = (row_begin + thread) / sizes.positions, position = (row_begin + thread) % sizes.positions;
   const int channel = deform_group * taps + tap;
   gradients.offsets.at(image, 2 * int64_t{channel}, position) =
-      static_cast<T>(((1 - x) * (dot[2] - dot[0]) + x * (dot[3] - dot[1])) * sample.mask);
+      static_cast<T>(((1 - x) * (dot[2] - dot[0]) + x * (dot[3] - dot[1])) * sample.modulation);
   gradients.offsets.at(image, 2 * int64_t{channel} + 1, position) =
-      static_cast<T>(((1 - y) * (dot[1] - dot[0]) + y * (dot[3] - dot[2])) * sample.mask);
+      static_cast<T>(((1 - y) * (dot[1] - dot[0]) + y * (dot[3] - dot[2])) * sample.modulation);
   if (gradients.masks.data) {
     gradients.masks.at(image, channel, position) =
-        static_cast<T>((1 - y) * ((1 - x) * dot[0] + x * dot[1]) + y * ((1 - x) * dot[2] + x * dot[3]));
+        static_cast<T>(((1 - y) * ((1 - x) * dot[0] + x * dot[1]) + y * ((1 - x) * dot[2] + x * dot[3])) *
+                       modulation_slope(operands, sample.modulation));
   }
 }
 

@@ -56,6 +56,9 @@ struct Cut {
   int splits;
 };
 
+// Of partial results: they shall be read again before they leave the cache, and take no more memory than that.
+constexpr int64_t kMostPartialBytes = int64_t{16} << 20;
+
 // The tile and the number of splits with the least estimated time; nothing of this was measured. In units of the
 // tensor cores' time for 64 columns, a step takes as long as its columns and the gathering, and a split writes and
 // reads its partial results once.
@@ -67,7 +70,9 @@ inline Cut cut_product(const ProductSizes& sizes, int64_t multiprocessors, int64
   for (int64_t columns = 64; columns <= most_columns; columns *= 2) {
     if (columns > 64 && columns / 2 >= sizes.packing.columns) break;
     const int64_t tiles = rows * sizes.packing.segments * divide_up(sizes.packing.columns, columns);
-    const int64_t most_splits = std::min<int64_t>(16, std::max<int64_t>(1, steps / 4));
+    const int64_t result_bytes = int64_t{sizes.rows} * sizes.columns * int64_t{sizeof(float)};
+    const int64_t most_splits =
+        std::clamp<int64_t>(std::min(steps / 4, kMostPartialBytes / std::max<int64_t>(result_bytes, 1)), 1, 16);
     for (int64_t splits = 1; splits <= most_splits; ++splits) {
       const double waves = static_cast<double>(divide_up(tiles * splits, multiprocessors));
       const double wide = static_cast<double>(columns) / 64;

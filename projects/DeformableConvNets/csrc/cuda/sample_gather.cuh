@@ -15,7 +15,7 @@ constexpr int kUnrolledSlices = kKind == Kind::kFloat32 ? 1 : 4;
 struct alignas(16) PackedSample {
   uint32_t place;  // index of the upper left pixel among all images, plus width + 1, times 16; bits of what exists
   float y, x;      // by how much it lies beyond the upper left pixel
-  float mask;
+  float modulation;
 
   DCN_HOST_DEVICE bool exists(int corner) const { return place >> corner & 1; }
   DCN_HOST_DEVICE int pixel(int width) const { return static_cast<int>(place >> 4) - width - 1; }
@@ -31,7 +31,7 @@ DCN_HOST_DEVICE PackedSample pack_sample(const Place<float>& place, int64_t imag
     return axis.exists[1] ? axis.weight[1] : 1.0f - axis.weight[0];
   };
   const int64_t index = image * pixels + (place.y.low + 1) * width + place.x.low + 1;
-  return {static_cast<uint32_t>(index) << 4 | exists, fraction(place.y), fraction(place.x), place.mask};
+  return {static_cast<uint32_t>(index) << 4 | exists, fraction(place.y), fraction(place.x), place.modulation};
 }
 
 // A unit of a sample between loading and use.
@@ -53,11 +53,11 @@ struct Interpolation {
   }
   // Interpolates between them.
   __device__ __forceinline__ Unit finish() const {
-    const float y = sample->y, x = sample->x, mask = sample->mask;
+    const float y = sample->y, x = sample->x, modulation = sample->modulation;
     float sum[kUnitElements<kKind>] = {};
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
-      const float weight = (k / 2 ? y : 1.0f - y) * (k % 2 ? x : 1.0f - x) * mask;
+      const float weight = (k / 2 ? y : 1.0f - y) * (k % 2 ? x : 1.0f - x) * modulation;
       float values[kUnitElements<kKind>];
       to_floats<kKind>(corner[k], values);
 #pragma unroll

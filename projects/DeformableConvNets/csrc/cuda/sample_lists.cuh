@@ -49,7 +49,7 @@ __device__ __forceinline__ void for_each_entry(const Operands<T>& operands, int6
       const int64_t pixel = (place.y.low + row) * s.width + place.x.low + column;
       visit(SampleLists<A>::list(s, image, deform_group, tap, pixel),
             ListEntry<A>{static_cast<int32_t>(image * s.positions() + position),
-                         place.y.weight[row] * place.x.weight[column] * place.mask});
+                         place.y.weight[row] * place.x.weight[column] * place.modulation});
     }
   }
 }

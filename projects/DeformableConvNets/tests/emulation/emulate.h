@@ -275,6 +275,11 @@ T atomicMax(T* address, T value) {
 
 namespace dcn::cuda {
 
+template <typename A>
+A reciprocal(A value) {
+  return A(1) / value;
+}
+
 template <typename Kernel>
 int compiled_capability(Kernel*) {
   return emulate::Machine::get().device.capability;

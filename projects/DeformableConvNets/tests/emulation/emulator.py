@@ -23,13 +23,18 @@ ROUND_ROBIN, GREEDY_WARP = 0, 1
 # What the backward operators return.
 GRADIENTS = {
     "deform_conv2d": ("input", "offset", "weight", "mask"),
+    "modulated_deform_conv2d": ("input", "offset_and_mask", "weight"),
     "deform_roi_pool": ("input", "offset", "mask"),
     "deform_psroi_pool": ("input", "offset", "mask"),
 }
 
 
 # The operators that CUDA kernels are compiled for, where those are not the public ones.
-COMPILED = {"deform_conv2d": "_deform_conv2d", "deform_conv2d_backward": "_deform_conv2d_backward"}
+COMPILED = {
+    name + suffix: f"_{name}{suffix}"
+    for name in ("deform_conv2d", "modulated_deform_conv2d")
+    for suffix in ("", "_backward")
+}
 
 
 def schema_of(name: str) -> Any:
