@@ -32,7 +32,7 @@ from measure import LAST
 from torch import Tensor, nn
 
 from dcn_d2 import model_zoo
-from dcn_d2.layers import deform_conv
+from dcn_d2.layers import deform_conv, split_offset_and_mask
 from dcn_d2.modeling import DeformBottleneckBlock
 
 ROW = "faster_rcnn_R_50_FPN_1x_mdconv_c3-c5"
@@ -44,7 +44,7 @@ MOST_SECONDS = 60.0  # per contestant and row
 def configs(overrides: list[Any], device: str) -> dict[str, CfgNode]:
     """The configs of the deformable and of the plain model, which differ in one key."""
     deformable = model_zoo.get_config(ROW)
-    deformable.merge_from_list(["MODEL.DEVICE", device, *overrides])
+    deformable.merge_from_list(["MODEL.DEVICE", device, "MODEL.DCN.MEMORY_FORMAT", "contiguous", *overrides])
     plain = deformable.clone()
     plain.MODEL.RESNETS.DEFORM_ON_PER_STAGE = [False] * 4
     return {"plain": plain, "dcn_d2": deformable}
@@ -89,6 +89,13 @@ def _scale_offsets(model: Any, images: Tensor) -> None:
         hook.remove()
 
 
+def _torchvision_by_branch(
+    input: Tensor, offset_and_mask: Tensor, weight: Tensor, bias: Tensor | None, *geometry: Any
+) -> Tensor:
+    offset, mask = split_offset_and_mask(offset_and_mask)
+    return torchvision.ops.deform_conv2d(input, offset, weight, bias, *geometry, mask)
+
+
 class Detector:
     """The models, their inputs, and the contestants of each part."""
 
@@ -112,7 +119,7 @@ class Detector:
         theirs = make(self.models["dcn_d2 NCHW"], "torchvision NCHW")
 
         def with_their_operator() -> object:
-            with mock.patch.object(deform_conv, "deform_conv2d", torchvision.ops.deform_conv2d):
+            with mock.patch.object(deform_conv, "modulated_deform_conv2d", _torchvision_by_branch):
                 return theirs()
 
         return found | {"torchvision NCHW": with_their_operator}

@@ -30,6 +30,11 @@ def add_dcn_config(cfg: CN) -> None:
     # its weight and bias train (MMDetection's norm_eval). Other norms are left alone.
     add(dcn, "NORM_EVAL", False)
 
+    # Memory format of the weights of dcn_d2's backbones, and with them of all feature maps: "contiguous",
+    # "channels_last", or "auto": channels_last on CPU, where it was measured to be the faster one, else contiguous.
+    # Results are the same up to rounding.
+    add(dcn, "MEMORY_FORMAT", "auto")
+
     # Width of the hidden layers that predict offsets and masks in the RoI poolers of dcn_d2, which POOLER_TYPE of
     # MODEL.ROI_BOX_HEAD names: DeformPSRoIPool, ModulatedDeformPSRoIPool, DeformRoIPool, ModulatedDeformRoIPool.
     add(dcn, "POOLER_FC_DIM", 1024)

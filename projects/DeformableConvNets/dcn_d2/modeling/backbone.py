@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from typing import cast
 
+import torch
 import torch.nn.functional as F
 from detectron2.config import CfgNode
 from detectron2.layers import CNNBlockBase, Conv2d, ShapeSpec
@@ -87,13 +88,28 @@ class DeformBottleneckBlock(CNNBlockBase):
         return self.conv2(x, self.conv2_offset(x))
 
 
+def memory_format_of(cfg: CfgNode) -> torch.memory_format:
+    """The memory format that MODEL.DCN.MEMORY_FORMAT gives weights and feature maps on MODEL.DEVICE.
+
+    Raises:
+        ValueError: the key has a value that it cannot have.
+    """
+    name = cfg.MODEL.DCN.MEMORY_FORMAT
+    formats = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
+    if name == "auto":
+        name = "channels_last" if cfg.MODEL.DEVICE == "cpu" else "contiguous"
+    if name not in formats:
+        raise ValueError(f"MODEL.DCN.MEMORY_FORMAT must be auto, contiguous or channels_last, got {name!r}")
+    return formats[name]
+
+
 @BACKBONE_REGISTRY.register()
 def build_dcn_resnet_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> ResNet:
     """Builds a ResNet or ResNeXt whose stages are deformable where the config says so.
 
     Reads Detectron2's keys for `build_resnet_backbone`, among them MODEL.RESNETS.DEFORM_ON_PER_STAGE,
-    DEFORM_MODULATED and DEFORM_NUM_GROUPS, and MODEL.DCN.NORM_EVAL. Stages below MODEL.BACKBONE.FREEZE_AT are
-    frozen, deformable ones too.
+    DEFORM_MODULATED and DEFORM_NUM_GROUPS, and of MODEL.DCN NORM_EVAL and MEMORY_FORMAT. Stages below
+    MODEL.BACKBONE.FREEZE_AT are frozen, deformable ones too.
     """
     resnets = cfg.MODEL.RESNETS
     deform_on_per_stage = list(resnets.DEFORM_ON_PER_STAGE)
@@ -123,13 +139,14 @@ def build_dcn_resnet_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> ResNet:
                 )
     if cfg.MODEL.DCN.NORM_EVAL:
         fix_batch_norm_statistics(backbone)
-    return backbone.freeze(cfg.MODEL.BACKBONE.FREEZE_AT)
+    # A convolution whose weight is channels_last gives such a map whatever it is given.
+    return backbone.freeze(cfg.MODEL.BACKBONE.FREEZE_AT).to(memory_format=memory_format_of(cfg))
 
 
 @BACKBONE_REGISTRY.register()
 def build_dcn_resnet_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
     """Builds an FPN on top of `build_dcn_resnet_backbone`, as Detectron2's `build_resnet_fpn_backbone` does."""
-    return FPN(
+    backbone = FPN(
         bottom_up=build_dcn_resnet_backbone(cfg, input_shape),
         in_features=cfg.MODEL.FPN.IN_FEATURES,
         out_channels=cfg.MODEL.FPN.OUT_CHANNELS,
@@ -137,3 +154,4 @@ def build_dcn_resnet_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
         top_block=LastLevelMaxPool(),
         fuse_type=cfg.MODEL.FPN.FUSE_TYPE,
     )
+    return backbone.to(memory_format=memory_format_of(cfg))

@@ -14,6 +14,7 @@ from torch import nn
 from dcn_d2 import add_dcn_config
 from dcn_d2.layers import DeformConv, ModulatedDeformConv
 from dcn_d2.modeling import DeformBottleneckBlock
+from dcn_d2.modeling.backbone import memory_format_of
 
 from ..slim import slim_config
 
@@ -66,7 +67,7 @@ class TestArchitectures:
         assert deform_blocks(mine).keys() == deform_blocks(theirs).keys() != set()
         randomise(mine)
         theirs.load_state_dict(mine.state_dict(), strict=True)
-        # The two round the modulation's sigmoid in different places, and every random layer magnifies that.
+        # The two round in different places, and every random layer magnifies that.
         mine, theirs, images = mine.double(), theirs.double(), torch.randn(2, 3, 64, 96).double()
         with torch.no_grad():
             for name, features in theirs(images).items():
@@ -154,7 +155,7 @@ def test_norms_of_detectron2(norm: str) -> None:
     cfg = slim_config(DEFORM_ON_PER_STAGE=C3_TO_C5, DEFORM_MODULATED=True, NORM=norm, WIDTH_PER_GROUP=32)
     mine, theirs = backbone_of(cfg).eval(), backbone_of(cfg, "build_resnet_backbone").eval()
     theirs.load_state_dict(mine.state_dict(), strict=True)
-    images = torch.randn(1, 3, 64, 64)
+    mine, theirs, images = mine.double(), theirs.double(), torch.randn(1, 3, 64, 64).double()
     torch.testing.assert_close(mine(images)["res5"], theirs(images)["res5"])
 
 
@@ -202,3 +203,44 @@ def test_detectron2s_own_deformable_config_runs_on_cpu(modulated: bool) -> None:
 def test_backbone_is_what_the_config_names() -> None:
     backbone = build_backbone(slim_config(DEFORM_ON_PER_STAGE=C3_TO_C5))
     assert len(deform_blocks(backbone)) == 4 + 6 + 3
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        ("auto", torch.channels_last),  # the tests run on the CPU
+        ("contiguous", torch.contiguous_format),
+        ("channels_last", torch.channels_last),
+    ],
+)
+@pytest.mark.parametrize("builder", ["build_dcn_resnet_backbone", "build_dcn_resnet_fpn_backbone"])
+def test_feature_maps_have_the_memory_format_of_the_config(
+    value: str, expected: torch.memory_format, builder: str
+) -> None:
+    cfg = slim_config(DEFORM_ON_PER_STAGE=C3_TO_C5, DEFORM_MODULATED=True)
+    cfg.MODEL.DCN.MEMORY_FORMAT = "contiguous"
+    plain = backbone_of(cfg, builder).eval()
+    cfg.MODEL.DCN.MEMORY_FORMAT = value
+    backbone = backbone_of(cfg, builder).eval()
+    backbone.load_state_dict(plain.state_dict())
+    images = torch.randn(2, 3, 64, 96)
+    with torch.no_grad():
+        features, reference = backbone(images), plain(images)
+    for name, feature in features.items():
+        assert feature.is_contiguous(memory_format=expected)
+        torch.testing.assert_close(feature, reference[name], rtol=1e-3, atol=1e-4)
+
+
+def test_on_a_gpu_auto_is_contiguous() -> None:
+    cfg = slim_config()
+    cfg.MODEL.DEVICE = "cuda"
+    assert memory_format_of(cfg) == torch.contiguous_format
+
+
+def test_unknown_memory_format_is_refused() -> None:
+    cfg = slim_config()
+    cfg.MODEL.DCN.MEMORY_FORMAT = "nhwc"
+    with pytest.raises(
+        ValueError, match="MODEL.DCN.MEMORY_FORMAT must be auto, contiguous or channels_last, got 'nhwc'"
+    ):
+        backbone_of(cfg)
