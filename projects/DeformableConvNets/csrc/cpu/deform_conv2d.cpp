@@ -11,10 +11,12 @@ namespace dcn::cpu {
 namespace {
 
 // What a tile keeps in the second-level cache: its columns, and in the backward pass also a segment's weight gradient.
-constexpr int64_t kColumnBytes = int64_t{256} << 10;
+// More positions of a tile read the packed weight less often.
+struct TileLimits {
+  int64_t column_bytes, positions;
+};
+constexpr TileLimits kForwardTile{int64_t{256} << 10, 120}, kBackwardTile{int64_t{576} << 10, 240};
 constexpr int64_t kWeightBytes = int64_t{1200} << 10;
-// Positions of a tile: more of them read the packed weight less often.
-constexpr int64_t kMaxTile = 120;
 
 // Channels [begin, begin + count) lie in one conv group and one deform group.
 struct Segment {
@@ -35,9 +37,9 @@ std::vector<Segment> segments_of(const DeformConv2dSizes& s, int64_t max_count) 
 
 // Positions of a tile whose columns have `bytes` per position, if `workers` threads share `positions`.
 template <typename T>
-int64_t tile_size(int64_t bytes, int64_t positions, int64_t workers) {
+int64_t tile_size(TileLimits most, int64_t bytes, int64_t positions, int64_t workers) {
   const int64_t rows = kernels<T>().rows;
-  const int64_t fitting = std::min({kColumnBytes / bytes, kMaxTile, divide_up(positions, workers)});
+  const int64_t fitting = std::min({most.column_bytes / bytes, most.positions, divide_up(positions, workers)});
   return std::max<int64_t>(divide_up(fitting, rows) * rows, rows);
 }
 
@@ -175,9 +177,11 @@ Tensor forward(const DeformConv2dSizes& s, const Tensor& input, const Modulation
   const GroupedPanels<T> panels = pack_forward_weight(s, operands.weights);
   // Taps at a time: all that leave room for a tile of many positions.
   const int64_t positions = s.positions(), tap_bytes = s.channels * int64_t{sizeof(T)};
-  const int64_t most_taps = std::clamp<int64_t>(kColumnBytes / (kMaxTile * tap_bytes), 1, s.taps());
+  const int64_t most_taps =
+      std::clamp<int64_t>(kForwardTile.column_bytes / (kForwardTile.positions * tap_bytes), 1, s.taps());
   const int64_t taps = divide_up(s.taps(), divide_up(s.taps(), most_taps));  // in rounds of nearly equal length
-  const int64_t tile = tile_size<T>(taps * tap_bytes, s.batch * positions, torch::stable::get_num_threads());
+  const int64_t tile =
+      tile_size<T>(kForwardTile, taps * tap_bytes, s.batch * positions, torch::stable::get_num_threads());
   const int64_t tiles = divide_up(positions, tile);
   torch::stable::parallel_for(0, s.batch * tiles, 1, [&](int64_t first, int64_t last) {
     ForwardTile<T> worker(operands, panels, tile, taps);
@@ -203,11 +207,11 @@ class BackwardTask {
         gradients_(gradients),
         grad_panels_(operands.sizes.group_out_channels()),
         offsets_(operands.offsets, tile),
-        samples_(1, tile, true),
+        samples_(operands.sizes.taps(), tile, true),
         grad_tile_(scratch<T>(grad_panels_.size(tile))),
         columns_(scratch<T>(tile * operands.sizes.taps() * segment_channels)),
         grad_weight_(scratch<T>(operands.sizes.taps() * segment_channels * operands.sizes.group_out_channels())),
-        dots_(scratch<T>(4 * tile)),
+        dots_(scratch<T>(operands.sizes.taps() * 4 * tile)),
         trash_(segment_channels, T(0)) {}
 
   void run(const Segment& segment, Range images) {
@@ -236,7 +240,7 @@ class BackwardTask {
     offsets_.load(n, begin, count);
     pack_grad_output(segment, n, begin, count);
     if (gradients_.input || gradients_.offset) multiply_columns(count, width);
-    for (int64_t tap = 0; tap < s.taps(); ++tap) run_tap(segment, n, begin, count, tap, width);
+    sample(segment, n, begin, count, width);
     if (gradients_.weight) multiply_weight(count, width);
   }
 
@@ -288,17 +292,22 @@ class BackwardTask {
     kernels<T>().multiply(product);
   }
 
-  void run_tap(const Segment& segment, int64_t n, int64_t begin, int64_t count, int64_t tap, int64_t width) {
+  // Puts the samples in the place of the gradient columns, and their gradients where they belong.
+  void sample(const Segment& segment, int64_t n, int64_t begin, int64_t count, int64_t width) {
     const DeformConv2dSizes& s = operands_.sizes;
-    const TapSamples<T>* samples = samples_.locate(offsets_, segment.deform_group, tap, 1, count);
+    const TapSamples<T>* samples = samples_.locate(offsets_, segment.deform_group, 0, s.taps(), count);
     const ImageChannels<T> channels = operands_.channels(n, segment.begin, segment.count);
-    T* columns = columns_.get() + tap * segment.count;
-    if (!gradients_.input && !gradients_.offset) return kernels<T>().gather(channels, samples, 1, columns, width, 0);
-    T* const dots[4] = {dots_.get(), dots_.get() + tile_, dots_.get() + 2 * tile_, dots_.get() + 3 * tile_};
+    if (!gradients_.input && !gradients_.offset) {
+      return kernels<T>().gather(channels, samples, s.taps(), columns_.get(), width, segment.count);
+    }
     T* grad_image = gradients_.input ? gradients_.input + operands_.image_begin(n) + segment.begin : nullptr;
-    kernels<T>().backward(channels, *samples, columns, width, grad_image, gradients_.offset ? dots : nullptr,
-                          trash_.data());
-    if (gradients_.offset) gradients_.add_to_offsets(s, n, segment.deform_group, tap, begin, *samples, dots);
+    kernels<T>().backward(channels, samples, s.taps(), columns_.get(), width, segment.count, grad_image,
+                          gradients_.offset ? dots_.get() : nullptr, tile_, trash_.data());
+    for (int64_t tap = 0; gradients_.offset && tap < s.taps(); ++tap) {
+      const T* first = dots_.get() + tap * 4 * tile_;
+      const T* const dots[4] = {first, first + tile_, first + 2 * tile_, first + 3 * tile_};
+      gradients_.add_to_offsets(s, n, segment.deform_group, tap, begin, samples[tap], dots);
+    }
   }
 
   const Operands<T>& operands_;
@@ -338,7 +347,7 @@ std::array<Tensor, 4> backward(const DeformConv2dSizes& s, const Tensor& grad, c
   GradientTensors<T> gradients(s, input, modulation, weight, need, image_parts, channel_parts);
   if (s.batch > 0 && s.out_channels > 0) {
     const int64_t widest = std::min(segment_channels, s.group_channels());
-    const int64_t tile = tile_size<T>(s.taps() * widest * int64_t{sizeof(T)}, s.positions(), 1);
+    const int64_t tile = tile_size<T>(kBackwardTile, s.taps() * widest * int64_t{sizeof(T)}, s.positions(), 1);
     torch::stable::parallel_for(0, image_parts * channel_parts, 1, [&](int64_t first, int64_t last) {
       for (int64_t task = first; task < last; ++task) {
         const int64_t image_part = task / channel_parts, channel_part = task % channel_parts;

@@ -100,16 +100,16 @@ struct Kernels {
   // values[i] = 1 / (1 + exp(-values[i])).
   void (*sigmoid)(T* values, int64_t count);
 
-  // columns[p * column_stride + t * from.channels + c] = sample p of tap t and channel c, for all `taps` samples.
+  // columns[p * column_stride + t * tap_stride + c] = sample p of tap t and channel c, for `taps` of `samples`.
   void (*gather)(const ImageChannels<T>& from, const TapSamples<T>* samples, int64_t taps, T* columns,
                  int64_t column_stride, int64_t tap_stride);
 
-  // From gradient columns: adds each to the pixels of `grad_image` that it was read from, writes
-  // dots[k][p] = <gradient column p, neighbour k of sample p>, and puts the samples in the gradient columns' place.
-  // `grad_image` and `dots` may be null; `trash` holds at least `channels` values, written in place of neighbours
-  // outside.
-  void (*backward)(const ImageChannels<T>& from, const TapSamples<T>& samples, T* columns, int64_t column_stride,
-                   T* grad_image, T* const* dots, T* trash);
+  // From gradient columns, laid out as the columns above: adds each to the pixels of `grad_image` that it was read
+  // from, writes dots[(t * 4 + k) * dot_stride + p] = <gradient column p of tap t, neighbour k of its sample>, and puts
+  // the samples in the gradient columns' place. `grad_image` and `dots` may be null; `trash` holds at least `channels`
+  // values, written in place of neighbours outside.
+  void (*backward)(const ImageChannels<T>& from, const TapSamples<T>* samples, int64_t taps, T* columns,
+                   int64_t column_stride, int64_t tap_stride, T* grad_image, T* dots, int64_t dot_stride, T* trash);
 
   // Adds the gradients that follow from the dots; `grad_mask` may be null, and is by the logits of the modulation where
   // `logits`.

@@ -154,59 +154,58 @@ template <typename T>
 }
 
 template <typename T, bool kInput, bool kOffset>
-void backward_pass(const ImageChannels<T>& from, const TapSamples<T>& samples, T* columns, int64_t column_stride,
-                   T* grad_image, T* const* dots, T* trash) {
+void backward_pass(const ImageChannels<T>& from, const TapSamples<T>* samples, int64_t taps, T* columns,
+                   int64_t column_stride, int64_t tap_stride, T* grad_image, T* dots, int64_t dot_stride, T* trash) {
   constexpr int64_t lanes = kLanes<T>;
-  const int64_t channels = from.channels, whole = channels / lanes * lanes;
-  for (int64_t p = 0; p < samples.count; ++p, columns += column_stride) {
-    const T* row[4];
-    T *grad_row[4], weight[4], tail[4];
-    for (int k = 0; k < 4; ++k) {
-      const int32_t pixel = samples.pixel[k][p];
-      row[k] = pixel == kNoPixel ? from.zeros : from.image + pixel * from.stride;
-      grad_row[k] = pixel == kNoPixel || !kInput ? trash : grad_image + pixel * from.stride;
-      weight[k] = samples.weight[k][p];
-      tail[k] = 0;
-    }
-    Vector<T> dot[4] = {};
-    for (int64_t c = 0; c < whole; c += lanes) {
-      const Vector<T> gradient = load(columns + c);
-      Vector<T> column = {};
+  const int64_t channels = from.channels, whole = channels / lanes * lanes, count = samples->count;
+  for (int64_t p = 0; p < count; ++p, columns += column_stride) {
+    T* column_of_tap = columns;
+    for (int64_t t = 0; t < taps; ++t, column_of_tap += tap_stride) {
+      const T* row[4];
+      T *grad_row[4], weight[4], tail[4];
+      for (int k = 0; k < 4; ++k) {
+        const int32_t pixel = samples[t].pixel[k][p];
+        row[k] = pixel == kNoPixel ? from.zeros : from.image + pixel * from.stride;
+        grad_row[k] = pixel == kNoPixel || !kInput ? trash : grad_image + pixel * from.stride;
+        weight[k] = samples[t].weight[k][p];
+        tail[k] = 0;
+      }
+      Vector<T> dot[4] = {};
+      for (int64_t c = 0; c < whole; c += lanes) {
+        const Vector<T> gradient = load(column_of_tap + c);
+        Vector<T> column = {};
 #pragma GCC unroll 4
-      for (int k = 0; k < 4; ++k) {
-        const Vector<T> value = load(row[k] + c);
-        column += weight[k] * value;
-        if (kOffset) dot[k] += gradient * value;
-        if (kInput) store(grad_row[k] + c, load(grad_row[k] + c) + weight[k] * gradient);
+        for (int k = 0; k < 4; ++k) {
+          const Vector<T> value = load(row[k] + c);
+          column += weight[k] * value;
+          if (kOffset) dot[k] += gradient * value;
+          if (kInput) store(grad_row[k] + c, load(grad_row[k] + c) + weight[k] * gradient);
+        }
+        store(column_of_tap + c, column);
       }
-      store(columns + c, column);
-    }
-    for (int64_t c = whole; c < channels; ++c) {
-      const T gradient = columns[c];
-      T column = 0;
-      for (int k = 0; k < 4; ++k) {
-        column += weight[k] * row[k][c];
-        if (kOffset) tail[k] += gradient * row[k][c];
-        if (kInput) grad_row[k][c] += weight[k] * gradient;
+      for (int64_t c = whole; c < channels; ++c) {
+        const T gradient = column_of_tap[c];
+        T column = 0;
+        for (int k = 0; k < 4; ++k) {
+          column += weight[k] * row[k][c];
+          if (kOffset) tail[k] += gradient * row[k][c];
+          if (kInput) grad_row[k][c] += weight[k] * gradient;
+        }
+        column_of_tap[c] = column;
       }
-      columns[c] = column;
-    }
-    if (kOffset) {
-      for (int k = 0; k < 4; ++k) dots[k][p] = sum_of<T>(dot[k]) + tail[k];
+      if (!kOffset) continue;
+      for (int k = 0; k < 4; ++k) dots[(t * 4 + k) * dot_stride + p] = sum_of<T>(dot[k]) + tail[k];
     }
   }
 }
 
 template <typename T>
-void backward(const ImageChannels<T>& from, const TapSamples<T>& samples, T* columns, int64_t column_stride,
-              T* grad_image, T* const* dots, T* trash) {
-  if (grad_image && dots) {
-    backward_pass<T, true, true>(from, samples, columns, column_stride, grad_image, dots, trash);
-  } else if (grad_image) {
-    backward_pass<T, true, false>(from, samples, columns, column_stride, grad_image, dots, trash);
-  } else {
-    backward_pass<T, false, true>(from, samples, columns, column_stride, grad_image, dots, trash);
-  }
+void backward(const ImageChannels<T>& from, const TapSamples<T>* samples, int64_t taps, T* columns,
+              int64_t column_stride, int64_t tap_stride, T* grad_image, T* dots, int64_t dot_stride, T* trash) {
+  const auto pass = grad_image && dots ? backward_pass<T, true, true>
+                    : grad_image       ? backward_pass<T, true, false>
+                                       : backward_pass<T, false, true>;
+  pass(from, samples, taps, columns, column_stride, tap_stride, grad_image, dots, dot_stride, trash);
 }
 
 template <typename T>
