@@ -5,7 +5,6 @@
 
 #include "deform_conv2d_grouped.h"
 #include "deform_conv2d_operands.h"
-#include "panels.h"
 
 namespace dcn::cpu {
 namespace {
@@ -174,7 +173,7 @@ Tensor forward(const DeformConv2dSizes& s, const Tensor& input, const Modulation
   const T* bias_data = dense_bias ? dense_bias->template const_data_ptr<T>() : nullptr;
   T* out = output.template mutable_data_ptr<T>();
 
-  const GroupedPanels<T> panels = pack_forward_weight(s, operands.weights);
+  const GroupedPanels<T> panels = pack_forward_weight(s, operands.weight);
   // Taps at a time: all that leave room for a tile of many positions.
   const int64_t positions = s.positions(), tap_bytes = s.channels * int64_t{sizeof(T)};
   const int64_t most_taps =
@@ -218,16 +217,16 @@ class BackwardTask {
     const DeformConv2dSizes& s = operands_.sizes;
     const int64_t width = s.taps() * segment.count, group_out = s.group_out_channels();
     if (gradients_.input || gradients_.offset) {
-      weight_ = pack_backward_weight(s, operands_.weights, segment.group, segment.begin % s.group_channels(),
+      weight_ = pack_backward_weight(s, operands_.weight, segment.group, segment.begin % s.group_channels(),
                                      segment.count, grad_panels_);
     }
-    if (gradients_.weight) std::fill_n(grad_weight_.get(), width * group_out, T(0));
+    if (gradients_.weight.data) std::fill_n(grad_weight_.get(), width * group_out, T(0));
     for (int64_t n = images.begin; n < images.end; ++n) {
       for (int64_t begin = 0; begin < s.positions(); begin += tile_) {
         run_tile(segment, n, begin, std::min(tile_, s.positions() - begin));
       }
     }
-    if (gradients_.weight) {
+    if (gradients_.weight.data) {
       unpack_weight_gradient(s, grad_weight_.get(), segment.group, segment.begin % s.group_channels(), segment.count,
                              gradients_.weight);
     }
@@ -241,7 +240,7 @@ class BackwardTask {
     pack_grad_output(segment, n, begin, count);
     if (gradients_.input || gradients_.offset) multiply_columns(count, width);
     sample(segment, n, begin, count, width);
-    if (gradients_.weight) multiply_weight(count, width);
+    if (gradients_.weight.data) multiply_weight(count, width);
   }
 
   // Panels of the tile's output gradients, (positions, output channels of the group).
@@ -380,6 +379,9 @@ std::array<Tensor, 4> backward_in_dtype(const char* op, const DeformConv2dSizes&
   std::array<Tensor, 4> gradients = dtype == ScalarType::Double
                                         ? backward<double>(s, grad, input, modulation, weight, need)
                                         : backward<float>(s, grad, input, modulation, weight, need);
+  if (need.weight && is_channels_last(weight)) {
+    gradients[2] = torch::stable::contiguous(gradients[2], MemoryFormat::ChannelsLast);
+  }
   for (Tensor& gradient : gradients) {
     if (gradient.scalar_type() != dtype) gradient = torch::stable::to(gradient, dtype);
   }

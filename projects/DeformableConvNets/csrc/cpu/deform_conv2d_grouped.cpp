@@ -136,7 +136,7 @@ class GroupedBackwardTask {
         begin_(begin),
         end_(end),
         samples_(operands, true),
-        weight_(pack_grouped_weight(sizes_, operands.weights, begin, end)),
+        weight_(pack_grouped_weight(sizes_, operands.weight.data, begin, end)),
         grad_weight_(scratch<T>((end - begin) * weight_row())),
         dots_(scratch<T>(sizes_.taps() * 4 * kGroupedStride)),
         memory_(scratch<T>(sizes_.taps() * kGroupedMemory)) {
@@ -150,10 +150,10 @@ class GroupedBackwardTask {
         run_tile(n, first, std::min(kGroupedTile, sizes_.positions() - first));
       }
     }
-    if (!gradients_.weight) return;
+    if (!gradients_.weight.data) return;
     for_each_weight<T>(sizes_, begin_, end_, [&](int64_t from, int64_t to, int64_t tap_stride) {
       for (int64_t tap = 0; tap < sizes_.taps(); ++tap) {
-        gradients_.weight[to + tap] = grad_weight_[from + tap * tap_stride];
+        gradients_.weight.data[to + tap] = grad_weight_[from + tap * tap_stride];
       }
     });
   }
@@ -225,13 +225,13 @@ Tensor grouped_forward(const DeformConv2dSizes& s, const Tensor& input, const Mo
   const bool channels_last = is_channels_last(input);
   Tensor output = empty_4d(input, {s.batch, s.out_channels, s.out_h, s.out_w}, scalar_type_of<T>(), channels_last);
   if (output.numel() == 0) return output;
-  const Operands<T> operands(s, input, modulation, weight);
+  const Operands<T> operands(s, input, modulation, dense(weight, scalar_type_of<T>()));
   std::optional<Tensor> dense_bias;
   if (bias) dense_bias = dense(*bias, scalar_type_of<T>());
   const T* bias_data = dense_bias ? dense_bias->template const_data_ptr<T>() : nullptr;
   T* out = output.template mutable_data_ptr<T>();
 
-  const Scratch<T> packed = pack_grouped_weight(s, operands.weights, 0, s.channels);
+  const Scratch<T> packed = pack_grouped_weight(s, operands.weight.data, 0, s.channels);
   const int64_t positions = s.positions(), channels = s.channels, deform_channels = s.deform_channels();
   const int64_t tiles = divide_up(positions, kGroupedTile);
   torch::stable::parallel_for(0, s.batch * tiles, 1, [&](int64_t first, int64_t last) {
@@ -264,10 +264,11 @@ std::array<Tensor, 4> grouped_backward(const DeformConv2dSizes& s, const Tensor&
   const int64_t workers = torch::stable::get_num_threads(), unit = unit_channels<T>(s);
   const int64_t image_parts = std::clamp<int64_t>(s.batch, 1, workers);
   const int64_t channel_parts = std::min(divide_up(workers, image_parts), s.channels / unit);
-  GradientTensors<T> gradients(s, input, modulation, weight, need, image_parts, channel_parts);
+  const Tensor contiguous_weight = dense(weight, scalar_type_of<T>());
+  GradientTensors<T> gradients(s, input, modulation, contiguous_weight, need, image_parts, channel_parts);
   if (s.batch > 0) {
     // They end with this block: before the input gradient is copied to another memory format.
-    const Operands<T> operands(s, input, modulation, weight);
+    const Operands<T> operands(s, input, modulation, contiguous_weight);
     const bool channels_last = is_channels_last(grad);
     const Tensor grad_output =
         dense(grad, scalar_type_of<T>(), channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);

@@ -8,6 +8,7 @@
 #include "kernels.h"
 #include "layout.h"
 #include "offsets.h"
+#include "panels.h"
 #include "tiles.h"
 
 namespace dcn::cpu {
@@ -18,17 +19,19 @@ struct Operands {
   Tensor image_tensor, weight_tensor;
   DeformConv2dSizes sizes;
   Offsets<T> offsets;
-  const T *images, *weights;
+  const T* images;
+  Weight<const T> weight;
   std::vector<T> zeros;
 
   Operands(const DeformConv2dSizes& s, const Tensor& input, const Modulation& modulation, const Tensor& weight)
       : image_tensor(to_channels_last<T>(input)),
-        weight_tensor(dense(weight, scalar_type_of<T>())),
+        weight_tensor(dense(weight, scalar_type_of<T>(),
+                            is_channels_last(weight) ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous)),
         sizes(s),
         offsets(s, modulation),
         zeros(s.channels, T(0)) {
     images = image_tensor.template const_data_ptr<T>();
-    weights = weight_tensor.template const_data_ptr<T>();
+    this->weight = {weight_tensor.template const_data_ptr<T>(), is_channels_last(weight_tensor)};
   }
 
   int64_t image_begin(int64_t n) const { return n * sizes.pixels() * sizes.channels; }
@@ -45,7 +48,7 @@ struct Gradients {
   T* mask;                         // (deform_groups, taps, positions) for every image
   int64_t offset_size, mask_size;  // from one image to the next
   bool logits;                     // the mask's gradient is by its logits
-  T* weight;                       // as weight
+  Weight<T> weight;
 
   // Adds what follows from the dots of a tap, for positions from `begin` on of image n.
   void add_to_offsets(const DeformConv2dSizes& s, int64_t n, int64_t deform_group, int64_t tap, int64_t begin,
@@ -90,7 +93,7 @@ class GradientTensors {
     if (need_.offset) part.offset = part_of_tensor(grad_offset_, channel_part);
     if (need_.offset && part.logits) part.mask = part.offset + offset_size_ / 3 * 2;
     if (has_own_mask()) part.mask = part_of_tensor(grad_mask_, channel_part);
-    if (need_.weight) part.weight = part_of_tensor(grad_weight_, image_part);
+    if (need_.weight) part.weight = {part_of_tensor(grad_weight_, image_part), is_channels_last(weight_)};
     return part;
   }
 
@@ -99,12 +102,18 @@ class GradientTensors {
   std::array<Tensor, 4> finish() const {
     const Tensor none = empty_result(input_);
     return {need_.input ? like_input<T>(grad_input_, input_) : none, need_.offset ? offset_gradient() : none,
-            need_.weight ? sum_parts(grad_weight_, weight_) : none,
-            has_own_mask() ? sum_parts(grad_mask_, *modulation_.mask) : none};
+            need_.weight ? weight_gradient() : none, has_own_mask() ? sum_parts(grad_mask_, *modulation_.mask) : none};
   }
 
  private:
   bool has_own_mask() const { return need_.offset && modulation_.mask && !modulation_.joint; }
+  Tensor weight_gradient() const {
+    const Tensor sum = sum_parts(grad_weight_, weight_);
+    if (!is_channels_last(weight_)) return sum;
+    const int64_t kernel_h = weight_.size(2), kernel_w = weight_.size(3);
+    const Tensor values = torch::stable::reshape(sum, {weight_.size(0), kernel_h, kernel_w, weight_.size(1)});
+    return torch::stable::transpose(torch::stable::transpose(values, 1, 3), 2, 3);
+  }
   Tensor offset_gradient() const {
     if (!modulation_.joint) return sum_parts(grad_offset_, modulation_.offset);
     return like_input<T>(sum_parts(grad_offset_, *modulation_.joint), *modulation_.joint);

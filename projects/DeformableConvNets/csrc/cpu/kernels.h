@@ -121,6 +121,10 @@ struct Kernels {
   // to[c * to_stride + r] = from[r * from_stride + c].
   void (*transpose)(const T* from, int64_t from_stride, int64_t rows, int64_t columns, T* to, int64_t to_stride);
 
+  // to[places[c] + r] = from[r * from_stride + c].
+  void (*transpose_to_places)(const T* from, int64_t from_stride, int64_t rows, int64_t columns, T* to,
+                              const int64_t* places);
+
   // a[c] += scale * b[c].
   void (*add_scaled)(T* a, const T* b, T scale, int64_t count);
 

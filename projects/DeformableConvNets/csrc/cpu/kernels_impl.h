@@ -240,9 +240,9 @@ template <typename T, int kHigh, size_t... kIndex>
 }
 
 // Transposes a square of as many rows as a vector has lanes: every round of interleaving moves one bit of a value's row
-// number to its column number.
-template <typename T>
-[[gnu::always_inline]] inline void transpose_square(const T* from, int64_t from_stride, T* to, int64_t to_stride) {
+// number to its column number. Column i goes to place(i).
+template <typename T, typename Place>
+[[gnu::always_inline]] inline void transpose_square(const T* from, int64_t from_stride, const Place& place) {
   constexpr int lanes = kLanes<T>;
   constexpr auto indices = std::make_index_sequence<lanes>();
   Vector<T> row[lanes], next[lanes];
@@ -259,22 +259,34 @@ template <typename T>
     for (int i = 0; i < lanes; ++i) row[i] = next[i];
   }
 #pragma GCC unroll 16
-  for (int i = 0; i < lanes; ++i) store(to + i * to_stride, row[i]);
+  for (int i = 0; i < lanes; ++i) store(place(i), row[i]);
 }
 
-template <typename T>
-void transpose(const T* from, int64_t from_stride, int64_t rows, int64_t columns, T* to, int64_t to_stride) {
+// Row r of column c goes to place(c)[r].
+template <typename T, typename Place>
+[[gnu::always_inline]] inline void transpose_blocks(const T* from, int64_t from_stride, int64_t rows, int64_t columns,
+                                                    const Place& place) {
   constexpr int64_t lanes = kLanes<T>;
   const int64_t whole_rows = rows / lanes * lanes, whole_columns = columns / lanes * lanes;
   for (int64_t c = 0; c < whole_columns; c += lanes) {
     for (int64_t r = 0; r < whole_rows; r += lanes) {
-      transpose_square(from + r * from_stride + c, from_stride, to + c * to_stride + r, to_stride);
+      transpose_square(from + r * from_stride + c, from_stride, [&](int64_t i) { return place(c + i) + r; });
     }
   }
   for (int64_t c = 0; c < columns; ++c) {
-    for (int64_t r = c < whole_columns ? whole_rows : 0; r < rows; ++r)
-      to[c * to_stride + r] = from[r * from_stride + c];
+    for (int64_t r = c < whole_columns ? whole_rows : 0; r < rows; ++r) place(c)[r] = from[r * from_stride + c];
   }
+}
+
+template <typename T>
+void transpose(const T* from, int64_t from_stride, int64_t rows, int64_t columns, T* to, int64_t to_stride) {
+  transpose_blocks(from, from_stride, rows, columns, [=](int64_t c) { return to + c * to_stride; });
+}
+
+template <typename T>
+void transpose_to_places(const T* from, int64_t from_stride, int64_t rows, int64_t columns, T* to,
+                         const int64_t* places) {
+  transpose_blocks(from, from_stride, rows, columns, [=](int64_t c) { return to + places[c]; });
 }
 
 template <typename T>
@@ -304,6 +316,7 @@ constexpr Kernels<T> all_kernels() {
           add_offset_gradients<T>,
           multiply<T>,
           transpose<T>,
+          transpose_to_places<T>,
           add_scaled<T>,
           roi_pool_kernels<T>(),
           point_at<const T*, T>,

@@ -82,30 +82,38 @@ struct GroupedPanels {
 // cache.
 constexpr int64_t kPackedChannels = 16;
 
-// The weight (out_channels, group_channels, taps) as the right factor of the forward product: for every group
-// (taps, group_channels, out channels of the group).
+// A weight (out_channels, group_channels, taps), or (out_channels, taps, group_channels) where channels_last.
 template <typename T>
-GroupedPanels<T> pack_forward_weight(const DeformConv2dSizes& s, const T* weight) {
+struct Weight {
+  T* data;
+  bool channels_last;
+};
+
+// A weight as the right factor of the forward product: for every group (taps, group_channels, out channels of the
+// group).
+template <typename T>
+GroupedPanels<T> pack_forward_weight(const DeformConv2dSizes& s, const Weight<const T>& weight) {
   const int64_t channels = s.group_channels(), taps = s.taps(), group_out = s.group_out_channels();
   GroupedPanels<T> packed{nullptr, PanelShape<T>(group_out), taps * channels};
   const PanelShape<T>& shape = packed.shape;
   packed.data = scratch<T>(s.groups * shape.size(packed.depth));
   const int64_t panels = shape.panels(), width = shape.width();
+  std::vector<int64_t> places(kPackedChannels * taps);  // where the taps of some channels go
+  for (int64_t i = 0; i < kPackedChannels * taps; ++i) places[i] = (i % taps * channels + i / taps) * width;
   torch::stable::parallel_for(0, s.groups * panels, 1, [&](int64_t first, int64_t last) {
     for (int64_t i = first; i < last; ++i) {
       T* to = packed.data.get() + i * packed.depth * width;
       const int64_t out = i % panels * width, count = std::min(width, group_out - out);
-      const T* from = weight + (i / panels * group_out + out) * channels * taps;
-      const Scratch<T> block = scratch<T>(kPackedChannels * taps * width);  // (channels, taps, out channels)
-      if (count < width) std::fill_n(block.get(), kPackedChannels * taps * width, T(0));
-      for (int64_t c0 = 0; c0 < channels; c0 += kPackedChannels) {
-        const int64_t some = std::min(kPackedChannels, channels - c0);
-        kernels<T>().transpose(from + c0 * taps, channels * taps, count, some * taps, block.get(), width);
-        for (int64_t c = 0; c < some; ++c) {
-          for (int64_t tap = 0; tap < taps; ++tap) {
-            std::copy_n(block.get() + (c * taps + tap) * width, width, to + (tap * channels + c0 + c) * width);
-          }
-        }
+      const T* from = weight.data + (i / panels * group_out + out) * channels * taps;
+      if (count < width) std::fill_n(to, packed.depth * width, T(0));
+      if (weight.channels_last) {
+        kernels<T>().transpose(from, channels * taps, count, taps * channels, to, width);
+        continue;
+      }
+      for (int64_t c = 0; c < channels; c += kPackedChannels) {
+        const int64_t some = std::min(kPackedChannels, channels - c);
+        kernels<T>().transpose_to_places(from + c * taps, channels * taps, count, some * taps, to + c * width,
+                                         places.data());
       }
     }
   });
@@ -115,23 +123,28 @@ GroupedPanels<T> pack_forward_weight(const DeformConv2dSizes& s, const T* weight
 // Channels [begin, begin + count) of a group's weight as the right factor that makes gradient columns: (out channels of
 // the group, padded as the output gradients' panels are; taps; channels).
 template <typename T>
-Panels<T> pack_backward_weight(const DeformConv2dSizes& s, const T* weight, int64_t group, int64_t begin, int64_t count,
-                               const PanelShape<T>& grad_shape) {
+Panels<T> pack_backward_weight(const DeformConv2dSizes& s, const Weight<const T>& weight, int64_t group, int64_t begin,
+                               int64_t count, const PanelShape<T>& grad_shape) {
   const int64_t channels = s.group_channels(), taps = s.taps(), group_out = s.group_out_channels();
+  const int64_t channel_stride = weight.channels_last ? 1 : taps, tap_stride = weight.channels_last ? channels : 1;
   const PanelShape<T> shape(taps * count);
   const int64_t depth = grad_shape.padded(), width = shape.width();
   Panels<T> packed{scratch<T>(shape.size(depth)), depth * width, shape.vectors()};
   T* to = packed.data.get();
   if (depth != group_out || shape.columns() % width) std::fill_n(to, shape.size(depth), T(0));
   for (int64_t o = 0; o < group_out; ++o) {
-    const T* row = weight + ((group * group_out + o) * channels + begin) * taps;
+    const T* row = weight.data + (group * group_out + o) * channels * taps + begin * channel_stride;
     for (int64_t tap = 0; tap < taps; ++tap) {
       for (int64_t c = 0; c < count;) {
         const int64_t column = tap * count + c, place = column % width;
         const int64_t some = std::min(count - c, width - place);
         T* out = to + column / width * packed.panel_size + o * width + place;
-        const T* in = row + c * taps + tap;
-        for (int64_t i = 0; i < some; ++i) out[i] = in[i * taps];
+        const T* in = row + tap * tap_stride + c * channel_stride;
+        if (channel_stride == 1) {
+          std::copy_n(in, some, out);
+        } else {
+          for (int64_t i = 0; i < some; ++i) out[i] = in[i * channel_stride];
+        }
         c += some;
       }
     }
@@ -139,12 +152,18 @@ Panels<T> pack_backward_weight(const DeformConv2dSizes& s, const T* weight, int6
   return packed;
 }
 
-// Writes a weight gradient (taps, channels [begin, begin + count), out channels of the group) to its place in
-// (out_channels, group_channels, taps).
+// Writes a weight gradient (taps, channels [begin, begin + count), out channels of the group) to its place in `weight`.
 template <typename T>
 void unpack_weight_gradient(const DeformConv2dSizes& s, const T* from, int64_t group, int64_t begin, int64_t count,
-                            T* weight) {
+                            const Weight<T>& weight) {
   const int64_t taps = s.taps(), group_out = s.group_out_channels(), row = s.group_channels() * taps;
+  if (weight.channels_last) {
+    for (int64_t tap = 0; tap < taps; ++tap) {
+      kernels<T>().transpose(from + tap * count * group_out, group_out, count, group_out,
+                             weight.data + group * group_out * row + tap * s.group_channels() + begin, row);
+    }
+    return;
+  }
   constexpr int64_t kOut = 64;
   const Scratch<T> block = scratch<T>(kPackedChannels * taps * kOut);  // (channels, taps, out channels)
   for (int64_t o = 0; o < group_out; o += kOut) {
@@ -157,7 +176,7 @@ void unpack_weight_gradient(const DeformConv2dSizes& s, const T* from, int64_t g
         }
       }
       kernels<T>().transpose(block.get(), kOut, some * taps, outs,
-                             weight + (group * group_out + o) * row + (begin + c0) * taps, row);
+                             weight.data + (group * group_out + o) * row + (begin + c0) * taps, row);
     }
   }
 }

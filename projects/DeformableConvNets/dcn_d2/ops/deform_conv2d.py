@@ -17,6 +17,7 @@ from ._arguments import (
     check_shape,
     check_tensor,
     new_empty_in_format_of,
+    new_empty_weight_gradient,
     pair,
 )
 from ._library import (
@@ -247,7 +248,8 @@ def _fake_backward(
         return grad.new_empty(0) if like is None or not needed else like.new_empty(like.shape)
 
     grad_input = new_empty_in_format_of(input, input.shape) if need_input else grad.new_empty(0)
-    return grad_input, empty(offset, need_offset), empty(weight, need_weight), empty(mask, need_offset)
+    grad_weight = new_empty_weight_gradient(weight) if need_weight else grad.new_empty(0)
+    return grad_input, empty(offset, need_offset), grad_weight, empty(mask, need_offset)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

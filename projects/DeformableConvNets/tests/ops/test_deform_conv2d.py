@@ -80,7 +80,8 @@ def test_gradcheck(sample: ConvSample, device: str) -> None:
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
 def test_opcheck(sample: ConvSample, memory_format: torch.memory_format) -> None:
     operands = sample.tensors()
-    operands["input"] = operands["input"].contiguous(memory_format=memory_format)
+    for name in ("input", "weight"):
+        operands[name] = operands[name].contiguous(memory_format=memory_format)
     operands = {name: t.requires_grad_() for name, t in operands.items()}
     arguments = (operands["input"], operands["offset"], operands["weight"], operands["bias"])
     torch.library.opcheck(
@@ -169,6 +170,8 @@ def test_memory_format_is_kept(dtype: torch.dtype, device: str) -> None:
     assert expected["output"].is_contiguous()
     assert actual["output"].is_contiguous(memory_format=torch.channels_last)
     assert actual["input"].is_contiguous(memory_format=torch.channels_last)
+    if device == "cpu":
+        assert actual["weight"].is_contiguous(memory_format=torch.channels_last)
     assert_same(actual, expected, TOLERANCE[dtype])
 
 

@@ -45,7 +45,7 @@ def test_equals_reference(
     sample: ConvSample, dtype: torch.dtype, memory_format: torch.memory_format, device: str
 ) -> None:
     operands = branch_output(sample, dtype, device)
-    for name in ("input", "offset_and_mask"):
+    for name in ("input", "offset_and_mask", "weight"):
         operands[name] = operands[name].contiguous(memory_format=memory_format)
     exact = {name: t.double() for name, t in operands.items()}
     actual = gradients(functools.partial(compiled, sample), operands)
@@ -90,7 +90,7 @@ def test_gradcheck(sample: ConvSample, device: str) -> None:
 @pytest.mark.parametrize("memory_format", FORMATS, ids=str)
 def test_opcheck(sample: ConvSample, memory_format: torch.memory_format) -> None:
     operands = {name: t.requires_grad_() for name, t in branch_output(sample).items()}
-    for name in ("input", "offset_and_mask"):
+    for name in ("input", "offset_and_mask", "weight"):
         operands[name] = operands[name].detach().contiguous(memory_format=memory_format).requires_grad_()
     arguments = tuple(operands[name] for name in ("input", "offset_and_mask", "weight", "bias"))
     torch.library.opcheck(torch.ops.dcn_d2.modulated_deform_conv2d.default, arguments, dict(sample.geometry))
