@@ -52,8 +52,11 @@ find csrc/cpu -name '*.cpp' -print0 | xargs -0 -P "$jobs" -I{} \
 "${compiler[@]}" -shared -fsanitize=address,undefined "$folder"/*.o -o "$library" -L"$torch" -ltorch_cpu
 
 capabilities=(default)
-for name in avx2 avx512f; do
-  if grep -qw "$name" /proc/cpuinfo 2>/dev/null; then capabilities+=("${name%f}"); fi
+for name in avx2 avx512f amx_bf16; do
+  if grep -qw "$name" /proc/cpuinfo 2>/dev/null; then
+    name=${name%_bf16}
+    capabilities+=("${name%f}")
+  fi
 done
 if [[ -n ${DCN_CPU_CAPABILITY:-} ]]; then capabilities=("$DCN_CPU_CAPABILITY"); fi
 

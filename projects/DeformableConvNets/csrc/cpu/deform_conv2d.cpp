@@ -3,6 +3,7 @@
 // column matrix of a whole image never exists.
 #include <utility>
 
+#include "deform_conv2d_bfloat16.h"
 #include "deform_conv2d_grouped.h"
 #include "deform_conv2d_operands.h"
 
@@ -17,23 +18,6 @@ struct TileLimits {
 constexpr TileLimits kForwardTile{int64_t{256} << 10, 120}, kBackwardTile{int64_t{576} << 10, 240};
 constexpr int64_t kWeightBytes = int64_t{1200} << 10;
 
-// Channels [begin, begin + count) lie in one conv group and one deform group.
-struct Segment {
-  int64_t begin, count, group, deform_group;
-};
-
-std::vector<Segment> segments_of(const DeformConv2dSizes& s, int64_t max_count) {
-  std::vector<Segment> segments;
-  for (int64_t c = 0; c < s.channels;) {
-    const int64_t group = c / s.group_channels(), deform_group = c / s.deform_channels();
-    const int64_t end = std::min((group + 1) * s.group_channels(), (deform_group + 1) * s.deform_channels());
-    const int64_t count = std::min(end - c, max_count);
-    segments.push_back({c, count, group, deform_group});
-    c += count;
-  }
-  return segments;
-}
-
 // Positions of a tile whose columns have `bytes` per position, if `workers` threads share `positions`.
 template <typename T>
 int64_t tile_size(TileLimits most, int64_t bytes, int64_t positions, int64_t workers) {
@@ -41,49 +25,6 @@ int64_t tile_size(TileLimits most, int64_t bytes, int64_t positions, int64_t wor
   const int64_t fitting = std::min({most.column_bytes / bytes, most.positions, divide_up(positions, workers)});
   return std::max<int64_t>(divide_up(fitting, rows) * rows, rows);
 }
-
-// Memory for the samples of some taps.
-template <typename T>
-class TapBuffer {
- public:
-  TapBuffer(int64_t taps, int64_t tile, bool derivatives) : samples_(taps) {
-    tile = divide_up(tile, kMostLanes) * kMostLanes;
-    pixels_ = scratch<int32_t>(4 * taps * tile);
-    values_ = scratch<T>((derivatives ? 13 : 4) * taps * tile);
-    int32_t* next_pixel = pixels_.get();
-    T* next = values_.get();
-    const auto take = [&] { return std::exchange(next, next + tile); };
-    for (TapSamples<T>& samples : samples_) {
-      for (int k = 0; k < 4; ++k) {
-        samples.pixel[k] = std::exchange(next_pixel, next_pixel + tile);
-        samples.weight[k] = take();
-      }
-      if (!derivatives) continue;
-      for (int a = 0; a < 2; ++a) {
-        samples.y_weight[a] = take();
-        samples.y_slope[a] = take();
-        samples.x_weight[a] = take();
-        samples.x_slope[a] = take();
-      }
-      samples.modulation = take();
-    }
-  }
-
-  // Samples of taps [tap, tap + taps) for the first `count` positions of a tile.
-  const TapSamples<T>* locate(const TileOffsets<T>& offsets, int64_t deform_group, int64_t tap, int64_t taps,
-                              int64_t count) {
-    for (int64_t t = 0; t < taps; ++t) {
-      samples_[t].count = count;
-      offsets.locate(deform_group, tap + t, samples_[t]);
-    }
-    return samples_.data();
-  }
-
- private:
-  Scratch<int32_t> pixels_;
-  Scratch<T> values_;
-  std::vector<TapSamples<T>> samples_;
-};
 
 // Writes output positions of one image. A tile's columns are gathered for some taps at a time, as (positions, taps,
 // channels), and multiplied with the packed weight of these taps.
@@ -365,6 +306,7 @@ std::array<Tensor, 4> backward(const DeformConv2dSizes& s, const Tensor& grad, c
 Tensor forward_in_dtype(const DeformConv2dSizes& s, const Tensor& input, const Modulation& modulation,
                         const Tensor& weight, const std::optional<Tensor>& bias) {
   const ScalarType dtype = input.scalar_type();
+  if (uses_bfloat16_path(s, dtype)) return bfloat16_forward(s, input, modulation, weight, bias);
   const Tensor output = dtype == ScalarType::Double ? forward<double>(s, input, modulation, weight, bias)
                                                     : forward<float>(s, input, modulation, weight, bias);
   return output.scalar_type() == dtype ? output : torch::stable::to(output, dtype);

@@ -40,6 +40,66 @@ struct Operands {
   }
 };
 
+// Channels [begin, begin + count) lie in one conv group and one deform group.
+struct Segment {
+  int64_t begin, count, group, deform_group;
+};
+
+inline std::vector<Segment> segments_of(const DeformConv2dSizes& s, int64_t max_count) {
+  std::vector<Segment> segments;
+  for (int64_t c = 0; c < s.channels;) {
+    const int64_t group = c / s.group_channels(), deform_group = c / s.deform_channels();
+    const int64_t end = std::min((group + 1) * s.group_channels(), (deform_group + 1) * s.deform_channels());
+    const int64_t count = std::min(end - c, max_count);
+    segments.push_back({c, count, group, deform_group});
+    c += count;
+  }
+  return segments;
+}
+
+// Memory for the samples of some taps.
+template <typename T>
+class TapBuffer {
+ public:
+  TapBuffer(int64_t taps, int64_t tile, bool derivatives) : samples_(taps) {
+    tile = divide_up(tile, kMostLanes) * kMostLanes;
+    pixels_ = scratch<int32_t>(4 * taps * tile);
+    values_ = scratch<T>((derivatives ? 13 : 4) * taps * tile);
+    int32_t* next_pixel = pixels_.get();
+    T* next = values_.get();
+    const auto take = [&] { return std::exchange(next, next + tile); };
+    for (TapSamples<T>& samples : samples_) {
+      for (int k = 0; k < 4; ++k) {
+        samples.pixel[k] = std::exchange(next_pixel, next_pixel + tile);
+        samples.weight[k] = take();
+      }
+      if (!derivatives) continue;
+      for (int a = 0; a < 2; ++a) {
+        samples.y_weight[a] = take();
+        samples.y_slope[a] = take();
+        samples.x_weight[a] = take();
+        samples.x_slope[a] = take();
+      }
+      samples.modulation = take();
+    }
+  }
+
+  // Samples of taps [tap, tap + taps) for the first `count` positions of a tile.
+  const TapSamples<T>* locate(const TileOffsets<T>& offsets, int64_t deform_group, int64_t tap, int64_t taps,
+                              int64_t count) {
+    for (int64_t t = 0; t < taps; ++t) {
+      samples_[t].count = count;
+      offsets.locate(deform_group, tap + t, samples_[t]);
+    }
+    return samples_.data();
+  }
+
+ private:
+  Scratch<int32_t> pixels_;
+  Scratch<T> values_;
+  std::vector<TapSamples<T>> samples_;
+};
+
 // Where a backward task adds its results. Null where a gradient is not needed.
 template <typename T>
 struct Gradients {

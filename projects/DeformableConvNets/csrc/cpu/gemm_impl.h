@@ -2,36 +2,10 @@
 // Matrix products of a tile, for kernels_impl.h. The right factor is packed into panels of a few vectors' width, so
 // that a block of it stays in the first-level cache while all rows of the left factor go past it.
 
+#include "vectors_impl.h"
+
 namespace dcn::cpu::DCN_ISA {
 namespace {
-
-template <typename T>
-struct VectorOf;
-template <>
-struct VectorOf<float> {
-  typedef float type __attribute__((vector_size(DCN_VECTOR_BYTES)));
-};
-template <>
-struct VectorOf<double> {
-  typedef double type __attribute__((vector_size(DCN_VECTOR_BYTES)));
-};
-template <typename T>
-using Vector = typename VectorOf<T>::type;
-
-template <typename T>
-constexpr int64_t kLanes = DCN_VECTOR_BYTES / sizeof(T);
-
-// Memory need not be aligned, hence memcpy, which compiles to one instruction.
-template <typename T>
-[[gnu::always_inline]] inline Vector<T> load(const T* from) {
-  Vector<T> vector;
-  __builtin_memcpy(&vector, from, sizeof(vector));
-  return vector;
-}
-template <typename T>
-[[gnu::always_inline]] inline void store(T* to, const Vector<T>& vector) {
-  __builtin_memcpy(to, &vector, sizeof(vector));
-}
 
 // Rows of the left factor that a micro-kernel holds in registers: with 4 vectors of columns, they and the factors fill
 // the register file of the instruction set.

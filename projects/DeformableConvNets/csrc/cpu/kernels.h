@@ -145,7 +145,8 @@ struct Kernels {
                            int64_t grad_stride, T* grad_weight, T* dots, T* memory);
 };
 
-// The kernels of the best instruction set that this processor has. DCN_CPU_CAPABILITY=default|avx2|avx512 caps it.
+// The kernels of the best instruction set that this processor has. DCN_CPU_CAPABILITY=default|avx2|avx512|amx
+// caps it; amx_kernels.h has more for amx.
 template <typename T>
 const Kernels<T>& kernels();
 

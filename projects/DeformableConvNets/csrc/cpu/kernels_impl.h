@@ -7,27 +7,24 @@
 namespace dcn::cpu::DCN_ISA {
 namespace {
 
-template <typename T>
-using Mask = decltype(Vector<T>{} < Vector<T>{});  // integers as wide as T, -1 for true
-
 // As sample_axis_zeros, of a vector of positions.
 template <typename T>
 struct AxisVector {
-  Mask<T> low, exists[2];
+  Integers<T> low, exists[2];
   Vector<T> weight[2], slope[2];
 };
 
 template <typename T>
 [[gnu::always_inline]] inline AxisVector<T> sample_axis_vector(const Vector<T>& position, int32_t size) {
   const Vector<T> zero = {}, one = zero + 1;
-  const Mask<T> inside = (position > -one) & (position < zero + static_cast<T>(size));
+  const Integers<T> inside = (position > -one) & (position < zero + static_cast<T>(size));
   const Vector<T> safe = inside ? position : zero;
   AxisVector<T> axis;
-  axis.low = __builtin_convertvector(safe, Mask<T>);
+  axis.low = __builtin_convertvector(safe, Integers<T>);
   axis.low += __builtin_convertvector(axis.low, Vector<T>) > safe;  // rounded up, so one less is the floor
   const Vector<T> fraction = safe - __builtin_convertvector(axis.low, Vector<T>);
   axis.exists[0] = inside & (axis.low >= 0);
-  axis.exists[1] = inside & (axis.low + 1 < Mask<T>{} + size);
+  axis.exists[1] = inside & (axis.low + 1 < Integers<T>{} + size);
   axis.weight[0] = axis.exists[0] ? one - fraction : zero;
   axis.weight[1] = axis.exists[1] ? fraction : zero;
   axis.slope[0] = axis.exists[0] ? -one : zero;
@@ -37,7 +34,7 @@ template <typename T>
 
 // Stores to places of their type, which may be narrower.
 template <typename T>
-[[gnu::always_inline]] inline void store_pixels(int32_t* to, const Mask<T>& pixels) {
+[[gnu::always_inline]] inline void store_pixels(int32_t* to, const Integers<T>& pixels) {
   typedef int32_t Narrow __attribute__((vector_size(kLanes<T> * sizeof(int32_t))));
   const Narrow narrow = __builtin_convertvector(pixels, Narrow);
   __builtin_memcpy(to, &narrow, sizeof(narrow));
@@ -63,8 +60,8 @@ void locate_all(const DeformConv2dSizes& sizes, TileStart<T> start, TapOffsets<T
     const AxisVector<T> column =
         sample_axis_vector<T>((load(start.x + p) + x) + load(offset_x), static_cast<int32_t>(sizes.width));
     const Vector<T> modulation = kMask ? load(mask) : zero + 1;
-    const Mask<T> first = row.low * static_cast<int32_t>(sizes.width) + column.low;
-    const Mask<T> second = first + static_cast<int32_t>(sizes.width), none = Mask<T>{} + kNoPixel;
+    const Integers<T> first = row.low * static_cast<int32_t>(sizes.width) + column.low;
+    const Integers<T> second = first + static_cast<int32_t>(sizes.width), none = Integers<T>{} + kNoPixel;
 #pragma GCC unroll 4
     for (int k = 0; k < 4; ++k) {
       const int a = k / 2, b = k % 2;
@@ -229,64 +226,6 @@ void add_offset_gradients(const TapSamples<T>& samples, const T* const* dots, T*
     const T modulation = samples.modulation[p];
     grad_mask[p] += logits ? modulation * (T(1) - modulation) * by_mask : by_mask;
   }
-}
-
-// Halves of a's and b's values, in turns: from their first halves (kHigh 0) or their second ones (1).
-template <typename T, int kHigh, size_t... kIndex>
-[[gnu::always_inline]] inline Vector<T> interleave(const Vector<T>& a, const Vector<T>& b,
-                                                   std::index_sequence<kIndex...>) {
-  constexpr int lanes = kLanes<T>;
-  return __builtin_shufflevector(a, b, (static_cast<int>(kIndex / 2) + kHigh * lanes / 2 + (kIndex % 2) * lanes)...);
-}
-
-// Transposes a square of as many rows as a vector has lanes: every round of interleaving moves one bit of a value's row
-// number to its column number. Column i goes to place(i).
-template <typename T, typename Place>
-[[gnu::always_inline]] inline void transpose_square(const T* from, int64_t from_stride, const Place& place) {
-  constexpr int lanes = kLanes<T>;
-  constexpr auto indices = std::make_index_sequence<lanes>();
-  Vector<T> row[lanes], next[lanes];
-#pragma GCC unroll 16
-  for (int i = 0; i < lanes; ++i) row[i] = load(from + i * from_stride);
-#pragma GCC unroll 4
-  for (int round = 1; round < lanes; round *= 2) {
-#pragma GCC unroll 8
-    for (int i = 0; i < lanes / 2; ++i) {
-      next[2 * i] = interleave<T, 0>(row[i], row[i + lanes / 2], indices);
-      next[2 * i + 1] = interleave<T, 1>(row[i], row[i + lanes / 2], indices);
-    }
-#pragma GCC unroll 16
-    for (int i = 0; i < lanes; ++i) row[i] = next[i];
-  }
-#pragma GCC unroll 16
-  for (int i = 0; i < lanes; ++i) store(place(i), row[i]);
-}
-
-// Row r of column c goes to place(c)[r].
-template <typename T, typename Place>
-[[gnu::always_inline]] inline void transpose_blocks(const T* from, int64_t from_stride, int64_t rows, int64_t columns,
-                                                    const Place& place) {
-  constexpr int64_t lanes = kLanes<T>;
-  const int64_t whole_rows = rows / lanes * lanes, whole_columns = columns / lanes * lanes;
-  for (int64_t c = 0; c < whole_columns; c += lanes) {
-    for (int64_t r = 0; r < whole_rows; r += lanes) {
-      transpose_square(from + r * from_stride + c, from_stride, [&](int64_t i) { return place(c + i) + r; });
-    }
-  }
-  for (int64_t c = 0; c < columns; ++c) {
-    for (int64_t r = c < whole_columns ? whole_rows : 0; r < rows; ++r) place(c)[r] = from[r * from_stride + c];
-  }
-}
-
-template <typename T>
-void transpose(const T* from, int64_t from_stride, int64_t rows, int64_t columns, T* to, int64_t to_stride) {
-  transpose_blocks(from, from_stride, rows, columns, [=](int64_t c) { return to + c * to_stride; });
-}
-
-template <typename T>
-void transpose_to_places(const T* from, int64_t from_stride, int64_t rows, int64_t columns, T* to,
-                         const int64_t* places) {
-  transpose_blocks(from, from_stride, rows, columns, [=](int64_t c) { return to + places[c]; });
 }
 
 template <typename T>

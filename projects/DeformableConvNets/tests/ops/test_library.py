@@ -62,7 +62,7 @@ assert len(messages) == 1 and "pip install" in messages[0] and "dcn_d2._C was no
     assert "Error" not in output
 
 
-@pytest.mark.parametrize("capability", ["default", "avx2"])
+@pytest.mark.parametrize("capability", ["default", "avx2", "avx512"])
 def test_every_instruction_set(capability: str) -> None:
     operators = ("deform_conv2d", "modulated_deform_conv2d", "grouped", "deform_roi_pool", "deform_psroi_pool")
     tests = [str(TESTS / f"test_{name}.py") for name in operators]
@@ -86,7 +86,7 @@ try:
 except RuntimeError as error:
     print(error)
 """
-    assert "DCN_CPU_CAPABILITY must be default, avx2 or avx512, got sse9" in run_python(code, DCN_CPU_CAPABILITY="sse9")
+    assert "DCN_CPU_CAPABILITY must be default, avx2, avx512 or amx, got sse9" in run_python(code, DCN_CPU_CAPABILITY="sse9")
 
 
 def test_work_is_spread_over_all_threads() -> None:

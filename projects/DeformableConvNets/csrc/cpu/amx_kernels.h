@@ -1,0 +1,79 @@
+// Copyright (c) the dcn_d2 authors. SPDX-License-Identifier: Apache-2.0
+// The inner loops of deform_conv2d for bfloat16 on processors that have matrix tiles (AMX).
+//
+// A tile is 16 rows of 64 bytes. A product's left factor is cut into blocks of 32 columns: a block has 32 values of
+// every row, so that 16 rows of it are a tile. Its right factor is cut into panels of two tiles' width, and a tile of
+// it has pairs: row r, pair n are rows 2 r and 2 r + 1 of column n. Sums are float32.
+#pragma once
+
+#include <cstdint>
+
+#include "kernels.h"
+
+#if defined(__x86_64__) && defined(__linux__) && (defined(__clang__) ? __clang_major__ >= 12 : __GNUC__ >= 11)
+#define DCN_WITH_AMX
+#endif
+
+namespace dcn::cpu {
+
+using Bfloat16 = uint16_t;  // its bits: the upper half of a float's
+
+constexpr int64_t kTileRows = 16;      // of all factors and of the product, and columns of the product
+constexpr int64_t kBlockColumns = 32;  // columns of the left factor's tile, rows of the right factor's
+constexpr int64_t kTileValues = kTileRows * kBlockColumns;
+
+// The channels of an image that a pass works on.
+struct Bfloat16Channels {
+  const Bfloat16* image;
+  int64_t stride, channels;
+  const Bfloat16* zeros;  // at least `channels` zeros, read in place of neighbours outside
+};
+
+// c = or += a @ b.
+struct AmxProduct {
+  const Bfloat16* a;
+  int64_t a_block;  // values from one block to the next
+  int64_t blocks;
+  const Bfloat16* b;
+  int64_t b_panel;  // values from one panel of two tiles to the next; the last one may have one tile only
+  int64_t b_first;  // the block of b that belongs to a's first one
+  float* c;
+  int64_t c_row;
+  int64_t row_tiles, column_tiles;
+  bool accumulate;
+};
+
+struct AmxKernels {
+  // A thread that multiplies has its tiles set up before and given back afterwards.
+  void (*begin)();
+  void (*end)();
+
+  void (*multiply)(const AmxProduct& product);
+
+  // Sample p of block b is written to columns + b * block_stride + p * kBlockColumns; what lacks to a whole block is
+  // zeros.
+  void (*gather)(const Bfloat16Channels& from, const TapSamples<float>& samples, Bfloat16* columns,
+                 int64_t block_stride);
+
+  // to[r * to_row + c] = from[r * from_row + c] + bias[c], rounded. `bias` may be null.
+  void (*round_rows)(const float* from, int64_t from_row, const float* bias, int64_t rows, int64_t columns,
+                     Bfloat16* to, int64_t to_row);
+
+  // to[c * to_stride + r] = from[r * from_stride + c].
+  void (*transpose)(const Bfloat16* from, int64_t from_stride, int64_t rows, int64_t columns, Bfloat16* to,
+                    int64_t to_stride);
+
+  // Forms `tiles` tiles of a right factor from its kBlockColumns rows of tiles * kTileRows values.
+  void (*pack_right)(const Bfloat16* const* rows, int64_t tiles, Bfloat16* to);
+};
+
+// Null where the processor has no matrix tiles, or DCN_CPU_CAPABILITY forbids them.
+const AmxKernels* amx_kernels();
+
+#if defined(DCN_WITH_AMX)
+namespace amx {
+extern const AmxKernels kernels;
+}
+#endif
+
+}  // namespace dcn::cpu

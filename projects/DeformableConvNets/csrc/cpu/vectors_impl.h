@@ -1,0 +1,106 @@
+// Copyright (c) the dcn_d2 authors. SPDX-License-Identifier: Apache-2.0
+// Vectors of an instruction set, for the other *_impl.h, and transposition with them.
+
+namespace dcn::cpu::DCN_ISA {
+namespace {
+
+template <typename T>
+struct VectorOf;
+template <>
+struct VectorOf<float> {
+  typedef float type __attribute__((vector_size(DCN_VECTOR_BYTES)));
+};
+template <>
+struct VectorOf<double> {
+  typedef double type __attribute__((vector_size(DCN_VECTOR_BYTES)));
+};
+template <>
+struct VectorOf<uint16_t> {
+  typedef uint16_t type __attribute__((vector_size(DCN_VECTOR_BYTES)));
+};
+template <>
+struct VectorOf<uint32_t> {
+  typedef uint32_t type __attribute__((vector_size(DCN_VECTOR_BYTES)));
+};
+template <typename T>
+using Vector = typename VectorOf<T>::type;
+
+// As many integers of the same size, which comparisons give: -1 where true.
+template <typename T>
+using Integers = decltype(Vector<T>{} < Vector<T>{});
+
+template <typename T>
+constexpr int64_t kLanes = DCN_VECTOR_BYTES / sizeof(T);
+
+// Memory need not be aligned, hence memcpy, which compiles to one instruction.
+template <typename T>
+[[gnu::always_inline]] inline Vector<T> load(const T* from) {
+  Vector<T> vector;
+  __builtin_memcpy(&vector, from, sizeof(vector));
+  return vector;
+}
+template <typename T>
+[[gnu::always_inline]] inline void store(T* to, const Vector<T>& vector) {
+  __builtin_memcpy(to, &vector, sizeof(vector));
+}
+
+// Halves of a's and b's values, in turns: from their first halves (kHigh 0) or their second ones (1).
+template <typename T, int kHigh, size_t... kIndex>
+[[gnu::always_inline]] inline Vector<T> interleave(const Vector<T>& a, const Vector<T>& b,
+                                                   std::index_sequence<kIndex...>) {
+  constexpr int lanes = kLanes<T>;
+  return __builtin_shufflevector(a, b, (static_cast<int>(kIndex / 2) + kHigh * lanes / 2 + (kIndex % 2) * lanes)...);
+}
+
+// Transposes a square of as many rows as a vector has lanes: every round of interleaving moves one bit of a value's row
+// number to its column number. Column i goes to place(i).
+template <typename T, typename Place>
+[[gnu::always_inline]] inline void transpose_square(const T* from, int64_t from_stride, const Place& place) {
+  constexpr int lanes = kLanes<T>;
+  constexpr auto indices = std::make_index_sequence<lanes>();
+  Vector<T> row[lanes], next[lanes];
+#pragma GCC unroll 16
+  for (int i = 0; i < lanes; ++i) row[i] = load(from + i * from_stride);
+#pragma GCC unroll 4
+  for (int round = 1; round < lanes; round *= 2) {
+#pragma GCC unroll 8
+    for (int i = 0; i < lanes / 2; ++i) {
+      next[2 * i] = interleave<T, 0>(row[i], row[i + lanes / 2], indices);
+      next[2 * i + 1] = interleave<T, 1>(row[i], row[i + lanes / 2], indices);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < lanes; ++i) row[i] = next[i];
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < lanes; ++i) store(place(i), row[i]);
+}
+
+// Row r of column c goes to place(c)[r].
+template <typename T, typename Place>
+[[gnu::always_inline]] inline void transpose_blocks(const T* from, int64_t from_stride, int64_t rows, int64_t columns,
+                                                    const Place& place) {
+  constexpr int64_t lanes = kLanes<T>;
+  const int64_t whole_rows = rows / lanes * lanes, whole_columns = columns / lanes * lanes;
+  for (int64_t c = 0; c < whole_columns; c += lanes) {
+    for (int64_t r = 0; r < whole_rows; r += lanes) {
+      transpose_square(from + r * from_stride + c, from_stride, [&](int64_t i) { return place(c + i) + r; });
+    }
+  }
+  for (int64_t c = 0; c < columns; ++c) {
+    for (int64_t r = c < whole_columns ? whole_rows : 0; r < rows; ++r) place(c)[r] = from[r * from_stride + c];
+  }
+}
+
+template <typename T>
+void transpose(const T* from, int64_t from_stride, int64_t rows, int64_t columns, T* to, int64_t to_stride) {
+  transpose_blocks(from, from_stride, rows, columns, [=](int64_t c) { return to + c * to_stride; });
+}
+
+template <typename T>
+void transpose_to_places(const T* from, int64_t from_stride, int64_t rows, int64_t columns, T* to,
+                         const int64_t* places) {
+  transpose_blocks(from, from_stride, rows, columns, [=](int64_t c) { return to + places[c]; });
+}
+
+}  // namespace
+}  // namespace dcn::cpu::DCN_ISA
