@@ -86,7 +86,8 @@ try:
 except RuntimeError as error:
     print(error)
 """
-    assert "DCN_CPU_CAPABILITY must be default, avx2, avx512 or amx, got sse9" in run_python(code, DCN_CPU_CAPABILITY="sse9")
+    message = "DCN_CPU_CAPABILITY must be default, avx2, avx512 or amx, got sse9"
+    assert message in run_python(code, DCN_CPU_CAPABILITY="sse9")
 
 
 def test_work_is_spread_over_all_threads() -> None:
