@@ -10,7 +10,8 @@
 Shapes are those of a ResNet-50's stages at 800 x 1216. All contestants are timed in turns in one process; the table
 shows medians, and the file under results/ has their spread. A price is the time over that of the plain convolution in
 its faster memory format. On the GPU a call's operands may be those of the call before (hot) or others that are in no
-cache (rotated), and the deterministic mode and torchvision's operator under autocast take part too.
+cache (rotated), and there take part too: the deterministic mode, torchvision's operator under autocast, and the two
+ways from an offset branch's output to the operator, as it is ("branch") and by a split and a sigmoid ("split branch").
 """
 
 from __future__ import annotations
@@ -34,7 +35,8 @@ import torchvision
 from measure import LAST, prepare
 from torch import Tensor
 
-from dcn_d2.ops import deform_conv2d
+from dcn_d2.layers import split_offset_and_mask
+from dcn_d2.ops import deform_conv2d, modulated_deform_conv2d
 
 
 @dataclass(frozen=True)
@@ -107,6 +109,13 @@ class Layer:
 
         return call
 
+    def by_branch(self, x: Tensor, weight: Tensor, branch: Tensor) -> Tensor:
+        return modulated_deform_conv2d(x, branch, weight, None, self.shape.stride, 1)
+
+    def by_split_branch(self, x: Tensor, weight: Tensor, branch: Tensor) -> Tensor:
+        offset, mask = split_offset_and_mask(branch)
+        return deform_conv2d(x, offset, weight, None, self.shape.stride, 1, 1, mask)
+
     def contestants(self, backward: bool) -> dict[str, Callable[[], object]]:
         """Every implementation that runs this shape, ready to be called."""
         moved = [t for t in (self.offset, self.mask) if t is not None]
@@ -139,6 +148,11 @@ class Layer:
         more = {}
         if backward and on_cuda.has_deterministic_mode(found["dcn_d2 NHWC"]):
             more["deterministic NHWC"] = on_cuda.deterministic(found["dcn_d2 NHWC"])
+        if self.mask is not None:
+            branch = torch.cat([self.offset, self.mask.logit()], 1)
+            x, joint, grad = (t.contiguous(memory_format=LAST) for t in (self.input, branch, self.grad))
+            for name, call in (("branch NHWC", self.by_branch), ("split branch NHWC", self.by_split_branch)):
+                more[name] = prepare(call, (x, self.weight, joint), grad, backward)
         if self.input.dtype in (torch.float16, torch.bfloat16):
             more["autocast torchvision"] = on_cuda.under_autocast(found["torchvision"], self.input.dtype)
         theirs = on_cuda.deformops()
@@ -187,7 +201,7 @@ def check_equal(layer: Layer) -> None:
     """Refuses to time implementations that do not compute the same."""
     calls = layer.contestants(backward=False)
     expected = torch.as_tensor(calls["torchvision"]()).float()
-    for name in set(calls) & {"dcn_d2 NCHW", "dcn_d2 NHWC", "onnxruntime", "deformops NHWC"}:
+    for name in set(calls) & {"dcn_d2 NCHW", "dcn_d2 NHWC", "onnxruntime", "deformops NHWC", "branch NHWC"}:
         actual: Any = calls[name]()
         actual = torch.as_tensor(actual[0] if isinstance(actual, list) else actual).float()
         error = float((actual - expected.to(actual.device)).abs().max() / expected.abs().max())

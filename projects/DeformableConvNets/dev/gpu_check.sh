@@ -135,7 +135,8 @@ sanitize() {
     echo "compute-sanitizer was not found (PATH, /usr/local/cuda/bin)"
     return 1
   }
-  PYTORCH_NO_CUDA_MEMORY_CACHING=1 run_tests 'cuda and equals_reference and (uneven or modulated or groups_across)' \
+  PYTORCH_NO_CUDA_MEMORY_CACHING=1 run_tests \
+    'cuda and equals_reference and (uneven or tensor_cores or roi_pools and modulated)' \
     "$tool" --tool "$1" --error-exitcode 9 --target-processes all "$python" -m pytest
 }
 memcheck() { sanitize memcheck; }

@@ -70,6 +70,10 @@ def deform_conv2d(
     -1 < position < size in both axes; NaN and infinite offsets read zero and get zero gradients. Half precision
     accumulates in float32. A channels_last input gives a channels_last output.
 
+    On CUDA, float32 operands are rounded to TF32 where torch allows that for convolutions, which is its default:
+    `torch.backends.cudnn.conv.fp32_precision`. Results and gradients have the same bits from run to run. Conv groups of
+    few channels are multiplied together, so that an infinite or NaN input also shows in the outputs of other groups.
+
     Sources: Dai et al., "Deformable Convolutional Networks", ICCV 2017; Zhu et al., "Deformable ConvNets v2: More
     Deformable, Better Results", CVPR 2019; numerics of `torchvision.ops.deform_conv2d`.
 

@@ -82,6 +82,9 @@ CONV_SAMPLES = [
     ConvSample("no_spread", spread=0.0),
     ConvSample("one_row", size=(1, 13), batch=3, out_channels=1),
     ConvSample("many_positions", size=(37, 41), batch=1, channels=2, out_channels=2),
+    # Of which CUDA computes every dtype but float64 on tensor cores.
+    ConvSample("tensor_cores", channels=16, out_channels=24, deform_groups=2, size=(9, 13)),
+    ConvSample("tensor_cores_grouped", channels=32, out_channels=32, groups=8, size=(6, 11), stride=(2, 1)),
 ]
 EMPTY_BATCH = ConvSample("empty_batch", batch=0)
 

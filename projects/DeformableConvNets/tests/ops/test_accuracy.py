@@ -17,7 +17,8 @@ import torch
 import torchvision
 from torch import Tensor
 
-from dcn_d2.ops import deform_conv2d, deform_psroi_pool, deform_roi_pool, reference
+from dcn_d2.layers import split_offset_and_mask
+from dcn_d2.ops import deform_conv2d, deform_psroi_pool, deform_roi_pool, modulated_deform_conv2d, reference
 
 from .samples import DEVICES, gradients
 
@@ -36,18 +37,14 @@ parametrize = pytest.mark.parametrize(
 
 @pytest.fixture(autouse=True)
 def precision(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Allows TF32 in the tests that are about it, and there only."""
+    """Allows TF32 in the tests that are about it."""
     callspec = getattr(request.node, "callspec", None)
     values = {} if callspec is None else callspec.params
     if values.get("device") == "cuda" and not torch.cuda.is_available():
         pytest.skip("no GPU is visible to torch")
-    backends = (torch.backends.cuda.matmul, torch.backends.cudnn)
-    before = [backend.allow_tf32 for backend in backends]
-    for backend in backends:
-        backend.allow_tf32 = values.get("dtype") == "tf32"
+    torch.backends.cudnn.allow_tf32 = values.get("dtype") == "tf32"
     yield
-    for backend, value in zip(backends, before):
-        backend.allow_tf32 = value
+    torch.backends.cudnn.allow_tf32 = False
 
 
 class Draw:
@@ -93,20 +90,28 @@ LAYERS = {
     "strided": {"mask": True, "stride": 2},
     "nhwc": {"mask": True, "channels_last": True},
 }
+# On a GPU, these have tiles of all widths, and sums that are split and such that are not.
+WIDE = {
+    "128_channels": {"channels": 128, "size": (60, 70)},
+    "128_channels_of_many": {"channels": 128, "size": (100, 90)},
+    "256_channels": {"channels": 256, "size": (50, 40), "channels_last": True},
+    "256_channels_in_4_groups": {"channels": 256, "size": (50, 80), "groups": 4, "channels_last": True},
+    "512_channels": {"channels": 512, "size": (25, 38), "batch": 1},
+}
 
 
 def layer(draw: Draw, **changes: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
     groups, stride = changes.get("groups", 1), changes.get("stride", 1)
-    channels, points = 64, 9 * changes.get("deform_groups", 1)
-    height, width = 20, 27
+    batch, channels, points = changes.get("batch", 2), changes.get("channels", 64), 9 * changes.get("deform_groups", 1)
+    height, width = changes.get("size", (20, 27))
     operands = {
-        "input": draw.normal(2, channels, height * stride, width * stride),
-        "offset": draw.offset(2, 2 * points, height, width),
+        "input": draw.normal(batch, channels, height * stride, width * stride),
+        "offset": draw.offset(batch, 2 * points, height, width),
         "weight": draw.normal(channels, channels // groups, 3, 3) / 16,
         "bias": draw.normal(channels),
     }
     if changes.get("mask"):
-        operands["mask"] = draw.normal(2, points, height, width).sigmoid()
+        operands["mask"] = draw.normal(batch, points, height, width).sigmoid()
     if changes.get("channels_last"):
         operands["input"] = operands["input"].contiguous(memory_format=torch.channels_last)
     return operands, {"stride": (stride, stride), "padding": (1, 1), "dilation": (1, 1)}
@@ -121,6 +126,34 @@ def test_deform_conv2d_against_float64(name: str, device: str, dtype: str) -> No
         return reference.deform_conv2d(input, offset, weight, bias, mask=mask, **geometry)
 
     check(functools.partial(deform_conv2d, **geometry), oracle, operands, dtype)
+
+
+def check_offset_branch(draw: Draw, dtype: str, changes: dict[str, Any]) -> None:
+    """Checks modulated_deform_conv2d, whose offsets and logits are one tensor."""
+    operands, geometry = layer(draw, **changes | {"mask": True})
+    logits = draw.normal(*operands.pop("mask").shape)
+    operands["offset_and_mask"] = torch.cat([operands.pop("offset"), logits], 1)
+    if changes.get("channels_last"):
+        operands["offset_and_mask"] = operands["offset_and_mask"].contiguous(memory_format=torch.channels_last)
+
+    def oracle(input: Tensor, offset_and_mask: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        offset, mask = split_offset_and_mask(offset_and_mask)
+        return reference.deform_conv2d(input, offset, weight, bias, mask=mask, **geometry)
+
+    check(functools.partial(modulated_deform_conv2d, **geometry), oracle, operands, dtype)
+
+
+@parametrize
+@pytest.mark.parametrize("name", ["modulated", "deform_groups", "grouped", "strided", "nhwc"])
+def test_modulated_deform_conv2d_against_float64(name: str, device: str, dtype: str) -> None:
+    check_offset_branch(Draw(device, dtype), dtype, LAYERS[name])
+
+
+@pytest.mark.parametrize("device", DEVICES[1:])
+@pytest.mark.parametrize("dtype", ["float32", "tf32", "bfloat16", "float16"])
+@pytest.mark.parametrize("name", WIDE)
+def test_wide_layers_against_float64(name: str, device: str, dtype: str) -> None:
+    check_offset_branch(Draw(device, dtype), dtype, WIDE[name])
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -1,5 +1,5 @@
 # Copyright (c) the dcn_d2 authors. SPDX-License-Identifier: Apache-2.0
-"""What only a GPU can show: streams, several devices, tensors of more than 2^31 elements."""
+"""What only a GPU can show: streams, graphs, several devices, mixed precision, tensors of more than 2^31 elements."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from dcn_d2.layers import ModulatedDeformConvPack
 from dcn_d2.ops import deform_conv2d, deform_psroi_pool, deform_roi_pool
 
-from .samples import CONV_SAMPLES, ConvSample, RoiSample
+from .samples import CONV_SAMPLES, ConvSample, RoiSample, by_name
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU is visible to torch")
 
@@ -21,6 +22,12 @@ def need_memory(gigabytes: int) -> None:
     free, _ = torch.cuda.mem_get_info()
     if free < gigabytes << 30:
         pytest.skip(f"needs {gigabytes} GB of GPU memory, {free >> 30} are free")
+
+
+SAMPLES = [
+    *(sample for sample in CONV_SAMPLES if sample.name in ("modulated", "tensor_cores")),
+    RoiSample("deform_roi_pool"),
+]
 
 
 def run(sample: ConvSample | RoiSample, device: str) -> list[Tensor]:
@@ -34,7 +41,7 @@ def run(sample: ConvSample | RoiSample, device: str) -> list[Tensor]:
     return [output, *torch.autograd.grad(output.sum(), [t for t in leaves.values() if t.requires_grad])]
 
 
-@pytest.mark.parametrize("sample", [CONV_SAMPLES[1], RoiSample("modulated")], ids=["deform_conv2d", "deform_roi_pool"])
+@pytest.mark.parametrize("sample", SAMPLES, ids=by_name)
 def test_kernels_go_to_the_current_stream(sample: ConvSample | RoiSample) -> None:
     expected = run(sample, "cuda")
     torch.cuda.synchronize()
@@ -49,7 +56,7 @@ def test_kernels_go_to_the_current_stream(sample: ConvSample | RoiSample) -> Non
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="only one GPU is visible to torch")
-@pytest.mark.parametrize("sample", [CONV_SAMPLES[1], RoiSample("modulated")], ids=["deform_conv2d", "deform_roi_pool"])
+@pytest.mark.parametrize("sample", SAMPLES, ids=by_name)
 def test_tensors_on_another_device_than_the_current_one(sample: ConvSample | RoiSample) -> None:
     with torch.cuda.device(0):
         found = run(sample, "cuda:1")
@@ -57,6 +64,70 @@ def test_tensors_on_another_device_than_the_current_one(sample: ConvSample | Roi
     for a, b in zip(found, run(sample, "cuda:0")):
         assert a.device == torch.device("cuda:1")
         torch.testing.assert_close(a.cpu(), b.cpu(), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_graph_of_forward_and_backward_replays(dtype: torch.dtype) -> None:
+    """Nothing waits for the GPU, and nothing depends on what tensors hold."""
+    generator = torch.Generator("cuda").manual_seed(0)
+
+    def normal(*size: int) -> Tensor:
+        return torch.randn(*size, generator=generator, device="cuda").to(dtype)
+
+    operands = [normal(2, 32, 24, 25), normal(2, 27, 24, 25), normal(40, 32, 3, 3)]
+    grad = normal(2, 40, 24, 25)
+    geometry: list[Any] = [[1, 1], [1, 1], [1, 1]]
+
+    def both() -> list[Tensor]:
+        output = torch.ops.dcn_d2.modulated_deform_conv2d(*operands, None, *geometry)
+        gradients = torch.ops.dcn_d2.modulated_deform_conv2d_backward(grad, *operands, *geometry, True, True, True)
+        return [output, *gradients]
+
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        both()  # loads the kernels
+    stream.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = both()
+    for tensor in (*operands, grad):
+        tensor.copy_(normal(*tensor.shape))
+    graph.replay()
+    for a, b in zip(captured, both()):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_layers_learn_in_mixed_precision(dtype: torch.dtype, memory_format: torch.memory_format) -> None:
+    """Two layers learn what two others compute, offsets included; the loss is that of float32 up to rounding."""
+
+    def network() -> torch.nn.Sequential:
+        layers = [ModulatedDeformConvPack(16, 32, 3, padding=1), ModulatedDeformConvPack(32, 16, 3, padding=1)]
+        for layer in layers:
+            torch.nn.init.normal_(layer.conv_offset.weight, std=0.05)
+        return torch.nn.Sequential(layers[0], torch.nn.ReLU(), layers[1]).to("cuda", memory_format=memory_format)
+
+    def train(enabled: bool) -> list[float]:
+        torch.manual_seed(0)
+        teacher, student = network(), network()
+        optimizer = torch.optim.Adam(student.parameters(), lr=3e-3)
+        scaler = torch.amp.GradScaler("cuda", enabled=enabled and dtype == torch.float16)
+        losses = []
+        for _ in range(60):
+            images = torch.randn(4, 16, 20, 22, device="cuda").contiguous(memory_format=memory_format)
+            with torch.autocast("cuda", dtype, enabled=enabled):
+                loss = (student(images) - teacher(images).detach()).float().square().mean()
+            optimizer.zero_grad()
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            losses.append(loss.item())
+        return losses
+
+    mixed, full = train(True), train(False)
+    assert mixed[-1] < 0.6 * mixed[0]
+    assert abs(mixed[-1] - full[-1]) < 0.1 * full[0]
 
 
 @pytest.fixture

@@ -76,10 +76,11 @@ def test_gradcheck(sample: ConvSample, device: str) -> None:
     assert torch.autograd.gradcheck(function, tuple(operands.values()), nondet_tol=1e-9, fast_mode=True)
 
 
+@parametrize_devices
 @pytest.mark.parametrize("sample", [CONV_SAMPLES[2], CONV_SAMPLES[4], EMPTY_BATCH], ids=by_name)
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
-def test_opcheck(sample: ConvSample, memory_format: torch.memory_format) -> None:
-    operands = sample.tensors()
+def test_opcheck(sample: ConvSample, memory_format: torch.memory_format, device: str) -> None:
+    operands = sample.tensors(device=device)
     for name in ("input", "weight"):
         operands[name] = operands[name].contiguous(memory_format=memory_format)
     operands = {name: t.requires_grad_() for name, t in operands.items()}

@@ -54,24 +54,27 @@ def test_equals_reference(
     assert_same(actual, gradients(functools.partial(oracle, sample), exact), TOLERANCE[dtype])
 
 
-def test_logits_of_any_size() -> None:
+@parametrize_devices
+def test_logits_of_any_size(device: str) -> None:
     # A pixel of 1 under every tap and a weight of 1 leave the modulation itself.
     values = [-torch.inf, -1e30, -100.0, -87.5, -80.0, -20.0, -1e-7, 0.0, 1e-7, 0.5, 20.0, 87.5, 1e30, torch.inf]
     spread = torch.linspace(-90, 90, 10007)
     logits = torch.cat([torch.tensor(values), spread]).reshape(1, 1, 1, -1)
-    offset_and_mask = torch.cat([torch.zeros(1, 2, 1, logits.numel()), logits], dim=1)
-    ones = torch.ones(1, 1, 1, logits.numel())
-    found = modulated_deform_conv2d(ones, offset_and_mask, torch.ones(1, 1, 1, 1))
+    offset_and_mask = torch.cat([torch.zeros(1, 2, 1, logits.numel()), logits], dim=1).to(device)
+    ones = torch.ones(1, 1, 1, logits.numel(), device=device)
+    found = modulated_deform_conv2d(ones, offset_and_mask, torch.ones(1, 1, 1, 1, device=device)).cpu()
     expected = logits.double().sigmoid().float()
     normal = logits >= -87  # below them the modulation is zero, up to the smallest normal numbers
-    torch.testing.assert_close(found[normal], expected[normal], rtol=3e-7, atol=0)
+    torch.testing.assert_close(found[normal], expected[normal], rtol=3e-7 if device == "cpu" else 6e-7, atol=0)
     torch.testing.assert_close(found[~normal], expected[~normal], rtol=0, atol=2e-38)
 
 
-def test_a_logit_that_is_not_a_number_shows() -> None:
-    offset_and_mask = torch.zeros(1, 3, 1, 2)
+@parametrize_devices
+def test_a_logit_that_is_not_a_number_shows(device: str) -> None:
+    offset_and_mask = torch.zeros(1, 3, 1, 2, device=device)
     offset_and_mask[0, 2, 0, 1] = torch.nan
-    found = modulated_deform_conv2d(torch.ones(1, 1, 1, 2), offset_and_mask, torch.ones(1, 1, 1, 1))
+    ones = torch.ones(1, 1, 1, 2, device=device)
+    found = modulated_deform_conv2d(ones, offset_and_mask, ones[..., :1])
     assert found[0, 0, 0, 0] == 0.5 and found[0, 0, 0, 1].isnan()
 
 
@@ -86,10 +89,11 @@ def test_gradcheck(sample: ConvSample, device: str) -> None:
     assert torch.autograd.gradcheck(function, tuple(operands.values()), nondet_tol=1e-9, fast_mode=True)
 
 
+@parametrize_devices
 @pytest.mark.parametrize("sample", [SAMPLES[0], RESNEXT, EMPTY_BATCH], ids=by_name)
 @pytest.mark.parametrize("memory_format", FORMATS, ids=str)
-def test_opcheck(sample: ConvSample, memory_format: torch.memory_format) -> None:
-    operands = {name: t.requires_grad_() for name, t in branch_output(sample).items()}
+def test_opcheck(sample: ConvSample, memory_format: torch.memory_format, device: str) -> None:
+    operands = {name: t.requires_grad_() for name, t in branch_output(sample, device=device).items()}
     for name in ("input", "offset_and_mask", "weight"):
         operands[name] = operands[name].detach().contiguous(memory_format=memory_format).requires_grad_()
     arguments = tuple(operands[name] for name in ("input", "offset_and_mask", "weight", "bias"))
@@ -139,6 +143,19 @@ def test_autocast_stays_half(device: str) -> None:
     assert found["output"].dtype == torch.bfloat16 and found["offset_and_mask"].dtype == torch.float32
     rounded = {name: t.bfloat16().double() for name, t in operands.items()}
     assert_same(found, gradients(functools.partial(oracle, SAMPLES[0]), rounded), TOLERANCE[torch.bfloat16])
+
+
+@parametrize_devices
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_deterministic_algorithms_are_honoured(dtype: torch.dtype, device: str) -> None:
+    sample = ConvSample("deterministic", channels=32, out_channels=16, size=(23, 29), deform_groups=2, spread=4.0)
+    operands = branch_output(sample, dtype, device)
+    torch.use_deterministic_algorithms(True)
+    try:
+        first, *others = (gradients(functools.partial(compiled, sample), operands) for _ in range(3))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(torch.equal(first[name], other[name]) for other in others for name in first)
 
 
 def test_double_backward_is_refused() -> None:
