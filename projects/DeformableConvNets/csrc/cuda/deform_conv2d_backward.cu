@@ -142,6 +142,7 @@ class Backward {
         device_(given_input),
         input_(given_input),
         modulation_(modulation),
+        weight_(weight),
         operands_(device_, sizes, given_input, modulation, weight),
         grad_(to_channels_last<T>(grad, 1, device_.stream())),
         grads_(grad_.const_data_ptr<T>()),
@@ -193,8 +194,9 @@ class Backward {
   }
 
   Tensor by_weight() const {
-    Tensor gradient = empty_4d(operands_.weight, {s_.out_channels, s_.group_channels(), s_.kernel_h, s_.kernel_w},
-                               input_.scalar_type(), false);
+    const bool channels_last = is_channels_last(weight_);
+    Tensor gradient = empty_4d(weight_, {s_.out_channels, s_.group_channels(), s_.kernel_h, s_.kernel_w},
+                               input_.scalar_type(), channels_last);
     if (empty_) return torch::stable::zero_(gradient);
     std::optional<PartialGradients<Accumulate<T>>> partials;
     const Operands<T>& operands = operands_.pointers;
@@ -209,7 +211,7 @@ class Backward {
     }
     DCN_LAUNCH(finish_weight_gradient_kernel<T>, std::min(divide_up(gradient.numel(), 256), kMaxBlocks), 256,
                device_.stream(), partials->tensor.template const_data_ptr<Accumulate<T>>(), partials->splits,
-               s_.out_channels, s_.taps(), s_.group_channels(), gradient.mutable_data_ptr<T>());
+               s_.out_channels, s_.taps(), s_.group_channels(), channels_last, gradient.mutable_data_ptr<T>());
     return gradient;
   }
 
@@ -225,6 +227,7 @@ class Backward {
   DeviceScope device_;
   Tensor input_;
   Modulation modulation_;
+  Tensor weight_;
   DenseOperands<T> operands_;
   Tensor grad_;  // channels_last
   const T* grads_;

@@ -220,17 +220,18 @@ __global__ void __launch_bounds__(kProductThreads, kKind == Kind::kFloat32 ? 1 :
   }
 }
 
-// Adds up partial gradients (splits, out_channels, taps, channels) in their order, to (out_channels, channels, taps).
+// Adds up partial gradients (splits, out_channels, taps, channels) in their order, to the same without splits if
+// `channels_last`, or else to (out_channels, channels, taps).
 template <typename T>
 __global__ void __launch_bounds__(256, 1)
     finish_weight_gradient_kernel(const Accumulate<T>* partials, const int64_t splits, const int64_t out_channels,
-                                  const int64_t taps, const int64_t channels, T* gradient) {
+                                  const int64_t taps, const int64_t channels, const bool channels_last, T* gradient) {
   const int64_t count = out_channels * taps * channels;
   for (int64_t at = int64_t{blockIdx.x} * 256 + threadIdx.x; at < count; at += int64_t{gridDim.x} * 256) {
     const int64_t channel = at % channels, tap = at / channels % taps, output = at / channels / taps;
     Accumulate<T> sum = 0;
     for (int64_t k = 0; k < splits; ++k) sum += partials[k * count + at];
-    gradient[(output * channels + channel) * taps + tap] = static_cast<T>(sum);
+    gradient[channels_last ? at : (output * channels + channel) * taps + tap] = static_cast<T>(sum);
   }
 }
 

@@ -31,13 +31,6 @@ def new_empty_in_format_of(input: Tensor, shape: Sequence[int]) -> Tensor:
     return empty.contiguous(memory_format=torch._prims_common.suggest_memory_format(input))
 
 
-def new_empty_weight_gradient(weight: Tensor) -> Tensor:
-    """Gives what a kernel allocates for the gradient of `weight`: on CPU in its memory format, on CUDA contiguous."""
-    if weight.device.type == "cpu":
-        return new_empty_in_format_of(weight, weight.shape)
-    return weight.new_empty(weight.shape)
-
-
 def check(condition: object, message: Callable[[], str]) -> None:
     """Raises RuntimeError with the message unless the condition holds; understands symbolic sizes."""
     torch._check(condition, message)  # type: ignore[arg-type]

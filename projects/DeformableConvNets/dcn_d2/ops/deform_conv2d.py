@@ -17,7 +17,6 @@ from ._arguments import (
     check_shape,
     check_tensor,
     new_empty_in_format_of,
-    new_empty_weight_gradient,
     pair,
 )
 from ._library import (
@@ -252,7 +251,7 @@ def _fake_backward(
         return grad.new_empty(0) if like is None or not needed else like.new_empty(like.shape)
 
     grad_input = new_empty_in_format_of(input, input.shape) if need_input else grad.new_empty(0)
-    grad_weight = new_empty_weight_gradient(weight) if need_weight else grad.new_empty(0)
+    grad_weight = new_empty_in_format_of(weight, weight.shape) if need_weight else grad.new_empty(0)
     return grad_input, empty(offset, need_offset), grad_weight, empty(mask, need_offset)
 
 

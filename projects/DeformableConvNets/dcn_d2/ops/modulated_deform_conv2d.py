@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._arguments import IntPair, check, check_tensor, new_empty_in_format_of, new_empty_weight_gradient, pair
+from ._arguments import IntPair, check, check_tensor, new_empty_in_format_of, pair
 from ._library import (
     LIBRARY,
     convolutions_allow_tf32,
@@ -198,7 +198,7 @@ def _fake_backward(
     return (
         empty(input, need_input),
         empty(offset_and_mask, need_offset),
-        new_empty_weight_gradient(weight) if need_weight else grad.new_empty(0),
+        empty(weight, need_weight),
     )
 
 

@@ -155,6 +155,7 @@ def test_memory_formats(operator: str) -> None:
     found = check(operator, {name: channels_last(t) if isinstance(t, Tensor) else t for name, t in values.items()})
     assert found["input"].is_contiguous(memory_format=torch.channels_last)
     assert found["output"].is_contiguous(memory_format=torch.channels_last) == conv
+    assert not conv or found["weight"].is_contiguous(memory_format=torch.channels_last)
 
 
 @pytest.mark.usefixtures("schedule")

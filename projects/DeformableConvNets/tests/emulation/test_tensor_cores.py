@@ -119,6 +119,7 @@ def test_memory_formats_and_strides(arithmetic: str, configure: Any) -> None:
     found = emulate("deform_conv2d", last)
     assert found["output"].is_contiguous(memory_format=torch.channels_last)
     assert found["input"].is_contiguous(memory_format=torch.channels_last)
+    assert found["weight"].is_contiguous(memory_format=torch.channels_last)
     for name, value in expected.items():
         assert torch.equal(found[name], value), name
 
