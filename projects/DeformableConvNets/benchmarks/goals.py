@@ -75,6 +75,9 @@ def _convolution() -> list[Goal]:
         *_each_and_mean("forward over torchvision, 1 thread", over_torchvision, forward, at_least=(3.2, 6.0)),
         *_each_and_mean("forward+backward over torchvision, 1 thread", over_torchvision, both, at_least=(7.0, 16.0)),
     ]
+    for dtype in ("bfloat16", "float16"):
+        where = forward | {"dtype": dtype}
+        found.append(Goal(f"{dtype} forward price, 1 thread", "deform_conv2d", ("dcn_d2", "conv"), 1.0, where=where))
     for threads, words in ((1, "1 thread"), ("all", "all threads")):
         where = forward | {"threads": threads}
         what = f"forward over ONNX Runtime, {words}"
