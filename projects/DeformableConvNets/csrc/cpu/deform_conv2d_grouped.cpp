@@ -97,14 +97,7 @@ class SampleBuffer {
     }
     if (!factors_) return samples;
     T* next = factors_.get() + tap * 9 * kGroupedStride;
-    const auto take = [&] { return std::exchange(next, next + kGroupedStride); };
-    for (int a = 0; a < 2; ++a) {
-      samples.y_weight[a] = take();
-      samples.y_slope[a] = take();
-      samples.x_weight[a] = take();
-      samples.x_slope[a] = take();
-    }
-    samples.modulation = take();
+    set_derivatives(samples, next, kGroupedStride);
     return samples;
   }
 

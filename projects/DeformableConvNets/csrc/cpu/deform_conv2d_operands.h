@@ -57,6 +57,19 @@ inline std::vector<Segment> segments_of(const DeformConv2dSizes& s, int64_t max_
   return segments;
 }
 
+// Puts the nine arrays of the derivatives side by side, `stride` values apart; moves `next` behind them.
+template <typename T>
+void set_derivatives(TapSamples<T>& samples, T*& next, int64_t stride) {
+  const auto take = [&] { return std::exchange(next, next + stride); };
+  for (int a = 0; a < 2; ++a) {
+    samples.y_weight[a] = take();
+    samples.y_slope[a] = take();
+    samples.x_weight[a] = take();
+    samples.x_slope[a] = take();
+  }
+  samples.modulation = take();
+}
+
 // Memory for the samples of some taps.
 template <typename T>
 class TapBuffer {
@@ -67,20 +80,12 @@ class TapBuffer {
     values_ = scratch<T>((derivatives ? 13 : 4) * taps * tile);
     int32_t* next_pixel = pixels_.get();
     T* next = values_.get();
-    const auto take = [&] { return std::exchange(next, next + tile); };
     for (TapSamples<T>& samples : samples_) {
       for (int k = 0; k < 4; ++k) {
         samples.pixel[k] = std::exchange(next_pixel, next_pixel + tile);
-        samples.weight[k] = take();
+        samples.weight[k] = std::exchange(next, next + tile);
       }
-      if (!derivatives) continue;
-      for (int a = 0; a < 2; ++a) {
-        samples.y_weight[a] = take();
-        samples.y_slope[a] = take();
-        samples.x_weight[a] = take();
-        samples.x_slope[a] = take();
-      }
-      samples.modulation = take();
+      if (derivatives) set_derivatives(samples, next, tile);
     }
   }
 

@@ -53,15 +53,24 @@ def define(schema: str) -> None:
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
 
 
-def has_cuda_kernel(name: str) -> bool:
-    """Whether the compiled library brought a CUDA kernel for a defined operator."""
-    return torch._C._dispatch_has_kernel_for_dispatch_key(f"dcn_d2::{name}", "CUDA")
+def define_with_tf32(schema: str) -> None:
+    """Defines an operator whose CUDA kernel has a further argument that it cannot find out by itself.
 
+    The kernel belongs to the operator of the same name with an underscore before it; its last argument says whether
+    torch lets cuDNN's convolutions round float32 operands to TF32.
+    """
+    define(schema)
+    define("_" + schema.replace(") ->", ", bool allow_tf32=False) ->", 1))
+    name = schema.partition("(")[0]
+    kernel = getattr(torch.ops.dcn_d2, f"_{name}")
 
-def convolutions_allow_tf32() -> bool:
-    """Whether torch lets cuDNN's convolutions round float32 operands to TF32."""
-    # Unlike torch.backends.cudnn.allow_tf32 it can be read whichever of the two was set.
-    return torch.backends.cudnn.conv.fp32_precision == "tf32"  # type: ignore[attr-defined]
+    def call(*args: Any, **kwargs: Any) -> Any:
+        # Unlike torch.backends.cudnn.allow_tf32 it can be read whichever of the two was set.
+        allowed = torch.backends.cudnn.conv.fp32_precision == "tf32"  # type: ignore[attr-defined]
+        return kernel(*args, **kwargs, allow_tf32=allowed)
+
+    if torch._C._dispatch_has_kernel_for_dispatch_key(f"dcn_d2::_{name}", "CUDA"):
+        LIBRARY.impl(name, call, "CUDA")
 
 
 def register_fallback(name: str, reference: Callable[..., Any]) -> None:

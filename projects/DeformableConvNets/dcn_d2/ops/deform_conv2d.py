@@ -20,33 +20,20 @@ from ._arguments import (
     pair,
 )
 from ._library import (
-    LIBRARY,
-    convolutions_allow_tf32,
-    define,
-    has_cuda_kernel,
+    define_with_tf32,
     needed_gradients,
     register_autocast,
     register_fallback,
     without_double_backward,
 )
 
-define(
+define_with_tf32(
     "deform_conv2d(Tensor input, Tensor offset, Tensor weight, Tensor? bias=None, int[2] stride=1, "
     "int[2] padding=0, int[2] dilation=1, Tensor? mask=None) -> Tensor"
 )
-define(
+define_with_tf32(
     "deform_conv2d_backward(Tensor grad, Tensor input, Tensor offset, Tensor weight, Tensor? mask, int[2] stride, "
     "int[2] padding, int[2] dilation, bool need_input, bool need_offset, bool need_weight) "
-    "-> (Tensor, Tensor, Tensor, Tensor)"
-)
-# The compiled CUDA kernels, which cannot ask torch whether float32 operands may be rounded to TF32.
-define(
-    "_deform_conv2d(Tensor input, Tensor offset, Tensor weight, Tensor? bias, int[2] stride, int[2] padding, "
-    "int[2] dilation, Tensor? mask, bool allow_tf32) -> Tensor"
-)
-define(
-    "_deform_conv2d_backward(Tensor grad, Tensor input, Tensor offset, Tensor weight, Tensor? mask, int[2] stride, "
-    "int[2] padding, int[2] dilation, bool need_input, bool need_offset, bool need_weight, bool allow_tf32) "
     "-> (Tensor, Tensor, Tensor, Tensor)"
 )
 
@@ -192,28 +179,6 @@ def _reference_backward(
     return reference.gradients(forward, (input, offset, weight, mask), grad, needed)
 
 
-def _cuda_forward(
-    input: Tensor,
-    offset: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    stride: Sequence[int] = (1, 1),
-    padding: Sequence[int] = (0, 0),
-    dilation: Sequence[int] = (1, 1),
-    mask: Tensor | None = None,
-) -> Tensor:
-    return torch.ops.dcn_d2._deform_conv2d(
-        input, offset, weight, bias, stride, padding, dilation, mask, convolutions_allow_tf32()
-    )
-
-
-def _cuda_backward(*arguments: Any) -> tuple[Tensor, ...]:
-    return torch.ops.dcn_d2._deform_conv2d_backward(*arguments, convolutions_allow_tf32())
-
-
-if has_cuda_kernel("_deform_conv2d"):
-    LIBRARY.impl("deform_conv2d", _cuda_forward, "CUDA")
-    LIBRARY.impl("deform_conv2d_backward", _cuda_backward, "CUDA")
 register_fallback("deform_conv2d", _reference_forward)
 register_fallback("deform_conv2d_backward", _reference_backward)
 

@@ -12,32 +12,20 @@ from torch import Tensor
 from ._arguments import IntPair, check, check_tensor, new_empty_in_format_of, pair
 from ._library import (
     LIBRARY,
-    convolutions_allow_tf32,
-    define,
-    has_cuda_kernel,
+    define_with_tf32,
     needed_gradients,
     register_autocast,
     without_double_backward,
 )
 
-define(
+define_with_tf32(
     "modulated_deform_conv2d(Tensor input, Tensor offset_and_mask, Tensor weight, Tensor? bias=None, "
     "int[2] stride=1, int[2] padding=0, int[2] dilation=1) -> Tensor"
 )
-define(
+define_with_tf32(
     "modulated_deform_conv2d_backward(Tensor grad, Tensor input, Tensor offset_and_mask, Tensor weight, "
     "int[2] stride, int[2] padding, int[2] dilation, bool need_input, bool need_offset, bool need_weight) "
     "-> (Tensor, Tensor, Tensor)"
-)
-# The compiled CUDA kernels, which cannot ask torch whether float32 operands may be rounded to TF32.
-define(
-    "_modulated_deform_conv2d(Tensor input, Tensor offset_and_mask, Tensor weight, Tensor? bias, int[2] stride, "
-    "int[2] padding, int[2] dilation, bool allow_tf32) -> Tensor"
-)
-define(
-    "_modulated_deform_conv2d_backward(Tensor grad, Tensor input, Tensor offset_and_mask, Tensor weight, "
-    "int[2] stride, int[2] padding, int[2] dilation, bool need_input, bool need_offset, bool need_weight, "
-    "bool allow_tf32) -> (Tensor, Tensor, Tensor)"
 )
 
 
@@ -149,27 +137,6 @@ def _backward_in_parts(
     return grad_input, grad_offset, grad_weight
 
 
-def _cuda_forward(
-    input: Tensor,
-    offset_and_mask: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    stride: Sequence[int] = (1, 1),
-    padding: Sequence[int] = (0, 0),
-    dilation: Sequence[int] = (1, 1),
-) -> Tensor:
-    return torch.ops.dcn_d2._modulated_deform_conv2d(
-        input, offset_and_mask, weight, bias, stride, padding, dilation, convolutions_allow_tf32()
-    )
-
-
-def _cuda_backward(*arguments: Any) -> tuple[Tensor, ...]:
-    return torch.ops.dcn_d2._modulated_deform_conv2d_backward(*arguments, convolutions_allow_tf32())
-
-
-if has_cuda_kernel("_modulated_deform_conv2d"):
-    LIBRARY.impl("modulated_deform_conv2d", _cuda_forward, "CUDA")
-    LIBRARY.impl("modulated_deform_conv2d_backward", _cuda_backward, "CUDA")
 LIBRARY.impl("modulated_deform_conv2d", _forward_in_parts, "CompositeExplicitAutograd")
 LIBRARY.impl("modulated_deform_conv2d_backward", _backward_in_parts, "CompositeExplicitAutograd")
 
