@@ -43,6 +43,19 @@ struct AmxProduct {
   bool accumulate;
 };
 
+// What the backward pass does with the gradient columns of one tap. A row of gradients has, for every block of
+// channels, the 16 even ones and then the 16 odd ones.
+struct Bfloat16Backward {
+  const float* gradient;  // of sample p: at p * gradient_row. Null if neither pixels nor offsets want gradients
+  int64_t gradient_row;
+  float* grad_image;  // of pixel i: at i * grad_stride. Null if not wanted
+  int64_t grad_stride;
+  float* trash;     // written in place of neighbours outside, finite
+  float* dots[4];   // dots[k][p] = <gradient column p, neighbour k of sample p>. dots[0] is null if not wanted
+  Bfloat16* right;  // the samples as a right factor whose rows are positions. Null if not wanted
+  int64_t panel;    // values from one block of channels to the next
+};
+
 struct AmxKernels {
   // A thread that multiplies has its tiles set up before and given back afterwards.
   void (*begin)();
@@ -55,6 +68,10 @@ struct AmxKernels {
   void (*gather)(const Bfloat16Channels& from, const TapSamples<float>& samples, Bfloat16* columns,
                  int64_t block_stride);
 
+  // Adds each gradient column to the pixels that it was read from, forms the dots, and gathers. Even positions are
+  // written before odd ones, which share pairs with them; what lacks to a whole pair is zeros.
+  void (*backward)(const Bfloat16Channels& from, const TapSamples<float>& samples, const Bfloat16Backward& pass);
+
   // to[r * to_row + c] = from[r * from_row + c] + bias[c], rounded. `bias` may be null.
   void (*round_rows)(const float* from, int64_t from_row, const float* bias, int64_t rows, int64_t columns,
                      Bfloat16* to, int64_t to_row);
@@ -65,6 +82,12 @@ struct AmxKernels {
 
   // Forms `tiles` tiles of a right factor from its kBlockColumns rows of tiles * kTileRows values.
   void (*pack_right)(const Bfloat16* const* rows, int64_t tiles, Bfloat16* to);
+
+  // Transposes a square of kTileRows pairs; rows of `to` lie side by side.
+  void (*transpose_pairs)(const Bfloat16* from, int64_t from_stride, Bfloat16* to);
+
+  // Rounds a row of gradients in the order of Bfloat16Backward to `channels` channels in theirs.
+  void (*round_gradients)(const float* from, int64_t channels, Bfloat16* to);
 };
 
 // Null where the processor has no matrix tiles, or DCN_CPU_CAPABILITY forbids them.

@@ -1,37 +1,10 @@
 // Copyright (c) the dcn_d2 authors. SPDX-License-Identifier: Apache-2.0
-// The factors of the products that amx_kernels.h computes: how channels are cut into blocks, how weights are packed.
+// The factors of the products that amx_kernels.h computes: how weights and output gradients are packed.
 #pragma once
 
-#include "amx_kernels.h"
-#include "deform_conv2d_operands.h"
+#include "bfloat16_operands.h"
 
 namespace dcn::cpu {
-
-inline int64_t tiles_of(int64_t count) { return divide_up(count, kTileRows); }
-inline int64_t blocks_of(int64_t count) { return divide_up(count, kBlockColumns); }
-
-inline const Bfloat16* bits_of(const Tensor& tensor) { return static_cast<const Bfloat16*>(tensor.const_data_ptr()); }
-
-// The input channels in blocks: none belongs to two conv groups or two deform groups.
-class ChannelBlocks {
- public:
-  explicit ChannelBlocks(const DeformConv2dSizes& s) : segments_(segments_of(s, s.channels)), first_(s.groups + 1, 0) {
-    for (const Segment& segment : segments_) {
-      block_.push_back(total());
-      for (int64_t group = segment.group; group < s.groups; ++group) first_[group + 1] += blocks_of(segment.count);
-    }
-  }
-
-  const std::vector<Segment>& segments() const { return segments_; }
-  int64_t first_block(size_t segment) const { return block_[segment]; }
-  int64_t first_of_group(int64_t group) const { return first_[group]; }
-  int64_t of_group(int64_t group) const { return first_[group + 1] - first_[group]; }
-  int64_t total() const { return first_.back(); }
-
- private:
-  std::vector<Segment> segments_;
-  std::vector<int64_t> block_, first_;
-};
 
 // The weight as right factors: for every group (panels of output channels; taps, blocks of the group; tiles).
 struct Bfloat16Weight {
@@ -82,6 +55,133 @@ struct Bfloat16Weight {
       }
     }
   }
+};
+
+// The weight of a segment of channels as right factors that make gradient columns: (taps, blocks of channels, blocks of
+// output channels, the tile of the even channels and that of the odd ones).
+inline Scratch<Bfloat16> pack_backward_weight(const DeformConv2dSizes& s, const Segment& segment,
+                                              const Bfloat16* weight) {
+  const int64_t taps = s.taps(), row = s.group_channels() * taps, group_out = s.group_out_channels();
+  const int64_t channel_blocks = blocks_of(segment.count), out_blocks = blocks_of(group_out);
+  Scratch<Bfloat16> packed = scratch<Bfloat16>(taps * channel_blocks * out_blocks * 2 * kTileValues);
+  const int64_t size = taps * kBlockColumns * kBlockColumns;
+  const Scratch<Bfloat16> of_channels = scratch<Bfloat16>(size);  // (channels, taps, output channels)
+  for (int64_t o = 0; o < group_out; o += kBlockColumns) {
+    const int64_t outs = std::min(kBlockColumns, group_out - o);
+    for (int64_t c = 0; c < segment.count; c += kBlockColumns) {
+      const int64_t count = std::min(kBlockColumns, segment.count - c);
+      if (outs < kBlockColumns || count < kBlockColumns) std::fill_n(of_channels.get(), size, Bfloat16{0});
+      amx_kernels()->transpose(
+          weight + (segment.group * group_out + o) * row + (segment.begin % s.group_channels() + c) * taps, row, outs,
+          count * taps, of_channels.get(), kBlockColumns);
+      for (int64_t tap = 0; tap < taps; ++tap) {
+        const int64_t block = (tap * channel_blocks + c / kBlockColumns) * out_blocks + o / kBlockColumns;
+        for (int64_t odd = 0; odd < 2; ++odd) {
+          amx_kernels()->transpose_pairs(of_channels.get() + (odd * taps + tap) * kBlockColumns,
+                                         2 * taps * kBlockColumns, packed.get() + (2 * block + odd) * kTileValues);
+        }
+      }
+    }
+  }
+  return packed;
+}
+
+// Where weight gradients go, (out_channels, group_channels, taps): rounded, or as float32 where more are added.
+struct WeightGradient {
+  Bfloat16* rounded;
+  float* part;
+
+  explicit operator bool() const { return rounded || part; }
+};
+
+// Writes a segment's weight gradient, (taps, output channels, channels in the order of Bfloat16Backward), to its place.
+inline void unpack_weight_gradient(const DeformConv2dSizes& s, const Segment& segment, const float* from,
+                                   const WeightGradient& to) {
+  const int64_t taps = s.taps(), row = s.group_channels() * taps, group_out = s.group_out_channels();
+  const int64_t from_row = blocks_of(segment.count) * kBlockColumns;
+  const int64_t from_tap = tiles_of(group_out) * kTileRows * from_row;
+  const int64_t block_row = kBlockColumns * taps;
+  const Scratch<float> block = scratch<float>(block_row * kTileRows);       // (channels, taps, output channels)
+  const Scratch<float> transposed = scratch<float>(block_row * kTileRows);  // (output channels, channels, taps)
+  for (int64_t o = 0; o < group_out; o += kTileRows) {
+    const int64_t outs = std::min(kTileRows, group_out - o);
+    for (int64_t c = 0; c < segment.count; c += kBlockColumns) {
+      for (int64_t tap = 0; tap < taps; ++tap) {
+        for (int64_t odd = 0; odd < 2; ++odd) {
+          kernels<float>().transpose(from + tap * from_tap + o * from_row + c + odd * kTileRows, from_row, kTileRows,
+                                     kTileRows, block.get() + (odd * taps + tap) * kTileRows, 2 * taps * kTileRows);
+        }
+      }
+      const int64_t columns = std::min(kBlockColumns, segment.count - c) * taps;
+      const int64_t place = (segment.group * group_out + o) * row + (segment.begin % s.group_channels() + c) * taps;
+      if (to.part) {
+        kernels<float>().transpose(block.get(), kTileRows, columns, outs, to.part + place, row);
+      } else {
+        kernels<float>().transpose(block.get(), kTileRows, columns, outs, transposed.get(), block_row);
+        amx_kernels()->round_rows(transposed.get(), block_row, nullptr, outs, columns, to.rounded + place, row);
+      }
+    }
+  }
+}
+
+// Output gradients of a tile of positions and the channels of a group, as left factors: rows are positions in one and
+// output channels in the other.
+class Bfloat16GradOutput {
+ public:
+  Bfloat16GradOutput(const DeformConv2dSizes& s, const Bfloat16* grad, bool channels_last, int64_t tile)
+      : sizes_(s),
+        grad_(grad),
+        channels_last_(channels_last),
+        tile_(tile),
+        rows_(scratch<Bfloat16>(blocks_of(s.group_out_channels()) * position_block())),
+        columns_(scratch<Bfloat16>(blocks_of(tile) * out_block())) {}
+
+  // From one block to the next: of output channels in rows(), of positions in columns().
+  int64_t position_block() const { return tile_ * kBlockColumns; }
+  int64_t out_block() const { return tiles_of(sizes_.group_out_channels()) * kTileValues; }
+  const Bfloat16* rows() const { return rows_.get(); }
+  const Bfloat16* columns() const { return columns_.get(); }
+
+  void pack_rows(int64_t n, int64_t begin, int64_t count, int64_t group) {
+    const int64_t outs = sizes_.group_out_channels();
+    for (int64_t o = 0; o < outs; o += kBlockColumns) {
+      const int64_t some = std::min(kBlockColumns, outs - o);
+      pack(at(n, begin, group) + o * out_stride(), channels_last_, count, some,
+           rows_.get() + o / kBlockColumns * position_block());
+    }
+  }
+  void pack_columns(int64_t n, int64_t begin, int64_t count, int64_t group) {
+    for (int64_t p = 0; p < count; p += kBlockColumns) {
+      const int64_t some = std::min(kBlockColumns, count - p);
+      pack(at(n, begin, group) + p * position_stride(), !channels_last_, sizes_.group_out_channels(), some,
+           columns_.get() + p / kBlockColumns * out_block());
+    }
+  }
+
+ private:
+  int64_t out_stride() const { return channels_last_ ? 1 : sizes_.positions(); }
+  int64_t position_stride() const { return channels_last_ ? sizes_.out_channels : 1; }
+  const Bfloat16* at(int64_t n, int64_t begin, int64_t group) const {
+    return grad_ + n * sizes_.out_channels * sizes_.positions() + group * sizes_.group_out_channels() * out_stride() +
+           begin * position_stride();
+  }
+
+  // A block of `columns` columns, whose values lie side by side if `in_rows`, or else those of a column do.
+  void pack(const Bfloat16* from, bool in_rows, int64_t rows, int64_t columns, Bfloat16* to) const {
+    const int64_t stride = channels_last_ ? sizes_.out_channels : sizes_.positions();
+    if (columns < kBlockColumns) std::fill_n(to, rows * kBlockColumns, Bfloat16{0});
+    if (!in_rows) return amx_kernels()->transpose(from, stride, columns, rows, to, kBlockColumns);
+    for (int64_t r = 0; r < rows; ++r, from += stride, to += kBlockColumns) {
+      // A whole block's size is known to the compiler.
+      columns == kBlockColumns ? std::copy_n(from, kBlockColumns, to) : std::copy_n(from, columns, to);
+    }
+  }
+
+  const DeformConv2dSizes& sizes_;
+  const Bfloat16* grad_;
+  bool channels_last_;
+  int64_t tile_;
+  Scratch<Bfloat16> rows_, columns_;
 };
 
 }  // namespace dcn::cpu

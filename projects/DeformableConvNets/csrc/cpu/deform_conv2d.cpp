@@ -318,9 +318,10 @@ std::array<Tensor, 4> backward_in_dtype(const char* op, const DeformConv2dSizes&
   check_operand(op, "grad", grad, input, 4);
   check_shape(op, "grad", grad, {s.batch, s.out_channels, s.out_h, s.out_w});
   const ScalarType dtype = input.scalar_type();
-  std::array<Tensor, 4> gradients = dtype == ScalarType::Double
-                                        ? backward<double>(s, grad, input, modulation, weight, need)
-                                        : backward<float>(s, grad, input, modulation, weight, need);
+  std::array<Tensor, 4> gradients =
+      uses_bfloat16_path(s, dtype)  ? bfloat16_backward(s, grad, input, modulation, weight, need)
+      : dtype == ScalarType::Double ? backward<double>(s, grad, input, modulation, weight, need)
+                                    : backward<float>(s, grad, input, modulation, weight, need);
   if (need.weight && is_channels_last(weight)) {
     gradients[2] = torch::stable::contiguous(gradients[2], MemoryFormat::ChannelsLast);
   }

@@ -2,6 +2,7 @@
 #include "deform_conv2d_bfloat16.h"
 
 #include "bfloat16_factors.h"
+#include "bfloat16_operands.h"
 #include "deform_conv2d_grouped.h"
 
 namespace dcn::cpu {
@@ -11,53 +12,6 @@ namespace {
 constexpr int64_t kColumnBytes = int64_t{576} << 10;
 // Positions of a tile: more of them read the packed weight less often.
 constexpr int64_t kMaxTile = 256;
-
-// A thread's matrix tiles.
-class TileSession {
- public:
-  TileSession() { amx_kernels()->begin(); }
-  ~TileSession() { amx_kernels()->end(); }
-  TileSession(const TileSession&) = delete;
-  TileSession& operator=(const TileSession&) = delete;
-};
-
-// The input in channels_last, as bfloat16.
-Tensor bfloat16_channels_last(const Tensor& tensor) {
-  if (!tensor.is_contiguous()) return torch::stable::contiguous(tensor, MemoryFormat::ChannelsLast);
-  const int64_t channels = tensor.size(1), pixels = tensor.size(2) * tensor.size(3);
-  if (channels == 1 || pixels == 1) return tensor;  // both at once
-  Tensor result =
-      empty_4d(tensor, {tensor.size(0), channels, tensor.size(2), tensor.size(3)}, tensor.scalar_type(), true);
-  const Bfloat16* from = bits_of(tensor);
-  Bfloat16* to = static_cast<Bfloat16*>(result.mutable_data_ptr());
-  for_each_pixel_block(tensor.size(0), pixels, [&](int64_t n, int64_t begin, int64_t count) {
-    amx_kernels()->transpose(from + n * channels * pixels + begin, pixels, channels, count,
-                             to + (n * pixels + begin) * channels, channels);
-  });
-  return result;
-}
-
-// The tensors of one call.
-struct Bfloat16Operands {
-  DeformConv2dSizes sizes;
-  Tensor image_tensor;
-  Offsets<float> offsets;
-  ChannelBlocks blocks;
-  std::vector<Bfloat16> zeros;
-  const Bfloat16* images;
-
-  Bfloat16Operands(const DeformConv2dSizes& s, const Tensor& input, const Modulation& modulation)
-      : sizes(s),
-        image_tensor(bfloat16_channels_last(input)),
-        offsets(s, modulation),
-        blocks(s),
-        zeros(s.channels, 0),
-        images(bits_of(image_tensor)) {}
-
-  Bfloat16Channels channels(int64_t n, const Segment& segment) const {
-    return {images + n * sizes.pixels() * sizes.channels + segment.begin, sizes.channels, segment.count, zeros.data()};
-  }
-};
 
 // Writes output positions of one image. A tile's columns are gathered for some taps at a time, as (groups, taps, blocks
 // of the group, positions, channels of the block), and multiplied with the packed weight of these taps.
@@ -161,7 +115,7 @@ Tensor bfloat16_forward(const DeformConv2dSizes& s, const Tensor& input, const M
   const bool channels_last = is_channels_last(input);
   Tensor output = empty_4d(input, {s.batch, s.out_channels, s.out_h, s.out_w}, ScalarType::BFloat16, channels_last);
   if (output.numel() == 0) return output;
-  const Bfloat16Operands operands(s, input, modulation);
+  const Bfloat16Operands operands(s, input, modulation, s.channels);
   std::optional<Tensor> dense_bias;
   if (bias) dense_bias = dense(*bias, ScalarType::Float);
   const float* bias_data = dense_bias ? dense_bias->const_data_ptr<float>() : nullptr;

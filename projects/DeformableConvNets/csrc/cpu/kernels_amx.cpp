@@ -114,6 +114,108 @@ void gather(const Bfloat16Channels& from, const TapSamples<float>& samples, Bflo
   }
 }
 
+[[gnu::always_inline]] inline Floats load_floats(const float* from, __mmask16 mask) {
+  return __builtin_bit_cast(Floats, _mm512_maskz_loadu_ps(mask, from));
+}
+
+[[gnu::always_inline]] inline Floats add_neighbours(const Floats& a, const Floats& b) {
+  return __builtin_shufflevector(a, b, 0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29) +
+         __builtin_shufflevector(a, b, 2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31);
+}
+
+// Sums of four vectors.
+[[gnu::always_inline]] inline __m128 sums_of(const Floats* v) {
+  const Floats ab = add_neighbours(v[0], v[1]), cd = add_neighbours(v[2], v[3]);  // a b a b of every quarter
+  const Floats all = __builtin_shufflevector(ab, cd, 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29) +
+                     __builtin_shufflevector(ab, cd, 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
+  typedef float Quarter __attribute__((vector_size(16)));
+  const Quarter sum = __builtin_shufflevector(all, all, 0, 1, 2, 3) + __builtin_shufflevector(all, all, 4, 5, 6, 7) +
+                      __builtin_shufflevector(all, all, 8, 9, 10, 11) +
+                      __builtin_shufflevector(all, all, 12, 13, 14, 15);
+  return __builtin_bit_cast(__m128, sum);
+}
+
+template <bool kInput, bool kOffset, bool kWeight>
+void backward_pass(const Bfloat16Channels& from, const TapSamples<float>& samples, const Bfloat16Backward& given) {
+  const Bfloat16Channels image = from;  // copies: what is stored below cannot be part of them
+  const TapSamples<float> at = samples;
+  const Bfloat16Backward pass = given;
+  const int64_t whole = image.channels / kBlockColumns * kBlockColumns, rest = image.channels - whole;
+  const auto tail = static_cast<__mmask32>((uint64_t{1} << rest) - 1);
+  const auto even_tail = static_cast<__mmask16>((1U << ((rest + 1) / 2)) - 1);
+  const auto odd_tail = static_cast<__mmask16>((1U << (rest / 2)) - 1);
+  for (int64_t p = 0; p < at.count; ++p) {
+    const Neighbours near(image, at, p);
+    float* grad_row[4];
+#pragma GCC unroll 4
+    for (int k = 0; kInput && k < 4; ++k) {
+      const int32_t pixel = at.pixel[k][p];
+      grad_row[k] = pixel == kNoPixel ? pass.trash : pass.grad_image + pixel * pass.grad_stride;
+    }
+    const float* gradient = pass.gradient + p * pass.gradient_row;
+    Bfloat16* right = pass.right + p / kBlockColumns * 2 * kTileValues + p % kBlockColumns / 2 * kBlockColumns;
+    Floats dot[4] = {};
+    const auto block = [&](int64_t c, const Pairs* values, const Floats& even,
+                           const Floats& odd) __attribute__((always_inline)) {
+      // All gradients are loaded before any is stored: rows of pixels are often a multiple of 4096 bytes apart, and a
+      // load would wait for stores that seem to go to the same place.
+      Floats first = {}, second = {}, sum[8];
+#pragma GCC unroll 4
+      for (int k = 0; k < 4; ++k) {
+        if (kInput) sum[2 * k] = load(grad_row[k] + c) + near.weight[k] * even;
+        if (kInput) sum[2 * k + 1] = load(grad_row[k] + c + 16) + near.weight[k] * odd;
+      }
+#pragma GCC unroll 4
+      for (int k = 0; k < 4; ++k) {
+        const Floats a = first_values(values[k]), b = second_values(values[k]);
+        if (kOffset) dot[k] += even * a;
+        if (kOffset) dot[k] += odd * b;
+        if (kWeight) first += near.weight[k] * a;
+        if (kWeight) second += near.weight[k] * b;
+        if (kInput) store(grad_row[k] + c, sum[2 * k]);
+        if (kInput) store(grad_row[k] + c + 16, sum[2 * k + 1]);
+      }
+      if (!kWeight) return;
+      Bfloat16* to = right + c / kBlockColumns * pass.panel;
+      const Pairs low = __builtin_bit_cast(Pairs, first) + 0x8000U, high = __builtin_bit_cast(Pairs, second) + 0x8000U;
+      if (p % 2 == 0) {
+        store_pairs(to, low >> 16);
+        store_pairs(to + kTileValues, high >> 16);
+      } else {
+        store_pairs(to, load_pairs(to) | (low & 0xffff0000U));
+        store_pairs(to + kTileValues, load_pairs(to + kTileValues) | (high & 0xffff0000U));
+      }
+    };
+    constexpr bool kGradient = kInput || kOffset;
+    for (int64_t c = 0; c < whole; c += kBlockColumns) {
+      const Pairs values[4] = {load_pairs(near.row[0] + c), load_pairs(near.row[1] + c), load_pairs(near.row[2] + c),
+                               load_pairs(near.row[3] + c)};
+      block(c, values, kGradient ? load(gradient + c) : Floats{}, kGradient ? load(gradient + c + 16) : Floats{});
+    }
+    if (tail) {
+      const Pairs values[4] = {load_some(near.row[0] + whole, tail), load_some(near.row[1] + whole, tail),
+                               load_some(near.row[2] + whole, tail), load_some(near.row[3] + whole, tail)};
+      block(whole, values, kGradient ? load_floats(gradient + whole, even_tail) : Floats{},
+            kGradient ? load_floats(gradient + whole + 16, odd_tail) : Floats{});
+    }
+    if (kOffset) {
+      const __m128 sums = sums_of(dot);
+      float four[4];
+      _mm_storeu_ps(four, sums);
+      for (int k = 0; k < 4; ++k) pass.dots[k][p] = four[k];
+    }
+  }
+}
+
+void backward(const Bfloat16Channels& from, const TapSamples<float>& samples, const Bfloat16Backward& pass) {
+  using Pass = void (*)(const Bfloat16Channels&, const TapSamples<float>&, const Bfloat16Backward&);
+  static constexpr Pass kPasses[8] = {backward_pass<false, false, false>, backward_pass<false, false, true>,
+                                      backward_pass<false, true, false>,  backward_pass<false, true, true>,
+                                      backward_pass<true, false, false>,  backward_pass<true, false, true>,
+                                      backward_pass<true, true, false>,   backward_pass<true, true, true>};
+  kPasses[(pass.grad_image ? 4 : 0) + (pass.dots[0] ? 2 : 0) + (pass.right ? 1 : 0)](from, samples, pass);
+}
+
 // c (kM x kN tiles) = or += a @ b. Tiles 0 to 3 are sums, 4 and 5 rows of a, 6 and 7 columns of b.
 template <int kM, int kN>
 [[gnu::always_inline]] inline void micro_kernel(const Bfloat16* a, int64_t a_block, int64_t blocks, const Bfloat16* b,
@@ -182,10 +284,6 @@ void multiply(const AmxProduct& p) {
   fence();
 }
 
-[[gnu::always_inline]] inline Floats load_floats(const float* from, __mmask16 mask) {
-  return __builtin_bit_cast(Floats, _mm512_maskz_loadu_ps(mask, from));
-}
-
 void round_rows(const float* from, int64_t from_row, const float* bias, int64_t rows, int64_t columns, Bfloat16* to,
                 int64_t to_row) {
   for (int64_t c = 0; c < columns; c += kBlockColumns) {
@@ -216,9 +314,25 @@ void pack_right(const Bfloat16* const* rows, int64_t tiles, Bfloat16* to) {
   }
 }
 
+void transpose_pairs(const Bfloat16* from, int64_t from_stride, Bfloat16* to) {
+  uint32_t* const pairs = reinterpret_cast<uint32_t*>(to);
+  transpose_square(reinterpret_cast<const uint32_t*>(from), from_stride / 2,
+                   [=](int64_t column) { return pairs + column * kTileRows; });
+}
+
+void round_gradients(const float* from, int64_t channels, Bfloat16* to) {
+  for (int64_t c = 0; c < channels; c += kBlockColumns) {
+    const auto mask = static_cast<__mmask32>((uint64_t{1} << std::min(kBlockColumns, channels - c)) - 1);
+    const Pairs pairs = round_pairs(load(from + c), load(from + c + 16));
+    _mm512_mask_storeu_epi16(to + c, mask, __builtin_bit_cast(__m512i, pairs));
+  }
+}
+
 }  // namespace
 
-const AmxKernels kernels = {begin, end, multiply, gather, round_rows, transpose<Bfloat16>, pack_right};
+const AmxKernels kernels = {
+    begin,          end, multiply, gather, backward, round_rows, transpose<Bfloat16>, pack_right, transpose_pairs,
+    round_gradients};
 
 }  // namespace dcn::cpu::amx
 

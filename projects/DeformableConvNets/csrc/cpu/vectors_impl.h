@@ -75,6 +75,61 @@ template <typename T, typename Place>
   for (int i = 0; i < lanes; ++i) store(place(i), row[i]);
 }
 
+#if DCN_VECTOR_BYTES == 64
+// Of 16-bit values, first the squares of 8 within the vectors' quarters, then the quarters: that takes instructions
+// which move within quarters or whole ones, and no slower ones.
+template <int kHigh>
+[[gnu::always_inline]] inline Vector<uint16_t> interleave_quarters(const Vector<uint16_t>& a,
+                                                                   const Vector<uint16_t>& b) {
+  constexpr int h = 4 * kHigh;
+  return __builtin_shufflevector(a, b, h, h + 32, h + 1, h + 33, h + 2, h + 34, h + 3, h + 35, h + 8, h + 40, h + 9,
+                                 h + 41, h + 10, h + 42, h + 11, h + 43, h + 16, h + 48, h + 17, h + 49, h + 18, h + 50,
+                                 h + 19, h + 51, h + 24, h + 56, h + 25, h + 57, h + 26, h + 58, h + 27, h + 59);
+}
+// Quarters kFirst and kFirst + kStep of a, then those of b.
+template <int kFirst, int kStep>
+[[gnu::always_inline]] inline Vector<uint16_t> join_quarters(const Vector<uint16_t>& a, const Vector<uint16_t>& b) {
+  typedef uint64_t Eighths __attribute__((vector_size(64)));
+  constexpr int f = 2 * kFirst, g = 2 * (kFirst + kStep);
+  return __builtin_bit_cast(Vector<uint16_t>,
+                            __builtin_shufflevector(__builtin_bit_cast(Eighths, a), __builtin_bit_cast(Eighths, b), f,
+                                                    f + 1, g, g + 1, f + 8, f + 9, g + 8, g + 9));
+}
+template <typename Place>
+[[gnu::always_inline]] inline void transpose_square(const uint16_t* from, int64_t from_stride, const Place& place) {
+  Vector<uint16_t> squares[4][8];  // of 8 rows: row j, quarter q holds their column 8 q + j
+#pragma GCC unroll 4
+  for (int g = 0; g < 4; ++g) {
+    Vector<uint16_t> row[8], next[8];
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; ++i) row[i] = load(from + (8 * g + i) * from_stride);
+#pragma GCC unroll 3
+    for (int round = 0; round < 3; ++round) {
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i) {
+        next[2 * i] = interleave_quarters<0>(row[i], row[i + 4]);
+        next[2 * i + 1] = interleave_quarters<1>(row[i], row[i + 4]);
+      }
+#pragma GCC unroll 8
+      for (int i = 0; i < 8; ++i) row[i] = next[i];
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; ++i) squares[g][i] = row[i];
+  }
+#pragma GCC unroll 8
+  for (int j = 0; j < 8; ++j) {
+    const auto low = join_quarters<0, 1>(squares[0][j], squares[1][j]);
+    const auto high = join_quarters<2, 1>(squares[0][j], squares[1][j]);
+    const auto low_2 = join_quarters<0, 1>(squares[2][j], squares[3][j]);
+    const auto high_2 = join_quarters<2, 1>(squares[2][j], squares[3][j]);
+    store(place(j), join_quarters<0, 2>(low, low_2));
+    store(place(8 + j), join_quarters<1, 2>(low, low_2));
+    store(place(16 + j), join_quarters<0, 2>(high, high_2));
+    store(place(24 + j), join_quarters<1, 2>(high, high_2));
+  }
+}
+#endif
+
 // Row r of column c goes to place(c)[r].
 template <typename T, typename Place>
 [[gnu::always_inline]] inline void transpose_blocks(const T* from, int64_t from_stride, int64_t rows, int64_t columns,

@@ -64,11 +64,12 @@ assert len(messages) == 1 and "pip install" in messages[0] and "dcn_d2._C was no
 
 @pytest.mark.parametrize("capability", ["default", "avx2", "avx512"])
 def test_every_instruction_set(capability: str) -> None:
-    operators = ("deform_conv2d", "modulated_deform_conv2d", "grouped", "deform_roi_pool", "deform_psroi_pool")
-    tests = [str(TESTS / f"test_{name}.py") for name in operators]
+    operators = ("deform_conv2d", "modulated_deform_conv2d", "deform_roi_pool", "deform_psroi_pool")
+    tests = [str(TESTS / f"test_{name}.py") for name in (*operators, "grouped", "bfloat16")]
+    of_cpu = "(cpu or test_grouped or test_bfloat16)"
     result = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", *tests]
-        + ["-k", "equals_reference and (cpu or test_grouped) or any_number_of_threads or wild and test_grouped"],
+        + ["-k", f"equals_reference and {of_cpu} or any_number_of_threads or wild and test_grouped"],
         env=os.environ | {"DCN_CPU_CAPABILITY": capability},
         capture_output=True,
         text=True,

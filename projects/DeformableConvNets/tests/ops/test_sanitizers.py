@@ -47,4 +47,4 @@ else:
 def test_a_read_past_the_end_is_noticed(operator: str, memory_format: str) -> None:
     result = subprocess.run([sys.executable, "-c", SHRUNK, operator, memory_format], capture_output=True, text=True)
     assert result.returncode != 0
-    assert "heap-buffer-overflow" in result.stderr and "kernels_impl.h" in result.stderr, result.stderr
+    assert "heap-buffer-overflow" in result.stderr and "_impl.h" in result.stderr, result.stderr
