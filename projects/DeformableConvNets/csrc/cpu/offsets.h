@@ -10,22 +10,23 @@
 
 namespace dcn::cpu {
 
-// A (batch, planes, out_h, out_w) tensor in the dtype of the computation, in which a plane's values or a position's
-// values lie side by side.
+// A (batch, planes, out_h, out_w) tensor in the dtype of the computation, or bfloat16 for float32, in which a plane's
+// values or a position's values lie side by side.
 template <typename T>
 class Planes {
  public:
-  explicit Planes(const Tensor& tensor) : tensor_(legible(tensor)), values_(tensor_.template const_data_ptr<T>()) {
+  explicit Planes(const Tensor& tensor) : tensor_(legible(tensor)), values_(tensor_.const_data_ptr()) {
     image_ = tensor_.stride(0), plane_ = tensor_.stride(1), position_ = position_stride(tensor_);
   }
 
   int64_t planes() const { return tensor_.size(1); }
-  bool in_order() const { return position_ == 1; }
+  bool in_order() const { return position_ == 1 && !is_bfloat16(tensor_); }
   int64_t plane_stride() const { return plane_; }
-  const T* at(int64_t n, int64_t position) const { return values_ + n * image_ + position * position_; }
+  const T* at(int64_t n, int64_t position) const { return static_cast<const T*>(values_) + place(n, position); }
 
   // Writes positions [begin, begin + count) of image n, plane by plane.
   void put_in_order(int64_t n, int64_t begin, int64_t count, T* to, int64_t to_stride) const {
+    if (is_bfloat16(tensor_)) return widen(n, begin, count, to, to_stride);
     const T* from = at(n, begin);
     if (!in_order()) return kernels<T>().transpose(from, position_, count, planes(), to, to_stride);
     for (int64_t plane = 0; plane < planes(); ++plane) {
@@ -34,6 +35,25 @@ class Planes {
   }
 
  private:
+  // Only float32 is computed from bfloat16, which is its upper half.
+  static bool is_bfloat16(const Tensor& tensor) {
+    return sizeof(T) == sizeof(float) && tensor.scalar_type() == ScalarType::BFloat16;
+  }
+  static void widen(const uint16_t* from, int64_t count, T* to) {
+    for (int64_t i = 0; i < count; ++i) to[i] = static_cast<T>(__builtin_bit_cast(float, uint32_t{from[i]} << 16));
+  }
+  void widen(int64_t n, int64_t begin, int64_t count, T* to, int64_t to_stride) const {
+    const uint16_t* from = static_cast<const uint16_t*>(values_) + place(n, begin);
+    if (position_ == 1) {
+      for (int64_t plane = 0; plane < planes(); ++plane) widen(from + plane * plane_, count, to + plane * to_stride);
+      return;
+    }
+    const Scratch<T> rows = scratch<T>(count * planes());
+    for (int64_t p = 0; p < count; ++p) widen(from + p * position_, planes(), rows.get() + p * planes());
+    kernels<T>().transpose(rows.get(), planes(), count, planes(), to, to_stride);
+  }
+
+  int64_t place(int64_t n, int64_t position) const { return n * image_ + position * position_; }
   // The distance of neighbouring positions, 0 where it is not the same everywhere.
   static int64_t position_stride(const Tensor& tensor) {
     const int64_t height = tensor.size(2), width = tensor.size(3);
@@ -41,14 +61,14 @@ class Planes {
     return height == 1 || tensor.stride(2) == width * tensor.stride(3) ? tensor.stride(3) : 0;
   }
   static Tensor legible(const Tensor& tensor) {
-    const Tensor cast =
-        tensor.scalar_type() == scalar_type_of<T>() ? tensor : torch::stable::to(tensor, scalar_type_of<T>());
+    const bool as_is = tensor.scalar_type() == scalar_type_of<T>() || is_bfloat16(tensor);
+    const Tensor cast = as_is ? tensor : torch::stable::to(tensor, scalar_type_of<T>());
     const int64_t position = position_stride(cast);
     return position == 1 || (position > 0 && cast.stride(1) == 1) ? cast : torch::stable::contiguous(cast);
   }
 
   Tensor tensor_;
-  const T* values_;
+  const void* values_;
   int64_t image_, plane_, position_;
 };
 
