@@ -170,14 +170,18 @@ void backward_pass(const ImageChannels<T>& from, const TapSamples<T>* samples, i
       Vector<T> dot[4] = {};
       for (int64_t c = 0; c < whole; c += lanes) {
         const Vector<T> gradient = load(column_of_tap + c);
-        Vector<T> column = {};
+        Vector<T> column = {}, grad_pixel[4];
+        // All loads come before the stores: where rows of pixels are a multiple of 4096 bytes apart, a load would wait
+        // for the store before it.
 #pragma GCC unroll 4
         for (int k = 0; k < 4; ++k) {
           const Vector<T> value = load(row[k] + c);
           column += weight[k] * value;
           if (kOffset) dot[k] += gradient * value;
-          if (kInput) store(grad_row[k] + c, load(grad_row[k] + c) + weight[k] * gradient);
+          if (kInput) grad_pixel[k] = load(grad_row[k] + c) + weight[k] * gradient;
         }
+#pragma GCC unroll 4
+        for (int k = 0; kInput && k < 4; ++k) store(grad_row[k] + c, grad_pixel[k]);
         store(column_of_tap + c, column);
       }
       for (int64_t c = whole; c < channels; ++c) {
