@@ -21,7 +21,7 @@ template <typename T>
 struct DenseOperands {
   Tensor input, offset, weight;
   std::optional<Tensor> mask;
-  Operands<T> pointers;
+  Operands<T> pointers{};
 
   DenseOperands(const DeviceScope& device, const DeformConv2dSizes& s, const Tensor& given_input,
                 const Modulation& modulation, const Tensor& given_weight)
@@ -32,19 +32,22 @@ struct DenseOperands {
     pointers.sizes = s;
     pointers.segment = std::gcd(s.group_channels(), s.deform_channels());
     pointers.images = input.const_data_ptr<T>();
-    pointers.offsets = {offset.const_data_ptr<T>(), offset.stride(0), offset.stride(1), offset.stride(3)};
-    pointers.masks = mask
-                         ? Planes<const T>{mask->const_data_ptr<T>(), mask->stride(0), mask->stride(1), mask->stride(3)}
-                         : Planes<const T>{};
+    pointers.offsets = {offset.const_data_ptr<T>(), offset.stride(0), offset.stride(1), plane_stride(offset)};
+    if (mask) pointers.masks = {mask->const_data_ptr<T>(), mask->stride(0), mask->stride(1), plane_stride(*mask)};
     pointers.logits = modulation.joint.has_value();
-    pointers.weights = {weight.const_data_ptr<T>(), weight.stride(0), weight.stride(1), weight.stride(3)};
+    pointers.weights = {weight.const_data_ptr<T>(), weight.stride(0), weight.stride(1), plane_stride(weight)};
   }
 
  private:
   // With one stride for rows and columns together.
   static Tensor with_flat_planes(const Tensor& tensor) {
-    const bool flat = tensor.stride(2) == tensor.stride(3) * tensor.size(3);
+    const bool line = tensor.size(2) == 1 || tensor.size(3) == 1;
+    const bool flat = line || tensor.stride(2) == tensor.stride(3) * tensor.size(3);
     return flat ? tensor : dense(tensor, tensor.scalar_type());
+  }
+  // That stride. The strides of dimensions of size 1 mean nothing, also in tensors that torch calls contiguous.
+  static int64_t plane_stride(const Tensor& tensor) {
+    return tensor.size(3) == 1 ? tensor.stride(2) : tensor.stride(3);
   }
 };
 

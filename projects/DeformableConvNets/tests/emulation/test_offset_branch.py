@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dcn_d2.layers import split_offset_and_mask
 from dcn_d2.ops import reference
-from tests.ops.samples import CONV_SAMPLES, EMPTY_BATCH, ConvSample, by_name
+from tests.ops.samples import CONV_SAMPLES, EMPTY_BATCH, ConvSample, by_name, turned_columns
 
 from .emulator import GREEDY_WARP, ROUND_ROBIN, SANITIZED, emulate
 from .test_cuda_kernels import conv_values
@@ -102,6 +102,19 @@ def test_any_strides(arithmetic: str, configure: Any) -> None:
         found = emulate("modulated_deform_conv2d", values | {"offset_and_mask": strided})
         for name, value in expected.items():
             assert torch.equal(found[name], value), name
+
+
+@pytest.mark.parametrize("arithmetic", ["bfloat16", "float64"])
+def test_one_column_of_any_stride(arithmetic: str, configure: Any) -> None:
+    """Where the last dimension has one element, its stride means nothing, and `contiguous` leaves it as it is."""
+    configure(ROUND_ROBIN)
+    dtype, allow_tf32, _ = ALL_ARITHMETIC[arithmetic]
+    sample = ConvSample("column", channels=8, out_channels=8, size=(7, 1), kernel=(3, 1), padding=(1, 0))
+    values = branch_values(sample, dtype, NCHW) | {"allow_tf32": allow_tf32}
+    turned = {name: turned_columns(values[name]) for name in ("input", "offset_and_mask", "weight")}
+    expected, found = (emulate("modulated_deform_conv2d", each) for each in (values, values | turned))
+    for name, value in expected.items():
+        assert torch.equal(found[name], value), name
 
 
 @pytest.mark.parametrize("needed", ["need_input", "need_offset", "need_weight"])

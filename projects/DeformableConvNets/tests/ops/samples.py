@@ -173,6 +173,19 @@ def by_name(sample: ConvSample | RoiSample) -> str:
     return sample.name
 
 
+def turned_columns(tensor: Tensor) -> Tensor:
+    """A tensor of one column, in memory a row: contiguous, with another stride for columns than for rows."""
+    row = tensor.transpose(2, 3)
+    turned = torch.empty_like(row, memory_format=torch.contiguous_format).copy_(row).transpose(2, 3)
+    assert turned.is_contiguous() and turned.stride(3) != turned.stride(2)
+    return turned
+
+
+def shifted(tensor: Tensor) -> Tensor:
+    """The same values and strides, where memory is aligned to no more than an element."""
+    return tensor.new_empty(tensor.numel() + 1).as_strided(tensor.shape, tensor.stride(), 1).copy_(tensor)
+
+
 def gradients(function: Callable[..., Tensor], operands: dict[str, Any], seed: int = 1) -> dict[str, Tensor]:
     """Output, and the gradient of every floating operand but `rois`, for a fixed random output gradient."""
     leaves = {

@@ -11,7 +11,17 @@ from torch import Tensor
 
 from dcn_d2.ops import deform_conv2d, reference
 
-from .samples import CONV_SAMPLES, DEVICES, EMPTY_BATCH, ConvSample, assert_same, by_name, gradients
+from .samples import (
+    CONV_SAMPLES,
+    DEVICES,
+    EMPTY_BATCH,
+    ConvSample,
+    assert_same,
+    by_name,
+    gradients,
+    shifted,
+    turned_columns,
+)
 
 parametrize_samples = pytest.mark.parametrize("sample", CONV_SAMPLES, ids=by_name)
 parametrize_devices = pytest.mark.parametrize("device", DEVICES)
@@ -135,9 +145,11 @@ def test_hand_checkable_numbers() -> None:
 
 @parametrize_devices
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf"), 1e30, -1e30], ids=str)
-def test_wild_offsets_read_zero(bad: float, device: str) -> None:
-    sample = ConvSample("wild", channels=4, deform_groups=2)
-    operands = sample.tensors(torch.float32, device)
+@pytest.mark.parametrize(("channels", "dtype"), [(2, torch.float32), (8, torch.float32), (8, torch.bfloat16)], ids=str)
+def test_wild_offsets_read_zero(channels: int, dtype: torch.dtype, bad: float, device: str) -> None:
+    # Such as CUDA multiplies on tensor cores, and such as it does not.
+    sample = ConvSample("wild", channels=2 * channels, out_channels=8, deform_groups=2)
+    operands = sample.tensors(dtype, device)
     operands["offset"][:, ::7] = bad
     clean = dict(operands, offset=operands["offset"].clone())
     clean["offset"][:, ::7] = 1000.0  # outside as well, and harmless
@@ -171,8 +183,7 @@ def test_memory_format_is_kept(dtype: torch.dtype, device: str) -> None:
     assert expected["output"].is_contiguous()
     assert actual["output"].is_contiguous(memory_format=torch.channels_last)
     assert actual["input"].is_contiguous(memory_format=torch.channels_last)
-    if device == "cpu":
-        assert actual["weight"].is_contiguous(memory_format=torch.channels_last)
+    assert actual["weight"].is_contiguous(memory_format=torch.channels_last)
     assert_same(actual, expected, TOLERANCE[dtype])
 
 
@@ -184,6 +195,46 @@ def test_non_contiguous_operands() -> None:
     expected = gradients(functools.partial(compiled, sample), operands)
     actual = {"output": compiled(sample, **padded)}
     assert_same(actual, {"output": expected["output"]}, 0.0)
+
+
+def check_as_given(sample: ConvSample, operands: dict[str, Tensor], grad: Tensor) -> None:
+    """Compares with the reference, without a copy in which the operands' strides and places would be others."""
+    leaves = {name: t.detach().requires_grad_() for name, t in operands.items()}
+    exact = {name: t.detach().double().requires_grad_() for name, t in operands.items()}
+    output, expected = compiled(sample, **leaves), oracle(sample, **exact)
+    found = torch.autograd.grad(output, list(leaves.values()), grad)
+    wanted = torch.autograd.grad(expected, list(exact.values()), grad.double())
+    actual = {"output": output.detach()} | dict(zip(leaves, found))
+    assert_same(actual, {"output": expected.detach()} | dict(zip(leaves, wanted)), TOLERANCE[grad.dtype])
+
+
+@parametrize_devices
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("name", ["input", "offset", "weight", "bias", "mask", "grad"])
+def test_alignment_to_an_element(
+    name: str, memory_format: torch.memory_format, dtype: torch.dtype, device: str
+) -> None:
+    # Of channels that CUDA reads 16 bytes at a time, if they lie so that it can.
+    sample = ConvSample("shifted", channels=16, out_channels=24, deform_groups=2)
+    operands = sample.tensors(dtype, device)
+    grad = torch.randn(2, 24, *sample.out_size, generator=torch.Generator().manual_seed(1)).to(device, dtype)
+    tensors = {
+        key: t.contiguous(memory_format=memory_format) if t.dim() == 4 else t
+        for key, t in (operands | {"grad": grad}).items()
+    }
+    tensors[name] = shifted(tensors[name])
+    check_as_given(sample, tensors, tensors.pop("grad"))
+
+
+@parametrize_devices
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_one_column_of_any_stride(dtype: torch.dtype, device: str) -> None:
+    sample = ConvSample("column", channels=16, out_channels=8, size=(9, 1), kernel=(3, 1), padding=(1, 0))
+    operands = sample.tensors(dtype, device)
+    grad = torch.randn(2, 8, 9, 1, generator=torch.Generator().manual_seed(1)).to(device, dtype)
+    turned = {name: turned_columns(t) if t.dim() == 4 else t for name, t in operands.items()}
+    check_as_given(sample, turned, turned_columns(grad))
 
 
 def test_expanded_output_gradient() -> None:
