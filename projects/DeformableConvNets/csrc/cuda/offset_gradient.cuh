@@ -78,10 +78,11 @@ __global__ void __launch_bounds__(kProductThreads, kKind == Kind::kFloat32 ? 1 :
       }
       const Unit* weights = packed + (int64_t{tap} * packing.segments + segment) * packing.segment_units() +
                             next_step * packing.step_units() +
-                            next_tile % sizes.segment_tiles * kOffsetColumns * kRowUnits;
+                            next_tile % sizes.segment_tiles * kOffsetColumns * kRowUnits + thread;
+      const SharedAddress to = stage + kOperandBytes + thread * kUnitBytes;
 #pragma unroll
-      for (int i = thread; i < kOffsetColumns * kRowUnits; i += kProductThreads) {
-        copy_async(stage + kOperandBytes + i * kUnitBytes, weights + i);
+      for (int i = 0; i < kOffsetColumns * kRowUnits; i += kProductThreads) {
+        copy_async(to + i * kUnitBytes, weights + i);
       }
       if (++next_step == steps) next_step = 0, ++next_tile;
       next_stage = next_stage + 1 < kOffsetStages ? next_stage + 1 : 0;
