@@ -3,7 +3,7 @@
 # Everything that needs a GPU, in one command and within 8 minutes: the operators' tests on CUDA, determinism, a short
 # training run with mixed precision, the benchmarks and which goals they meet, compute-sanitizer.
 #
-#   dev/gpu_check.sh [stage...]      default: load tests determinism training conv2d pooling detector goals memcheck racecheck
+#   dev/gpu_check.sh [stage...]      default: load tests blame determinism training conv2d pooling detector goals memcheck racecheck
 #   PYTHON=python3.12   the interpreter, with torch and torchvision for CUDA (default: the project's environment, if
 #                       there is one, otherwise python3)
 #   RESULTS=path        where files go (default: $OUT, if that is set, otherwise results/ of the project)
@@ -28,7 +28,7 @@ results=${RESULTS:-${OUT:-$project/results}}
 mkdir -p "$results"
 results=$(cd "$results" && pwd)
 summary=$results/summary.txt
-all="load tests determinism training conv2d pooling detector goals memcheck racecheck"
+all="load tests blame determinism training conv2d pooling detector goals memcheck racecheck"
 deadline=$((SECONDS + ${SECONDS_LEFT:-470}))
 export PYTHONPATH=$project${PYTHONPATH:+:$PYTHONPATH} OMP_NUM_THREADS=${OMP_NUM_THREADS:-4}
 
@@ -82,6 +82,21 @@ PY
 # The ids of tests that run on several devices have the device; names with "cuda" run on the GPU only.
 tests() { run_tests 'cuda and not determin' "$python" -m pytest; }
 
+# Where `tests` failed, which kernels do. A process of its own for each kind of arithmetic, as a kernel that faults
+# takes the GPU from all that its process would run later; every launch is waited for.
+blame() {
+  local kind failed=0
+  if grep -q '^PASS tests ' "$summary"; then
+    echo "nothing to blame: the tests passed"
+    return
+  fi
+  for kind in float64 float32 tf32 bfloat16 'float16 and not bfloat16'; do
+    printf -- '--- %s\n' "$kind"
+    CUDA_LAUNCH_BLOCKING=1 run_tests "one_by_one and $kind" "$python" -m pytest --tb=short || failed=1
+  done
+  return "$failed"
+}
+
 determinism() { run_tests 'cuda and determin' "$python" -m pytest; }
 
 # The demo's model with mixed precision: the loss must stay finite and fall.
@@ -128,7 +143,8 @@ goals() {
 }
 
 # Without torch's cache every tensor is an allocation of its own, whose bounds can be checked. The smallest samples:
-# the tools slow kernels down a hundredfold.
+# the tools slow kernels down a hundredfold. torch and its libraries ask the driver for what it may not have, which the
+# tools would take for errors; our own calls and launches are checked where they are made.
 sanitize() {
   local tool
   tool=$(command -v compute-sanitizer || ls /usr/local/cuda/bin/compute-sanitizer 2>/dev/null) || {
@@ -137,7 +153,7 @@ sanitize() {
   }
   PYTORCH_NO_CUDA_MEMORY_CACHING=1 run_tests \
     'cuda and equals_reference and (uneven or tensor_cores or roi_pools and modulated)' \
-    "$tool" --tool "$1" --error-exitcode 9 --target-processes all "$python" -m pytest
+    "$tool" --tool "$1" --error-exitcode 9 --target-processes all --report-api-errors no "$python" -m pytest
 }
 memcheck() { sanitize memcheck; }
 racecheck() { sanitize racecheck; }

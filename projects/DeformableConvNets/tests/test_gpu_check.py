@@ -12,7 +12,7 @@ import pytest
 
 from dev import losses
 
-STAGES = "load tests determinism training conv2d pooling detector goals memcheck racecheck".split()
+STAGES = "load tests blame determinism training conv2d pooling detector goals memcheck racecheck".split()
 # Does what its arguments ask of Python, as far as the script looks at it; FAIL and HANG are patterns of arguments.
 STAND_IN = r"""#!/usr/bin/env bash
 printf '%s\n' "$*" >>"$LOG"
@@ -36,7 +36,7 @@ def run(
     """Runs the script; returns what it did, its summary and the stand-in's calls."""
     tools = folder / "tools"
     tools.mkdir()
-    for name, text in (("python", STAND_IN), ("compute-sanitizer", '#!/bin/sh\nshift 6\nexec "$@"\n')):
+    for name, text in (("python", STAND_IN), ("compute-sanitizer", '#!/bin/sh\nshift 8\nexec "$@"\n')):
         (tools / name).write_text(text)
         (tools / name).chmod(0o755)
     results, log = folder / "results", folder / "log"
@@ -73,6 +73,14 @@ def test_a_stage_that_fails_does_not_stop_the_others(project: Path, tmp_path: Pa
     wrong = dict.fromkeys(("tests", "training"), "FAIL")
     assert verdicts(summary) == dict.fromkeys(STAGES, "PASS") | wrong
     assert re.search(r"FAIL tests \(\d+ s, exit status 1\)", summary)
+
+
+def test_kernels_run_one_by_one_only_where_the_tests_failed(project: Path, tmp_path: Path) -> None:
+    for folder, fail, processes in (("passed", "", 0), ("failed", "not determin", 5)):
+        (tmp_path / folder).mkdir()
+        _, summary, calls = run(project, tmp_path / folder, "tests", "blame", FAIL=fail)
+        assert verdicts(summary)["blame"] == "PASS"
+        assert sum("one_by_one" in call for call in calls) == processes
 
 
 def test_a_stage_out_of_time_is_stopped_and_no_other_begins_late(project: Path, tmp_path: Path) -> None:

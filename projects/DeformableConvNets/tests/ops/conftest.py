@@ -19,3 +19,14 @@ def float32_is_float32() -> Iterator[None]:
     yield
     for backend, value in zip(backends, before):
         backend.allow_tf32 = value
+
+
+@pytest.fixture(autouse=True)
+def errors_show_where_they_arise(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Waits for the GPU after every test. Once a kernel has faulted, nothing else can run in its process."""
+    yield
+    if torch.cuda.is_initialized():
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError as error:
+            pytest.exit(f"{request.node.nodeid}: {error}", returncode=1)

@@ -10,10 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
+import dcn_d2.ops
 from dcn_d2.layers import ModulatedDeformConvPack
-from dcn_d2.ops import deform_conv2d, deform_psroi_pool, deform_roi_pool
+from dcn_d2.ops import deform_conv2d, deform_psroi_pool, deform_roi_pool, reference
 
-from .samples import CONV_SAMPLES, ConvSample, RoiSample, by_name
+from .samples import CONV_SAMPLES, ConvSample, RoiSample, assert_same, by_name
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU is visible to torch")
 
@@ -39,6 +40,42 @@ def run(sample: ConvSample | RoiSample, device: str) -> list[Tensor]:
     else:
         output = deform_roi_pool(**leaves, **sample.arguments)
     return [output, *torch.autograd.grad(output.sum(), [t for t in leaves.values() if t.requires_grad])]
+
+
+# Float32 in the two ways that CUDA has for it.
+ARITHMETIC = {"float64": 1e-10, "float32": 1e-4, "tf32": 5e-3, "bfloat16": 3e-2, "float16": 1e-2}
+ONE_BY_ONE = [
+    *(("deform_conv2d", wanted) for wanted in ("output", "input", "offset", "weight")),
+    *((name, wanted) for name in ("deform_roi_pool", "deform_psroi_pool") for wanted in ("output", "input", "offset")),
+]
+
+
+@pytest.mark.parametrize("arithmetic", ARITHMETIC)
+@pytest.mark.parametrize(("name", "wanted"), ONE_BY_ONE)
+def test_kernels_one_by_one(name: str, wanted: str, arithmetic: str, device: str = "cuda") -> None:
+    """As few kernels as there can be: what to look at first where other tests fail."""
+    torch.backends.cudnn.allow_tf32 = arithmetic == "tf32"
+    dtype = torch.float32 if arithmetic == "tf32" else getattr(torch, arithmetic)
+    sample: ConvSample | RoiSample
+    if name == "deform_conv2d":
+        sample = ConvSample("wide", channels=64, out_channels=72, size=(17, 19), deform_groups=2)
+        arguments: dict[str, Any] = sample.geometry
+    else:
+        sample = RoiSample("vectors", channels=24)
+        arguments = sample.arguments
+    operands: dict[str, Tensor] = sample.tensors(dtype, device)
+    exact = {key: t.double() for key, t in operands.items()}
+
+    def run(operator: Any, values: dict[str, Tensor]) -> dict[str, Tensor]:
+        if wanted == "output":
+            return {wanted: operator(**values, **arguments)}
+        leaf = values[wanted].requires_grad_()
+        output = operator(**values, **arguments)
+        grad = torch.randn(output.shape, generator=torch.Generator().manual_seed(1)).to(device, dtype)
+        return {wanted: torch.autograd.grad(output, leaf, grad.to(output.dtype))[0]}
+
+    expected = run(getattr(reference, name), exact)
+    assert_same(run(getattr(dcn_d2.ops, name), operands), expected, ARITHMETIC[arithmetic])
 
 
 @pytest.mark.parametrize("sample", SAMPLES, ids=by_name)
