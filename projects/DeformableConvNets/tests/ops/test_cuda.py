@@ -31,9 +31,8 @@ SAMPLES = [
 ]
 
 
-def run(sample: ConvSample | RoiSample, device: str) -> list[Tensor]:
-    """Output and gradients of one sample."""
-    operands = sample.tensors(torch.float32, device)
+def run(sample: ConvSample | RoiSample, operands: dict[str, Tensor]) -> list[Tensor]:
+    """Output and gradients of one sample, without waiting for the GPU."""
     leaves = {name: t.requires_grad_(name != "rois") for name, t in operands.items()}
     if isinstance(sample, ConvSample):
         output = deform_conv2d(**leaves, **sample.geometry)
@@ -80,12 +79,17 @@ def test_kernels_one_by_one(name: str, wanted: str, arithmetic: str, device: str
 
 @pytest.mark.parametrize("sample", SAMPLES, ids=by_name)
 def test_kernels_go_to_the_current_stream(sample: ConvSample | RoiSample) -> None:
-    expected = run(sample, "cuda")
+    operands: dict[str, Tensor] = sample.tensors(torch.float32, "cuda")
+    late = {name: torch.full_like(t, torch.nan) for name, t in operands.items()}
+    expected = run(sample, operands)
     torch.cuda.synchronize()
     stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
+    with torch.cuda.stream(stream), torch.no_grad():
         torch.cuda._sleep(50_000_000)  # a kernel on another stream would not wait for this one, nor for what follows
-        found = run(sample, "cuda")
+        for name, t in operands.items():
+            late[name].copy_(t)
+    with torch.cuda.stream(stream):
+        found = run(sample, late)
         copies = [t.clone() for t in found]
     stream.synchronize()
     for a, b in zip(copies, expected):
@@ -96,9 +100,9 @@ def test_kernels_go_to_the_current_stream(sample: ConvSample | RoiSample) -> Non
 @pytest.mark.parametrize("sample", SAMPLES, ids=by_name)
 def test_tensors_on_another_device_than_the_current_one(sample: ConvSample | RoiSample) -> None:
     with torch.cuda.device(0):
-        found = run(sample, "cuda:1")
+        found = run(sample, sample.tensors(torch.float32, "cuda:1"))
         assert torch.cuda.current_device() == 0
-    for a, b in zip(found, run(sample, "cuda:0")):
+    for a, b in zip(found, run(sample, sample.tensors(torch.float32, "cuda:0"))):
         assert a.device == torch.device("cuda:1")
         torch.testing.assert_close(a.cpu(), b.cpu(), rtol=1e-4, atol=1e-4)
 
@@ -121,6 +125,7 @@ def test_a_graph_of_forward_and_backward_replays(dtype: torch.dtype) -> None:
         return [output, *gradients]
 
     stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         both()  # loads the kernels
     stream.synchronize()
