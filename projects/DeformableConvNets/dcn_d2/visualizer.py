@@ -139,7 +139,10 @@ def _add(record: SamplingRecord, name: str, layer: Any, x: Tensor, offset: Tenso
 def _layer_hook(record: SamplingRecord, name: str) -> Any:
     def hook(layer: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], output: Tensor) -> None:
         values = dict(zip(("x", "offset", "mask"), args, strict=False)) | kwargs
-        _add(record, name, layer, values["x"], values["offset"], values.get("mask"))
+        offset, mask = values["offset"], values.get("mask")
+        if mask is None and isinstance(layer, ModulatedDeformConv):
+            offset, mask = split_offset_and_mask(offset)
+        _add(record, name, layer, values["x"], offset, mask)
 
     return hook
 

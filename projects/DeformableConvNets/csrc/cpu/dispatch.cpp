@@ -61,6 +61,7 @@ Capability choose() {
     if (cap == name) return std::min(most, best);
   }
   STD_TORCH_CHECK(false, "DCN_CPU_CAPABILITY must be default, avx2, avx512 or amx, got ", cap);
+  return best;  // not reached, which not all compilers see
 }
 
 Capability chosen() {
