@@ -109,6 +109,12 @@ class Layer:
 
         return call
 
+    def theirs(self, x: Tensor, weight: Tensor, *moved: Tensor) -> Tensor:
+        """Torchvision's operator; in float32 and back where it has no kernel, for bfloat16 on CPU."""
+        missing = x.dtype == torch.bfloat16 and x.device.type == "cpu"
+        operands = [t.float() if missing else t for t in (x, weight, *moved)]
+        return self.deformable(torchvision.ops.deform_conv2d)(*operands).to(x.dtype)
+
     def by_branch(self, x: Tensor, weight: Tensor, branch: Tensor) -> Tensor:
         return modulated_deform_conv2d(x, branch, weight, None, self.shape.stride, 1)
 
@@ -130,9 +136,7 @@ class Layer:
             "dcn_d2 NHWC": prepare(
                 self.deformable(deform_conv2d), (*last, *moved), self.grad.contiguous(memory_format=LAST), backward
             ),
-            "torchvision": prepare(
-                self.deformable(torchvision.ops.deform_conv2d), (*plain, *moved), self.grad, backward
-            ),
+            "torchvision": prepare(self.theirs, (*plain, *moved), self.grad, backward),
         }
         if self.input.device.type == "cuda":
             found |= self._on_cuda(found, backward)
