@@ -17,6 +17,8 @@ struct TileLimits {
 };
 constexpr TileLimits kForwardTile{int64_t{256} << 10, 120}, kBackwardTile{int64_t{576} << 10, 240};
 constexpr int64_t kWeightBytes = int64_t{1200} << 10;
+// Segments from which on a task packs an image's output gradients once, and keeps them.
+constexpr int64_t kKeptPanelSegments = 4;
 
 // Positions of a tile whose columns have `bytes` per position, if `workers` threads share `positions`.
 template <typename T>
@@ -139,16 +141,18 @@ template <typename T>
 class BackwardTask {
  public:
   BackwardTask(const Operands<T>& operands, const T* grad_output, bool channels_last, int64_t tile,
-               int64_t segment_channels, const Gradients<T>& gradients)
+               int64_t segment_channels, bool keeps_panels, const Gradients<T>& gradients)
       : operands_(operands),
         grad_output_(grad_output),
         channels_last_(channels_last),
         tile_(tile),
+        keeps_panels_(keeps_panels),
         gradients_(gradients),
         grad_panels_(operands.sizes.group_out_channels()),
         offsets_(operands.offsets, tile),
         samples_(operands.sizes.taps(), tile, true),
-        grad_tile_(scratch<T>(grad_panels_.size(tile))),
+        grad_tiles_(scratch<T>(grad_panels_.size(tile) *
+                               (keeps_panels ? divide_up(operands.sizes.positions(), tile) : int64_t{1}))),
         columns_(scratch<T>(tile * operands.sizes.taps() * segment_channels)),
         grad_weight_(scratch<T>(operands.sizes.taps() * segment_channels * operands.sizes.group_out_channels())),
         dots_(scratch<T>(operands.sizes.taps() * 4 * tile)),
@@ -163,9 +167,11 @@ class BackwardTask {
     }
     if (gradients_.weight.data) std::fill_n(grad_weight_.get(), width * group_out, T(0));
     for (int64_t n = images.begin; n < images.end; ++n) {
+      const bool packed = keeps_panels_ && packed_image_ == n && packed_group_ == segment.group;
       for (int64_t begin = 0; begin < s.positions(); begin += tile_) {
-        run_tile(segment, n, begin, std::min(tile_, s.positions() - begin));
+        run_tile(segment, n, begin, std::min(tile_, s.positions() - begin), packed);
       }
+      packed_image_ = n, packed_group_ = segment.group;
     }
     if (gradients_.weight.data) {
       unpack_weight_gradient(s, grad_weight_.get(), segment.group, segment.begin % s.group_channels(), segment.count,
@@ -174,11 +180,12 @@ class BackwardTask {
   }
 
  private:
-  void run_tile(const Segment& segment, int64_t n, int64_t begin, int64_t count) {
+  void run_tile(const Segment& segment, int64_t n, int64_t begin, int64_t count, bool packed) {
     const DeformConv2dSizes& s = operands_.sizes;
     const int64_t width = s.taps() * segment.count;
     offsets_.load(n, begin, count);
-    pack_grad_output(segment, n, begin, count);
+    grad_tile_ = grad_tiles_.get() + (keeps_panels_ ? begin / tile_ * grad_panels_.size(tile_) : 0);
+    if (!packed) pack_grad_output(segment, n, begin, count);
     if (gradients_.input || gradients_.offset) multiply_columns(count, width);
     sample(segment, n, begin, count, width);
     if (gradients_.weight.data) multiply_weight(count, width);
@@ -190,17 +197,17 @@ class BackwardTask {
     const int64_t first = segment.group * s.group_out_channels();
     if (channels_last_) {
       grad_panels_.pack_rows(grad_output_ + (n * s.positions() + begin) * s.out_channels + first, s.out_channels, count,
-                             grad_tile_.get());
+                             grad_tile_);
     } else {
       grad_panels_.pack_columns(grad_output_ + (n * s.out_channels + first) * s.positions() + begin, s.positions(),
-                                count, grad_tile_.get());
+                                count, grad_tile_);
     }
   }
 
   // Gradient columns (positions, taps, channels) = output gradients @ weight.
   void multiply_columns(int64_t count, int64_t width) const {
     TileProduct<T> product{};
-    product.a = grad_tile_.get();
+    product.a = grad_tile_;
     product.a_row = grad_panels_.width();
     product.a_chunk = count * grad_panels_.width();
     product.chunks = grad_panels_.panels();
@@ -221,7 +228,7 @@ class BackwardTask {
     product.chunks = 1;
     product.depth = count;
     product.transposed = true;
-    product.b = grad_tile_.get();
+    product.b = grad_tile_;
     product.b_panel = count * grad_panels_.width();
     product.panel_vectors = grad_panels_.vectors();
     product.c = grad_weight_.get();
@@ -254,12 +261,16 @@ class BackwardTask {
   const T* grad_output_;
   bool channels_last_;
   int64_t tile_;
+  bool keeps_panels_;  // of all tiles of an image, for the segments that follow
+  int64_t packed_image_ = -1, packed_group_ = -1;
   Gradients<T> gradients_;
   PanelShape<T> grad_panels_;
   TileOffsets<T> offsets_;
   TapBuffer<T> samples_;
   Panels<T> weight_;
-  Scratch<T> grad_tile_, columns_, grad_weight_, dots_;
+  Scratch<T> grad_tiles_;
+  T* grad_tile_ = nullptr;
+  Scratch<T> columns_, grad_weight_, dots_;
   std::vector<T> trash_;
 };
 
@@ -291,9 +302,11 @@ std::array<Tensor, 4> backward(const DeformConv2dSizes& s, const Tensor& grad, c
     torch::stable::parallel_for(0, image_parts * channel_parts, 1, [&](int64_t first, int64_t last) {
       for (int64_t task = first; task < last; ++task) {
         const int64_t image_part = task / channel_parts, channel_part = task % channel_parts;
-        BackwardTask<T> worker(operands, grad_data, channels_last, tile, widest,
-                               gradients.of(image_part, channel_part));
         const Range range = part_of(static_cast<int64_t>(segments.size()), channel_parts, channel_part);
+        // Where an image's output gradients are small beside the weight, they are packed once for all segments.
+        const bool keeps_panels = s.batch == 1 && range.end - range.begin >= kKeptPanelSegments;
+        BackwardTask<T> worker(operands, grad_data, channels_last, tile, widest, keeps_panels,
+                               gradients.of(image_part, channel_part));
         for (int64_t i = range.begin; i < range.end; ++i) {
           worker.run(segments[i], part_of(s.batch, image_parts, image_part));
         }

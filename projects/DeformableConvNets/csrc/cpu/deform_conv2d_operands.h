@@ -145,7 +145,9 @@ class GradientTensors {
         grad_input_(empty_4d(input, {s.batch, s.channels, s.height, s.width}, scalar_type_of<T>(), true)),
         grad_offset_(zeros(need.offset ? channel_parts : 0, modulation.joint.value_or(modulation.offset).numel())),
         grad_mask_(zeros(has_own_mask() ? channel_parts : 0, has_own_mask() ? modulation.mask->numel() : 0)),
-        grad_weight_(zeros(need.weight ? image_parts : 0, weight.numel())) {
+        // The tasks write all of it, unless there are none.
+        grad_weight_(s.batch > 0 && s.out_channels > 0 ? empty(need.weight ? image_parts : 0, weight.numel())
+                                                       : zeros(need.weight ? image_parts : 0, weight.numel())) {
     if (need.input) torch::stable::zero_(grad_input_);
     const int64_t plane_pairs = s.deform_groups * s.taps() * s.positions();
     offset_size_ = plane_pairs * (modulation.joint ? 3 : 2), mask_size_ = plane_pairs * (modulation.joint ? 3 : 1);
@@ -185,6 +187,9 @@ class GradientTensors {
   }
   Tensor zeros(int64_t parts, int64_t count) const {
     return torch::stable::new_zeros(input_, {parts, count}, scalar_type_of<T>());
+  }
+  Tensor empty(int64_t parts, int64_t count) const {
+    return torch::stable::new_empty(input_, {parts, count}, scalar_type_of<T>());
   }
   static T* part_of_tensor(Tensor& parts, int64_t index) {
     return parts.template mutable_data_ptr<T>() + index * parts.size(1);

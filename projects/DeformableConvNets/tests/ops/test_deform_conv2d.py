@@ -284,6 +284,17 @@ def test_any_number_of_threads(threads: int) -> None:
     assert_same(actual, gradients(functools.partial(oracle, sample), operands), 1e-10)
 
 
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_many_channels_and_tiles(groups: int, memory_format: torch.memory_format) -> None:
+    # So many that the backward pass goes over the image several times.
+    sample = ConvSample("many", batch=1, channels=1040, out_channels=6, size=(18, 19), kernel=(2, 1), groups=groups)
+    operands = {name: t.contiguous() for name, t in sample.tensors().items()}
+    operands["input"] = operands["input"].contiguous(memory_format=memory_format)
+    actual = gradients(functools.partial(compiled, sample), operands)
+    assert_same(actual, gradients(functools.partial(oracle, sample), operands), 1e-10)
+
+
 @parametrize_devices
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_autocast_stays_half(dtype: torch.dtype, device: str) -> None:
