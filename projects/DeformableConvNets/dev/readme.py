@@ -69,7 +69,8 @@ SPEED = (
 )
 CONVOLUTION = (
     "Milliseconds of one 3x3 layer of a ResNet-50 at 800 x 1216 (batch 1, modulated, one deform group), each "
-    "implementation in its faster memory format. The price is the time of dcn_d2 over that of the plain convolution."
+    "implementation in its faster memory format. The price is the time of dcn_d2 over that of the plain convolution. "
+    "torchvision has no bfloat16 kernel for CPUs: there it computes in float32."
 )
 MEMORY = "Mebibytes that the same layers need at most, on top of their inputs and outputs, in the memory format named."
 ROI_POOLING = (
