@@ -158,7 +158,7 @@ def processor() -> str:
 def _git(*arguments: str) -> str:
     project = Path(__file__).resolve().parent.parent
     result = subprocess.run(["git", *arguments], cwd=project, capture_output=True, text=True, check=False)
-    return result.stdout.strip() or "unknown" if result.returncode == 0 else "unknown"
+    return result.stdout.strip() if result.returncode == 0 else "unknown"
 
 
 def parser(description: str, quick: str, repeats: int) -> argparse.ArgumentParser:

@@ -360,3 +360,26 @@ def test_tf32_and_rotated_buffers_need_a_gpu(benchmark_module: Any, capsys: pyte
         with pytest.raises(SystemExit):
             benchmark_module("deform_conv2d").main(arguments)
         assert message in capsys.readouterr().err
+
+
+def test_results_say_whether_the_tree_was_clean(
+    benchmark_module: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measure = benchmark_module("measure")
+    monkeypatch.setattr(measure, "__file__", str(tmp_path / "benchmarks" / "measure.py"))
+
+    def git(*arguments: str) -> None:
+        identity = ["-c", "user.name=a", "-c", "user.email=a@example.org"]
+        subprocess.run(["git", *identity, *arguments], cwd=tmp_path, check=True, capture_output=True)
+
+    for name in ("source.py", "results/old.json"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("1")
+    git("init")
+    git("add", ".")
+    git("commit", "-m", "all")
+    assert not measure.environment("cpu")["uncommitted_changes"]
+    (tmp_path / "results/old.json").write_text("2")
+    assert not measure.environment("cpu")["uncommitted_changes"]
+    (tmp_path / "source.py").write_text("2")
+    assert measure.environment("cpu")["uncommitted_changes"]
