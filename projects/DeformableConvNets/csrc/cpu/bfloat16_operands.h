@@ -44,22 +44,6 @@ class TileSession {
   TileSession& operator=(const TileSession&) = delete;
 };
 
-// The input in channels_last, as bfloat16.
-inline Tensor bfloat16_channels_last(const Tensor& tensor) {
-  if (!tensor.is_contiguous()) return torch::stable::contiguous(tensor, MemoryFormat::ChannelsLast);
-  const int64_t channels = tensor.size(1), pixels = tensor.size(2) * tensor.size(3);
-  if (channels == 1 || pixels == 1) return tensor;  // both at once
-  Tensor result =
-      empty_4d(tensor, {tensor.size(0), channels, tensor.size(2), tensor.size(3)}, tensor.scalar_type(), true);
-  const Bfloat16* from = bits_of(tensor);
-  Bfloat16* to = static_cast<Bfloat16*>(result.mutable_data_ptr());
-  for_each_pixel_block(tensor.size(0), pixels, [&](int64_t n, int64_t begin, int64_t count) {
-    amx_kernels()->transpose(from + n * channels * pixels + begin, pixels, channels, count,
-                             to + (n * pixels + begin) * channels, channels);
-  });
-  return result;
-}
-
 // The tensors of one call.
 struct Bfloat16Operands {
   DeformConv2dSizes sizes;
@@ -71,7 +55,7 @@ struct Bfloat16Operands {
 
   Bfloat16Operands(const DeformConv2dSizes& s, const Tensor& input, const Modulation& modulation, int64_t most_channels)
       : sizes(s),
-        image_tensor(bfloat16_channels_last(input)),
+        image_tensor(to_channels_last(input, ScalarType::BFloat16, amx_kernels()->transpose)),
         offsets(s, modulation),
         blocks(s, most_channels),
         zeros(s.channels, 0),

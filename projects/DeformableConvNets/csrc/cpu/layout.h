@@ -23,23 +23,26 @@ void for_each_pixel_block(int64_t batch, int64_t pixels, const Convert& convert)
   });
 }
 
-// As dense(tensor, dtype of T, ChannelsLast).
-template <typename T>
-Tensor to_channels_last(const Tensor& tensor) {
-  if (tensor.scalar_type() != scalar_type_of<T>() || !tensor.is_contiguous()) {
-    return dense(tensor, scalar_type_of<T>(), MemoryFormat::ChannelsLast);
-  }
+// As dense(tensor, dtype, ChannelsLast), where `transpose` is a kernel for values of that dtype.
+template <typename Value>
+Tensor to_channels_last(const Tensor& tensor, ScalarType dtype,
+                        void (*transpose)(const Value*, int64_t, int64_t, int64_t, Value*, int64_t)) {
+  if (tensor.scalar_type() != dtype || !tensor.is_contiguous()) return dense(tensor, dtype, MemoryFormat::ChannelsLast);
   const int64_t channels = tensor.size(1), pixels = tensor.size(2) * tensor.size(3);
   if (channels == 1 || pixels == 1) return tensor;  // both at once
-  Tensor result =
-      empty_4d(tensor, {tensor.size(0), channels, tensor.size(2), tensor.size(3)}, scalar_type_of<T>(), true);
-  const T* from = tensor.const_data_ptr<T>();
-  T* to = result.mutable_data_ptr<T>();
+  Tensor result = empty_4d(tensor, {tensor.size(0), channels, tensor.size(2), tensor.size(3)}, dtype, true);
+  const auto* from = static_cast<const Value*>(tensor.const_data_ptr());
+  auto* const to = static_cast<Value*>(result.mutable_data_ptr());
   for_each_pixel_block(tensor.size(0), pixels, [&](int64_t n, int64_t begin, int64_t count) {
-    kernels<T>().transpose(from + n * channels * pixels + begin, pixels, channels, count,
-                           to + (n * pixels + begin) * channels, channels);
+    transpose(from + n * channels * pixels + begin, pixels, channels, count, to + (n * pixels + begin) * channels,
+              channels);
   });
   return result;
+}
+
+template <typename T>
+Tensor to_channels_last(const Tensor& tensor) {
+  return to_channels_last(tensor, scalar_type_of<T>(), kernels<T>().transpose);
 }
 
 // A channels_last tensor as a contiguous one.

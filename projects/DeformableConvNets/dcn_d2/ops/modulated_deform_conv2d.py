@@ -141,31 +141,17 @@ LIBRARY.impl("modulated_deform_conv2d", _forward_in_parts, "CompositeExplicitAut
 LIBRARY.impl("modulated_deform_conv2d_backward", _backward_in_parts, "CompositeExplicitAutograd")
 
 
-@torch.library.register_fake("dcn_d2::modulated_deform_conv2d")
-def _fake(*arguments: Any, **named: Any) -> Tensor:
-    return _forward_in_parts(*arguments, **named)  # runs on fake tensors
+torch.library.register_fake("dcn_d2::modulated_deform_conv2d", _forward_in_parts)  # on fake tensors
 
 
 @torch.library.register_fake("dcn_d2::modulated_deform_conv2d_backward")
 def _fake_backward(
-    grad: Tensor,
-    input: Tensor,
-    offset_and_mask: Tensor,
-    weight: Tensor,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    need_input: bool,
-    need_offset: bool,
-    need_weight: bool,
+    grad: Tensor, input: Tensor, offset_and_mask: Tensor, weight: Tensor, *geometry_and_needed: Any
 ) -> tuple[Tensor, ...]:
-    def empty(like: Tensor, needed: bool) -> Tensor:
-        return new_empty_in_format_of(like, like.shape) if needed else grad.new_empty(0)
-
-    return (
-        empty(input, need_input),
-        empty(offset_and_mask, need_offset),
-        empty(weight, need_weight),
+    operands, needed = (input, offset_and_mask, weight), geometry_and_needed[-3:]
+    return tuple(
+        new_empty_in_format_of(operand, operand.shape) if wanted else grad.new_empty(0)
+        for operand, wanted in zip(operands, needed)
     )
 
 
