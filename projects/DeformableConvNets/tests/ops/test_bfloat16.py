@@ -20,7 +20,7 @@ from torch import Tensor
 
 from dcn_d2.ops import deform_conv2d, reference
 
-from .samples import ConvSample, by_name
+from .samples import ConvSample, by_name, number_of_threads
 
 TOLERANCE = 1e-2  # of the norm of the error over the norm of the result
 
@@ -130,16 +130,12 @@ def test_any_shape(data: st.DataObject) -> None:
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("threads", [1, 2, 5])
 def test_any_number_of_threads(threads: int, batch: int) -> None:
-    before = torch.get_num_threads()
     sample = ConvSample("threads", batch=batch, channels=100, out_channels=72, size=(19, 13))
-    try:
-        torch.set_num_threads(threads)
+    with number_of_threads(threads):
         check(sample, channels_last=True)
         operands = operands_of(sample)
         first, second = (results(deform_conv2d, sample, operands) for _ in range(2))
         assert all(torch.equal(first[name], second[name]) for name in first)
-    finally:
-        torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("needed", ["input", "offset", "weight", "bias", "mask"])
@@ -159,12 +155,8 @@ def test_weight_in_channels_last(threads: int) -> None:
     sample = ConvSample("weight", channels=40, out_channels=24, batch=3)
     operands = operands_of(sample)
     other = dict(operands, weight=operands["weight"].contiguous(memory_format=torch.channels_last))
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(threads)
+    with number_of_threads(threads):
         expected, actual = (results(deform_conv2d, sample, each) for each in (operands, other))
-    finally:
-        torch.set_num_threads(before)
     assert all(torch.equal(actual[name], expected[name]) for name in expected)
     assert actual["weight"].is_contiguous(memory_format=torch.channels_last)
 

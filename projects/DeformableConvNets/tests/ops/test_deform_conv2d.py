@@ -19,6 +19,7 @@ from .samples import (
     assert_same,
     by_name,
     gradients,
+    number_of_threads,
     shifted,
     turned_columns,
 )
@@ -273,14 +274,10 @@ def test_same_bits_from_run_to_run() -> None:
 
 @pytest.mark.parametrize("threads", [1, 2, 5])
 def test_any_number_of_threads(threads: int) -> None:
-    before = torch.get_num_threads()
     sample = ConvSample("threads", batch=2, channels=48, deform_groups=2, size=(11, 13))
     operands = sample.tensors()
-    try:
-        torch.set_num_threads(threads)
+    with number_of_threads(threads):
         actual = gradients(functools.partial(compiled, sample), operands)
-    finally:
-        torch.set_num_threads(before)
     assert_same(actual, gradients(functools.partial(oracle, sample), operands), 1e-10)
 
 

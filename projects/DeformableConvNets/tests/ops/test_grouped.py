@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dcn_d2.ops import deform_conv2d, reference
 
-from .samples import ConvSample, assert_same, by_name, gradients
+from .samples import ConvSample, assert_same, by_name, gradients, number_of_threads
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 3e-2}
 
@@ -108,16 +108,12 @@ def test_any_shape(data: st.DataObject) -> None:
 @pytest.mark.parametrize("batch", [1, 2, 3])
 @pytest.mark.parametrize("threads", [1, 2, 5])
 def test_any_number_of_threads(threads: int, batch: int) -> None:
-    before = torch.get_num_threads()
     sample = grouped("threads", 4, 20, batch=batch, deform_groups=5, size=(19, 13))
-    try:
-        torch.set_num_threads(threads)
+    with number_of_threads(threads):
         check(sample, torch.float64)
         operands = sample.tensors(torch.float32)
         first, second = (gradients(functools.partial(compiled, sample), operands) for _ in range(2))
         assert all(torch.equal(first[name], second[name]) for name in first)
-    finally:
-        torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf"), 1e30, -1e30], ids=str)

@@ -10,7 +10,7 @@ from torch import Tensor
 from dcn_d2.layers import ModulatedDeformConvPack, split_offset_and_mask
 from dcn_d2.ops import modulated_deform_conv2d, reference
 
-from .samples import CONV_SAMPLES, DEVICES, EMPTY_BATCH, ConvSample, assert_same, by_name, gradients
+from .samples import CONV_SAMPLES, DEVICES, EMPTY_BATCH, ConvSample, assert_same, by_name, gradients, number_of_threads
 
 # Channels of which the CPU has a path for many small groups.
 RESNEXT = ConvSample("resnext", channels=32, out_channels=32, groups=8, deform_groups=2)
@@ -113,14 +113,10 @@ def test_one_gradient_alone(needed: str) -> None:
 
 @pytest.mark.parametrize("threads", [1, 2, 5])
 def test_any_number_of_threads(threads: int) -> None:
-    before = torch.get_num_threads()
     sample = ConvSample("threads", batch=2, channels=48, deform_groups=2, size=(11, 13))
     operands = branch_output(sample)
-    try:
-        torch.set_num_threads(threads)
+    with number_of_threads(threads):
         actual = gradients(functools.partial(compiled, sample), operands)
-    finally:
-        torch.set_num_threads(before)
     assert_same(actual, gradients(functools.partial(oracle, sample), operands), 1e-10)
 
 

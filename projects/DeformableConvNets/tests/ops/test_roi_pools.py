@@ -11,7 +11,7 @@ from torch import Tensor
 import dcn_d2.ops
 from dcn_d2.ops import reference
 
-from .samples import DEVICES, PSROI_SAMPLES, ROI_SAMPLES, RoiSample, assert_same, gradients
+from .samples import DEVICES, PSROI_SAMPLES, ROI_SAMPLES, RoiSample, assert_same, gradients, number_of_threads
 
 SAMPLES = {"deform_roi_pool": ROI_SAMPLES, "deform_psroi_pool": PSROI_SAMPLES}
 parametrize_operators = pytest.mark.parametrize("name", SAMPLES)
@@ -125,14 +125,10 @@ def test_autocast_keeps_rois_in_float32(name: str, device: str) -> None:
 @parametrize_operators
 @pytest.mark.parametrize("threads", [1, 2, 5])
 def test_any_number_of_threads(name: str, threads: int) -> None:
-    before = torch.get_num_threads()
     sample = RoiSample("threads", channels=70)
     operands = sample.tensors()
-    try:
-        torch.set_num_threads(threads)
+    with number_of_threads(threads):
         actual = gradients(functools.partial(compiled, name, sample), operands)
-    finally:
-        torch.set_num_threads(before)
     assert_same(actual, gradients(functools.partial(oracle, name, sample), operands), 1e-10)
 
 
