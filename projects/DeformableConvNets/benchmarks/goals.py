@@ -4,7 +4,8 @@
 Those of the CUDA operators are in goals_cuda.py.
 
 A price is a time over that of the plain contestant of the same shape, number of threads and memory format; a speed is
-a peer's time over ours. Contestants named without a memory format stand in the faster of the two.
+a peer's time over ours. Contestants named without a memory format stand in the faster of the two. If a contestant
+dropped out of a row, the goals that need it there are not measured.
 """
 
 from __future__ import annotations
@@ -145,12 +146,18 @@ def report(paths: Iterable[Path]) -> str:
 
 def _report_file(path: Path) -> str:
     document = json.loads(path.read_text())
-    environment = document["environment"]
-    lines = [f"{path.name}: {environment['device']}, commit {environment['commit']}, {environment['date']}"]
+    lines = [title(path, document)]
     wanted = [goal for goal in GOALS if goal.benchmark == document["benchmark"]]
     if not wanted:
         return f"{lines[0]}\nno goals for {document['benchmark']} on {document['device']}"
     return "\n".join([*lines, *judge(wanted, [document["rows"]] * len(wanted))])
+
+
+def title(path: Path, document: dict[str, Any]) -> str:
+    """One line: where a result file comes from, and whether its benchmark was cut off."""
+    environment = document["environment"]
+    cut_off = "" if document.get("complete", True) else ", not complete"
+    return f"{path.name}: {environment['device']}, commit {environment['commit']}, {environment['date']}{cut_off}"
 
 
 def judge(goals: Sequence[Goal], rows: Sequence[list[dict[str, Any]]]) -> list[str]:
@@ -165,6 +172,9 @@ def verdict(goal: Goal, rows: list[dict[str, Any]]) -> tuple[str, str]:
     """Returns "yes", "no" or "not measured", and the numbers in words."""
     values = measured(goal, rows)
     bound = f"at most {goal.at_most:g}" if goal.at_most < math.inf else f"at least {goal.at_least:g}"
+    failures = _failures(goal, rows)
+    if failures:
+        return "not measured", f"{bound}; failed: {', '.join(failures)}"
     if not values:
         return "not measured", bound
     if goal.mean:
@@ -195,15 +205,33 @@ def _quotients(goal: Goal, rows: list[dict[str, Any]], where: dict[str, Any]) ->
     found = {}
     for row in rows:
         costs = [_cost(row, name) for name in goal.quotient]
-        says = row["shape"] | {key: value for key, value in row.items() if key != "shape"}
-        if _selects(where, says) and None not in costs:
+        if _selects(where, row) and None not in costs:
             numerator, denominator = (max(cost, 1e-6) for cost in costs)  # extra memory may be none at all
-            several = [f"{key} {says[key]}" for key, value in where.items() if isinstance(value, tuple)]
-            found[" ".join([says["name"], *several])] = numerator / denominator
+            found[_place(where, row)] = numerator / denominator
     return found
 
 
-def _selects(where: dict[str, Any], says: dict[str, Any]) -> bool:
+def _failures(goal: Goal, rows: list[dict[str, Any]]) -> list[str]:
+    """Who of the goal's contestants dropped out of its rows, and where; the name of a peer stands for all of its."""
+    where = {key: value for key, value in goal.where.items() if value != "all"}
+    found = []
+    for row in rows:
+        for failed in row.get("failed", ()) if _selects(where, row) else ():
+            concerned = any(f"{a} ".startswith(f"{b} ") for c in goal.quotient for a, b in ((c, failed), (failed, c)))
+            if concerned or failed in ("operands", "models", "reference"):
+                found.append(f"{failed} at {_place(where, row)}")
+    return found
+
+
+def _place(where: dict[str, Any], row: dict[str, Any]) -> str:
+    """A row's name, with what it says about that of which the goal wants several."""
+    says = row["shape"] | row
+    several = [f"{key} {says[key]}" for key, value in where.items() if isinstance(value, tuple)]
+    return " ".join([row["shape"]["name"], *several])
+
+
+def _selects(where: dict[str, Any], row: dict[str, Any]) -> bool:
+    says = row["shape"] | row
     return all(
         key in says and (says[key] in value if isinstance(value, tuple) else says[key] == value)
         for key, value in where.items()

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from goals import PASSES, Goal, judge
+from goals import PASSES, Goal, judge, title
 
 BATCHES = (2, 16)
 LAYERS: dict[str, Any] = {"stride": 1, "groups": 1, "deform_groups": 1, "mask": True, "batch": BATCHES}
@@ -88,8 +88,7 @@ def report(paths: Iterable[Path]) -> str:
     lines = []
     for path in paths:
         document = json.loads(path.read_text())
-        environment = document["environment"]
-        lines.append(f"{path.name}: {environment['device']}, commit {environment['commit']}, {environment['date']}")
+        lines.append(title(path, document))
         rows.setdefault(document["benchmark"], []).extend(document["rows"])
     wanted = [goal for goal in GOALS if goal.benchmark in rows]
     return "\n".join([*lines, *judge(wanted, [rows[goal.benchmark] for goal in wanted])])

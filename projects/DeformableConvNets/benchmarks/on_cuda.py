@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import torch
@@ -18,11 +20,25 @@ BUFFERS = ("hot", "rotated")
 Calls = dict[str, Callable[[], object]]
 
 
-def set_precision(dtype: str) -> torch.dtype:
-    """Lets matrix products and convolutions round to TF32 if that is the dtype; returns torch's dtype."""
+def set_precision(dtype: str, tune: bool = True) -> torch.dtype:
+    """Lets matrix products and convolutions round to TF32 if that is the dtype; returns torch's dtype.
+
+    With `tune` cuDNN tries its algorithms: the plain convolution shall be as fast as it can.
+    """
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = dtype == "tf32"
-    torch.backends.cudnn.benchmark = True  # the plain convolution shall be as fast as it can
+    torch.backends.cudnn.benchmark = tune
     return torch.float32 if dtype == "tf32" else getattr(torch, dtype)
+
+
+@contextmanager
+def without_tf32() -> Iterator[None]:
+    """Matrix products do not round to TF32 inside, whatever the precision is set to."""
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
 
 
 def copies_needed(bytes_of_one: int) -> int:
@@ -37,7 +53,7 @@ def rotating(sets: Sequence[Calls]) -> Calls:
         calls = itertools.cycle([contestants[name] for contestants in sets])
         return lambda: next(calls)()
 
-    return {name: rotate(name) for name in sets[0]}
+    return {name: rotate(name) for name in sets[0] if all(name in contestants for contestants in sets)}
 
 
 def deterministic(call: Callable[[], object]) -> Callable[[], object]:
@@ -67,21 +83,28 @@ def has_deterministic_mode(call: Callable[[], object]) -> bool:
     return True
 
 
-def under_autocast(call: Callable[[], object], dtype: torch.dtype) -> Callable[[], object]:
-    """The call as it is made in a model that trains with mixed precision."""
+def under_autocast(function: Callable[..., Any], dtype: torch.dtype) -> Callable[..., Any]:
+    """The function as a model that trains with mixed precision calls it; its backward pass runs without, as there."""
 
-    def wrapped() -> object:
+    def wrapped(*operands: Any) -> Any:
         with torch.autocast("cuda", dtype):
-            return call()
+            return function(*operands)
 
     return wrapped
 
 
+@cache
 def deformops() -> Callable[..., Any] | None:
-    """The package deformops' operator with torchvision's arguments, or None where it is not installed."""
+    """The package deformops' operator with torchvision's arguments, or None, with a reason, where it cannot be had.
+
+    On a GPU it runs its Triton kernels, unless told otherwise: it needs a C compiler for Triton, but neither nvcc nor
+    the network. The first call for a shape and dtype tries 24 kernels forward and 16 backward, each of which takes
+    about 10 s to compile.
+    """
     try:
         from deformops.integrations.torchvision import deform_conv2d
-    except ImportError:
+    except Exception as error:  # its syntax is too new for an older Python, and it may not fit this torch
+        print(f"deformops takes no part: {type(error).__name__}: {error}", flush=True)
         return None
 
     def call(x: Any, offset: Any, weight: Any, bias: Any, stride: int, padding: int, dilation: int, mask: Any) -> Any:

@@ -6,15 +6,19 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import re
 import subprocess
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+import torchvision
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dev import readme
 
@@ -23,25 +27,32 @@ from .slim import SLIM
 
 @pytest.fixture(autouse=True)
 def _threads() -> Iterator[None]:
-    """The benchmarks set the number of threads of the process, which other tests use too."""
+    """The benchmarks set the number of threads and the precision of the process, which other tests use too."""
     before = torch.get_num_threads()
+    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+    flags = cudnn.benchmark, cudnn.allow_tf32, matmul.allow_tf32
     yield
     torch.set_num_threads(before)
+    cudnn.benchmark, cudnn.allow_tf32, matmul.allow_tf32 = flags
 
 
 @pytest.fixture
 def benchmark_module(project: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """Imports a benchmark as `python benchmarks/<name>.py` does, with its folder first on the path."""
     monkeypatch.syspath_prepend(str(project / "benchmarks"))
+    kept = [getattr(importlib.import_module("measure"), name) for name in ("commit", "_print_once")]
+    for function in [*kept, importlib.import_module("on_cuda").deformops]:
+        function.cache_clear()
     return importlib.import_module
 
 
 def run(module: ModuleType, folder: Path, *arguments: str, **sizes: Any) -> list[dict[str, Any]]:
     """Runs a benchmark; returns its rows after checking what all of them must have."""
     path = folder / f"{module.__name__}_cpu.json"
-    module.main(["--output", str(path), "--repeats", "2", "--threads", "1", *arguments], **sizes)
+    status = module.main(["--output", str(path), "--repeats", "2", "--threads", "1", *arguments], **sizes)
     document = json.loads(path.read_text())
-    assert document["benchmark"] == module.__name__ and document["device"] == "cpu"
+    assert document["benchmark"] == module.__name__ and document["device"] == "cpu" and document["complete"]
+    assert not status and not any("failed" in row for row in document["rows"])
     assert document["environment"]["versions"]["torch"] and document["environment"]["commit"]
     for row in document["rows"]:
         for timing in row["milliseconds"].values():
@@ -366,11 +377,16 @@ def test_results_say_whether_the_tree_was_clean(
     benchmark_module: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     measure = benchmark_module("measure")
+    monkeypatch.delenv("DCN_COMMIT", raising=False)
     monkeypatch.setattr(measure, "__file__", str(tmp_path / "benchmarks" / "measure.py"))
 
     def git(*arguments: str) -> None:
         identity = ["-c", "user.name=a", "-c", "user.email=a@example.org"]
         subprocess.run(["git", *identity, *arguments], cwd=tmp_path, check=True, capture_output=True)
+
+    def changes() -> Any:
+        measure.commit.cache_clear()
+        return measure.environment("cpu")["uncommitted_changes"]
 
     for name in ("source.py", "results/old.json"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -378,8 +394,677 @@ def test_results_say_whether_the_tree_was_clean(
     git("init")
     git("add", ".")
     git("commit", "-m", "all")
-    assert not measure.environment("cpu")["uncommitted_changes"]
+    assert changes() is False
     (tmp_path / "results/old.json").write_text("2")
-    assert not measure.environment("cpu")["uncommitted_changes"]
+    assert changes() is False
     (tmp_path / "source.py").write_text("2")
-    assert measure.environment("cpu")["uncommitted_changes"]
+    assert changes() is True
+
+
+@pytest.mark.parametrize("what", ["no git", "no repository"])
+def test_without_git_the_commit_is_unknown(
+    benchmark_module: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    measure = benchmark_module("measure")
+    monkeypatch.delenv("DCN_COMMIT", raising=False)
+    if what == "no git":
+        monkeypatch.setenv("PATH", str(tmp_path))
+    else:
+        monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+        monkeypatch.setattr(measure, "__file__", str(tmp_path / "benchmarks" / "measure.py"))
+    environment = measure.environment("cpu")
+    assert environment["commit"] == "unknown" and environment["uncommitted_changes"] is None
+    document = {"environment": environment, "rows": [{"dtype": "float32"}]}
+    assert "commit unknown, 2" in readme.caption(tmp_path / "x.json", document)  # the date follows
+
+
+@pytest.mark.parametrize(
+    ("named", "changes"), [("abc123def456", False), ("abc123def456 with changes", True)], ids=("clean", "changed")
+)
+def test_a_variable_names_the_commit_before_git_is_asked(
+    benchmark_module: Any, monkeypatch: pytest.MonkeyPatch, named: str, changes: bool
+) -> None:
+    measure = benchmark_module("measure")
+    monkeypatch.setenv("DCN_COMMIT", named)
+    monkeypatch.setattr(measure.subprocess, "run", None)
+    environment = measure.environment("cpu")
+    assert (environment["commit"], environment["uncommitted_changes"]) == ("abc123def456", changes)
+
+
+def test_git_is_asked_once(benchmark_module: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    measure = benchmark_module("measure")
+    monkeypatch.delenv("DCN_COMMIT", raising=False)
+    commands = []
+
+    def ran(command: list[str], **_: Any) -> Any:
+        commands.append(command[1])
+        return SimpleNamespace(stdout="abc\n")
+
+    monkeypatch.setattr(measure.subprocess, "run", ran)
+    assert measure.environment("cpu")["commit"] == measure.environment("cpu")["commit"] == "abc"
+    assert commands == ["rev-parse", "status"]
+
+
+HALVES = (torch.float16, torch.bfloat16)
+DTYPES = (torch.float32, *HALVES)
+# Wide enough that coordinates in float16 are far from the right ones.
+WIDE: dict[str, Any] = {"name": "wide", "channels": 32, "height": 20, "width": 152}
+
+
+def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((actual.float() - expected).abs().max() / expected.abs().max())
+
+
+def test_torchvision_computes_bfloat16_in_float32_on_a_gpu_too(
+    benchmark_module: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = benchmark_module("deform_conv2d")
+    layer = module.Layer(module.Shape("tiny", 32, 4, 5), "cpu", torch.bfloat16)
+    dtypes = set()
+
+    def operator(x: torch.Tensor, offset: torch.Tensor, weight: torch.Tensor, *rest: Any) -> torch.Tensor:
+        dtypes.update(t.dtype for t in (x, offset, weight, rest[-1]))
+        return x
+
+    monkeypatch.setattr(torchvision.ops, "deform_conv2d", operator)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        names = ("input", "weight", "offset", "mask")
+        tensors = [torch.empty(getattr(layer, name).shape, device="cuda", dtype=torch.bfloat16) for name in names]
+        output = layer.theirs(*tensors)
+    assert dtypes == {torch.float32} and output.dtype == torch.bfloat16 and output.device.type == "cuda"
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_convolutions_are_compared_with_torchvision_in_float32(benchmark_module: Any, dtype: torch.dtype) -> None:
+    module = benchmark_module("deform_conv2d")
+    layer = module.Layer(module.Shape(**WIDE), "cpu", dtype)
+    for backward in (False, True):
+        failed: dict[str, str] = {}
+        module.check_equal(layer, module.TOLERANCES[str(dtype).removeprefix("torch.")], failed, backward)
+        assert not failed
+    if dtype == torch.float16:  # what torchvision computes in it would be no measure
+        theirs = layer.contestants(False)["torchvision"]()
+        assert relative_error(theirs, layer.reference(False)[0]) > 0.03
+
+
+def test_the_reference_does_not_round_to_tf32(benchmark_module: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    module, on_cuda = benchmark_module("deform_conv2d"), benchmark_module("on_cuda")
+    on_cuda.set_precision("tf32")
+    allowed = []
+
+    def operator(x: torch.Tensor, *_: Any) -> torch.Tensor:
+        allowed.append(torch.backends.cuda.matmul.allow_tf32)
+        return x
+
+    monkeypatch.setattr(torchvision.ops, "deform_conv2d", operator)
+    module.Layer(module.Shape("tiny", 32, 4, 5), "cpu", torch.float32).reference(False)
+    assert allowed == [False] and torch.backends.cuda.matmul.allow_tf32
+
+
+def spoilt(function: Callable[..., Any], **keywords: Any) -> Callable[..., Any]:
+    """The function, whose result is a tenth too large."""
+    return lambda *a, **k: function(*a, **k, **keywords) * 1.1
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_wrong_convolutions_are_found(
+    benchmark_module: Any, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
+) -> None:
+    module = benchmark_module("deform_conv2d")
+    monkeypatch.setattr(module, "deform_conv2d", spoilt(module.deform_conv2d))
+    layer = module.Layer(module.Shape(**WIDE), "cpu", dtype)
+    for backward, words in ((False, "its output differs"), (True, "its input's gradient differs")):
+        failed: dict[str, str] = {}
+        module.check_equal(layer, module.TOLERANCES[str(dtype).removeprefix("torch.")], failed, backward)
+        assert set(failed) == {"dcn_d2 NCHW", "dcn_d2 NHWC"}
+        assert failed["dcn_d2 NHWC"].startswith(words) and re.search(r"by 0\.(1|09)", failed["dcn_d2 NHWC"])
+
+
+@pytest.mark.parametrize("name", ["weight", "offset", "mask"])
+def test_wrong_gradients_are_found(benchmark_module: Any, name: str) -> None:
+    module = benchmark_module("deform_conv2d")
+    names = ["input", "weight", "offset", "mask"]
+    expected = [torch.randn(100) for _ in names]
+    actual = [e * (1.1 if n == name else 1) for n, e in zip(names, expected)]
+    assert f"its {name}'s gradient differs" in module._difference(actual, expected, 0.02, branch=False)
+    assert not module._difference(expected, expected, 0.0, branch=False)
+    assert not module._difference([*expected[:2], torch.zeros(9)], expected, 0.0, branch=True)
+
+
+def wide_pooling(module: ModuleType, dtype: torch.dtype, sampling: int = 2) -> Any:
+    return module.Pooling(module.Shape("p2", 200, 304, 4, 56, rois=64, channels=8), sampling, "cpu", dtype)
+
+
+@pytest.mark.parametrize("sampling", [0, 2])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_pooling_is_compared_with_roi_align_in_float32(
+    benchmark_module: Any, dtype: torch.dtype, sampling: int
+) -> None:
+    module = benchmark_module("deform_roi_pool")
+    pooling = wide_pooling(module, dtype, sampling)
+    assert module.check_equal(pooling) == {}
+    if dtype == torch.float16:  # the one that is timed is in float16, and would be no measure
+        timed = pooling.contestants(backward=False)["roi_align NCHW"]()
+        assert timed.dtype == dtype and relative_error(timed, pooling.roi_align(pooling.input, torch.float32)) > 0.03
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_wrong_pooling_is_found(benchmark_module: Any, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
+    module = benchmark_module("deform_roi_pool")
+    right = module.deform_roi_pool
+
+    def wrong_in_channels_last(x: torch.Tensor, *arguments: Any, **keywords: Any) -> torch.Tensor:
+        return right(x, *arguments, **keywords) * (1 if x.is_contiguous() else 1.1)
+
+    monkeypatch.setattr(module, "deform_roi_pool", wrong_in_channels_last)
+    assert set(module.check_equal(wide_pooling(module, dtype))) == {f"{m} NHWC" for m in module.MODES[:3]}
+    monkeypatch.setattr(module, "deform_roi_pool", spoilt(right))
+    assert set(module.check_equal(wide_pooling(module, dtype))) == {"plain NCHW", "plain NHWC", "modulated NCHW"}
+
+
+def measured(module: ModuleType, folder: Path, *arguments: str, **sizes: Any) -> tuple[int, list[dict[str, Any]]]:
+    """Runs a benchmark in which something fails; returns its exit status and its rows."""
+    path = folder / "rows.json"
+    status = module.main(["--output", str(path), "--repeats", "2", "--threads", "1", *arguments], **sizes)
+    document = json.loads(path.read_text())
+    assert document["complete"] and not list(folder.glob("*.part"))
+    return status, document["rows"]
+
+
+def tiny_stages(module: ModuleType) -> list[Any]:
+    return [module.Shape("small", 32, 4, 5), module.Shape("large", 64, 4, 5)]
+
+
+def failing(at: Callable[..., bool], function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, which raises where `at` says so of its arguments."""
+
+    def call(*arguments: Any, **keywords: Any) -> Any:
+        if at(*arguments):
+            raise RuntimeError("no kernel image\nis available")
+        return function(*arguments, **keywords)
+
+    return call
+
+
+def test_a_peer_that_raises_costs_only_its_own_numbers(
+    benchmark_module: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    module = benchmark_module("deform_conv2d")
+    monkeypatch.setattr(module.Layer, "theirs", failing(lambda layer, *_: True, module.Layer.theirs))
+    status, rows = measured(module, tmp_path, "--quick", stages=tiny_stages(module))
+    assert status == 0 and len(rows) == 4
+    for row in rows:
+        assert row["failed"] == {"torchvision": "RuntimeError: no kernel image"}
+        assert {"dcn_d2 NHWC", "conv NHWC"} <= set(row["milliseconds"]) and "torchvision" not in row["milliseconds"]
+    text = capsys.readouterr().out
+    assert text.count("torchvision drops out: RuntimeError: no kernel image\n") == 1
+    assert text.count("  failed: torchvision\n") == 4
+
+
+def test_a_peer_that_cannot_be_made_ready_drops_out(
+    benchmark_module: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = benchmark_module("deform_conv2d")
+    monkeypatch.setattr(module.Layer, "_onnx_runtime", failing(lambda layer: True, module.Layer._onnx_runtime))
+    status, rows = measured(module, tmp_path, "--quick", stages=tiny_stages(module)[:1])
+    assert status == 0 and [set(row.get("failed", ())) for row in rows] == [{"onnxruntime"}] * 2
+
+
+def test_a_peer_whose_values_are_wrong_drops_out(
+    benchmark_module: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = benchmark_module("deform_conv2d")
+    wrong = spoilt(lambda layer: torch.ones(1, 32, 4, 5))
+    monkeypatch.setattr(module.Layer, "_onnx_runtime", lambda layer: lambda: [wrong(layer).numpy()])
+    status, rows = measured(module, tmp_path, "--quick", stages=tiny_stages(module)[:1])
+    assert status == 0 and re.match(r"its output differs from .* by \d", rows[0]["failed"]["onnxruntime"])
+    assert "onnxruntime" not in rows[0]["milliseconds"]
+
+
+def test_who_raises_while_it_is_timed_drops_out(benchmark_module: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    measure = benchmark_module("measure")
+    calls = iter(range(9))
+    contestants = {"a": lambda: sum(range(9)), "b": lambda: 1 // (next(calls) - 2), "c": lambda: 1 // 0, "d x": list}
+    failed = {"d": "too slow"}
+    found = measure.interleave(contestants, "cpu", 4, failed)
+    assert list(found) == ["milliseconds"] and list(found["milliseconds"]) == ["a"]
+    assert set(failed) == {"b", "c", "d"} and failed["c"].startswith("ZeroDivisionError: ")
+    assert "c drops out: ZeroDivisionError" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("what", ["conv", "dcn_d2", "operands"])
+def test_if_one_of_ours_fails_the_other_shapes_go_on_and_the_status_says_so(
+    benchmark_module: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    module = benchmark_module("deform_conv2d")
+    if what == "conv":
+        monkeypatch.setattr(module.F, "conv2d", failing(lambda x, *_: x.shape[1] == 32, module.F.conv2d))
+    elif what == "dcn_d2":
+        monkeypatch.setattr(module, "deform_conv2d", failing(lambda x, *_: x.shape[1] == 32, module.deform_conv2d))
+    else:
+        monkeypatch.setattr(module, "Layer", failing(lambda shape, *_: shape.channels == 32, module.Layer))
+    status, rows = measured(module, tmp_path, "--quick", stages=tiny_stages(module))
+    assert status == 1 and len(rows) == 4
+    names = {"operands"} if what == "operands" else {f"{what} NCHW", f"{what} NHWC"}
+    assert all(set(row["failed"]) == names and not names & set(row["milliseconds"]) for row in rows[:2])
+    assert all("failed" not in row and "dcn_d2 NHWC" in row["milliseconds"] for row in rows[2:])
+    assert what == "operands" or all("torchvision" in row["milliseconds"] for row in rows)
+
+
+def test_without_a_reference_numbers_are_kept_and_the_status_says_so(
+    benchmark_module: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = benchmark_module("deform_conv2d")
+    monkeypatch.setitem(sys.modules, "torchvision", None)
+    status, rows = measured(module, tmp_path, "--quick", "--peers", "none", stages=tiny_stages(module)[:1])
+    assert status == 1
+    for row in rows:
+        assert set(row["failed"]) == {"reference"} and "dcn_d2 NHWC" in row["milliseconds"]
+
+
+def test_pooling_that_fails_costs_only_its_own_numbers(
+    benchmark_module: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = benchmark_module("deform_roi_pool")
+    levels = [module.Shape("tiny", 16, 20, 4, 24, rois=6, channels=channels, bins=3) for channels in (8, 4)]
+    peer = failing(lambda pooling, x, dtype=None: dtype is None, module.Pooling.roi_align)
+    monkeypatch.setattr(module.Pooling, "roi_align", peer)
+    status, rows = measured(module, tmp_path, "--quick", levels=levels)
+    assert status == 0 and all(set(row["failed"]) == {"roi_align NCHW"} for row in rows)
+    assert all("modulated NHWC" in row["milliseconds"] for row in rows)
+    monkeypatch.undo()
+    monkeypatch.setattr(module, "deform_psroi_pool", failing(lambda x, *_: x.shape[1] == 8, module.deform_psroi_pool))
+    status, rows = measured(module, tmp_path, "--quick", levels=levels)
+    ours = [set(row.get("failed", ())) for row in rows]
+    assert status == 1 and ours == [{"psroi NCHW", "psroi NHWC"}] * 2 + [set()] * 2
+    assert all("modulated NHWC" in row["milliseconds"] for row in rows)
+
+
+def test_detectors_that_fail_cost_only_their_own_numbers(
+    benchmark_module: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = benchmark_module("detector")
+    theirs = failing(lambda *_: True, module._torchvision_by_branch)
+    monkeypatch.setattr(module, "_torchvision_by_branch", theirs)
+    sizes: dict[str, Any] = {"size": (64, 96), "overrides": SLIM}
+    status, (row,) = measured(module, tmp_path, "--parts", "trunk", **sizes)
+    assert status == 0 and set(row["failed"]) == {"torchvision NCHW"} and len(row["milliseconds"]) == 4
+    monkeypatch.undo()
+    original = module.deform_conv.modulated_deform_conv2d
+    monkeypatch.setattr(module.deform_conv, "modulated_deform_conv2d", spoilt(original))
+    status, (row,) = measured(module, tmp_path, "--parts", "trunk", **sizes)
+    assert status == 1 and set(row["failed"]) == {"dcn_d2 NCHW", "dcn_d2 NHWC"}
+    assert set(row["milliseconds"]) == {"plain NCHW", "plain NHWC", "torchvision NCHW"}
+
+
+def test_a_detector_that_pools_fewer_boxes_is_not_compared(
+    benchmark_module: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = benchmark_module("detector")
+    detector = module.Detector((64, 96), SLIM, "cpu", torch.float32)
+    assert module.check_equal(detector, module.TOLERANCES["float32"]) == {}
+    generator = detector.models["plain NHWC"].proposal_generator
+    generator.register_forward_hook(lambda _, inputs, output: ([output[0][0][:1]], output[1]))
+    failed = module.check_equal(detector, module.TOLERANCES["float32"])
+    assert list(failed) == ["plain NHWC"] and failed["plain NHWC"].startswith("pools 1 boxes, another model ")
+
+
+def test_a_peer_that_takes_too_long_drops_out_of_all_rows(
+    benchmark_module: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measure = benchmark_module("measure")
+    failed: dict[str, str] = {}
+    assert measure.attempt(failed, "deformops NCHW", time.sleep, 30, seconds=0.05) is None
+    assert failed == {"deformops": "TimeoutError: not done after 0.05 s"} == measure.too_slow(failed)
+    assert measure.dropped(failed, "deformops NHWC") and not measure.dropped(failed, "dcn_d2 NHWC")
+    assert measure.attempt(failed, "quick", lambda: 7, seconds=5) == 7 and "quick" not in failed
+    assert measure.attempt(failed, "dcn_d2 NHWC", time.sleep, 0.1) is None and "dcn_d2 NHWC" not in failed
+
+
+def test_rows_are_written_as_they_are_measured(
+    benchmark_module: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    module, measure = benchmark_module("deform_conv2d"), benchmark_module("measure")
+    rows = iter(range(3))
+
+    def cut_off(*_: Any, **__: Any) -> dict[str, Any]:
+        if next(rows) == 2:
+            raise KeyboardInterrupt
+        return {"milliseconds": {}}
+
+    monkeypatch.setattr(measure, "interleave", cut_off)
+    path = tmp_path / "new" / "rows.json"
+    with pytest.raises(KeyboardInterrupt):
+        module.main(["--output", str(path), "--threads", "1", "--quick"], stages=tiny_stages(module))
+    document = json.loads(path.read_text())
+    assert len(document["rows"]) == 2 and document["complete"] is False and document["environment"]["commit"]
+    assert "written" not in capsys.readouterr().out
+
+    results = measure.Results(path, "deform_conv2d", "cpu")
+    monkeypatch.setattr(Path, "write_text", lambda path, text: path.open("w").write(text[:9]) and 1 // 0)
+    with pytest.raises(ZeroDivisionError):
+        results.finish()
+    assert json.loads(path.read_text()) == document
+
+
+def test_all_benchmarks_write_rows_as_they_are_measured(
+    benchmark_module: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measure = benchmark_module("measure")
+    complete = []
+    replace = os.replace
+
+    def observed(source: Path, target: Path) -> None:
+        complete.append(json.loads(Path(source).read_text())["complete"])
+        replace(source, target)
+
+    monkeypatch.setattr(measure.os, "replace", observed)
+    roi_pool, detector = benchmark_module("deform_roi_pool"), benchmark_module("detector")
+    run(roi_pool, tmp_path, "--quick", levels=[roi_pool.Shape("t", 16, 20, 4, 24, rois=6, channels=8, bins=3)])
+    assert complete == [False, False, True]
+    complete.clear()
+    run(detector, tmp_path, "--parts", "trunk", size=(64, 96), overrides=SLIM)
+    assert complete == [False, True]
+
+
+def test_peers_can_be_left_out(
+    benchmark_module: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    module = benchmark_module("deform_conv2d")
+    dtypes = []
+    original = torchvision.ops.deform_conv2d
+
+    def observed(x: torch.Tensor, *arguments: Any) -> torch.Tensor:
+        dtypes.append(x.dtype)
+        return original(x, *arguments)
+
+    monkeypatch.setattr(torchvision.ops, "deform_conv2d", observed)
+    stages = tiny_stages(module)[:1]
+    rows = run(module, tmp_path, "--quick", "--peers", "none", "--dtype", "float16", stages=stages)
+    ours = {f"{name} {layout}" for name in ("conv", "dcn_d2") for layout in ("NCHW", "NHWC")}
+    assert all(set(row["milliseconds"]) == ours for row in rows)
+    assert dtypes == [torch.float32] * 2  # the comparison, forward and backward
+    rows = run(module, tmp_path, "--quick", "--peers", "torchvision", "deformops", stages=stages)
+    assert all(set(row["milliseconds"]) == {*ours, "torchvision"} for row in rows)
+    with pytest.raises(SystemExit):
+        module.main(["--peers", "none", "torchvision"])
+    assert "all or none or some names" in capsys.readouterr().err
+
+
+class FakeGpu:
+    """Stands in for a GPU where there is none: kernels run on the CPU when they are launched; time passes here only."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.sleeps: list[int] = []
+        properties = SimpleNamespace(multi_processor_count=132)
+        for name, value in {
+            "is_available": lambda: True,
+            "is_initialized": lambda: False,
+            "get_device_name": lambda: "Some GPU",
+            "current_device": lambda: 0,
+            "device_count": lambda: 1,
+            "get_device_capability": lambda device=0: (9, 0),
+            "get_device_properties": lambda device: properties,
+            "synchronize": lambda: None,
+            "_sleep": self.sleeps.append,
+            "memory_allocated": lambda: 0,
+            "max_memory_allocated": lambda: 3 << 20,
+            "reset_peak_memory_stats": lambda: None,
+            "Event": lambda enable_timing: FakeEvent(),
+        }.items():
+            monkeypatch.setattr(torch.cuda, name, value)
+
+
+class FakeEvent:
+    def record(self) -> None:
+        self.time = time.perf_counter()
+
+    def elapsed_time(self, other: FakeEvent) -> float:
+        return (other.time - self.time) * 1e3
+
+
+@pytest.fixture
+def fake_gpu(monkeypatch: pytest.MonkeyPatch) -> FakeGpu:
+    return FakeGpu(monkeypatch)
+
+
+@pytest.fixture
+def convolutions_on_fake_gpu(benchmark_module: Any, fake_gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The benchmark of convolutions with all that is done on a GPU, but tensors on the CPU."""
+    module = benchmark_module("deform_conv2d")
+
+    class Layer(module.Layer):
+        def __init__(self, shape: Any, device: str, dtype: torch.dtype) -> None:
+            super().__init__(shape, "cpu", dtype)
+            self.on_gpu = device == "cuda"
+
+    monkeypatch.setattr(module, "Layer", Layer)
+    return module
+
+
+@pytest.fixture
+def deformops(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
+    """Stands in for the package deformops; returns the arguments of its calls but for the tensors."""
+    calls = []
+
+    def deform_conv2d(
+        input: Any, offset: Any, weight: Any, bias: Any, stride: Any, padding: Any, dilation: Any, mask: Any
+    ) -> torch.Tensor:
+        calls.append((bias, stride, padding, dilation))
+        return torchvision.ops.deform_conv2d(input, offset, weight, bias, stride, padding, dilation, mask)
+
+    module = SimpleNamespace(deform_conv2d=deform_conv2d)
+    for name in ("deformops", "deformops.integrations"):
+        monkeypatch.setitem(sys.modules, name, SimpleNamespace(__path__=[]))
+    monkeypatch.setitem(sys.modules, "deformops.integrations.torchvision", module)
+    return calls
+
+
+def test_the_whole_path_of_a_gpu(
+    convolutions_on_fake_gpu: Any, deformops: list[Any], fake_gpu: FakeGpu, tmp_path: Path
+) -> None:
+    module = convolutions_on_fake_gpu
+    arguments = ["--device", "cuda", "--quick", "--dtype", "float16", "--buffers", "hot", "rotated"]
+    status, rows = measured(module, tmp_path, *arguments, stages=tiny_stages(module)[:1])
+    assert status == 0 and not any("failed" in row for row in rows)
+    expected = [(n, p, b) for n in (2, 16) for p in ("forward", "forward+backward") for b in ("hot", "rotated")]
+    assert [(row["shape"]["batch"], row["pass"], row["buffers"]) for row in rows] == expected
+    names = [f"{name} {layout}" for name in ("conv", "dcn_d2", "deformops") for layout in ("NCHW", "NHWC")]
+    names += ["torchvision", "autocast torchvision", "branch NHWC", "split branch NHWC"]
+    for row in rows:
+        wanted = {*names, *(["deterministic NHWC"] if row["pass"] != "forward" else [])}
+        assert set(row["milliseconds"]) == set(row["issue_milliseconds"]) == wanted
+    assert set(deformops) == {(None, (1, 1), (1, 1), (1, 1))}
+    assert fake_gpu.sleeps
+    environment = json.loads((tmp_path / "rows.json").read_text())["environment"]
+    assert environment["device"] == "Some GPU" and environment["gpu"]["capability"] == "9.0"
+
+
+def test_memory_on_a_gpu(
+    convolutions_on_fake_gpu: Any, deformops: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = convolutions_on_fake_gpu
+    monkeypatch.setattr(module.Layer, "theirs", failing(lambda *_: True, module.Layer.theirs))
+    arguments = ["--device", "cuda", "--quick", "--memory", "--dtype", "float16"]
+    status, rows = measured(module, tmp_path, *arguments, stages=tiny_stages(module)[:1])
+    assert status == 0 and len(rows) == 4
+    for row in rows:
+        assert set(row["failed"]) == {"torchvision"} and "torchvision" not in row["peak_extra_mib"]
+        assert 2 < row["peak_extra_mib"]["dcn_d2 NCHW"] <= 3 and row["peak_extra_mib"]["copies"] >= 0
+
+
+def test_a_peer_without_time_left_is_not_tried_again(
+    convolutions_on_fake_gpu: Any, deformops: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = convolutions_on_fake_gpu
+    tried = []
+
+    def slow(*arguments: Any) -> None:
+        tried.append(arguments)
+        time.sleep(30)
+
+    monkeypatch.setattr(sys.modules["deformops.integrations.torchvision"], "deform_conv2d", slow)
+    arguments = ["--device", "cuda", "--quick", "--peers", "deformops", "--peer-seconds", "0.1"]
+    for kind in ([], ["--memory"]):
+        tried.clear()
+        status, rows = measured(module, tmp_path, *arguments, *kind, stages=tiny_stages(module)[:1])
+        assert status == 0 and len(tried) == 1
+        assert all(row["failed"] == {"deformops": "TimeoutError: not done after 0.1 s"} for row in rows)
+
+
+def test_pooling_and_detectors_on_a_gpu(
+    benchmark_module: Any, fake_gpu: FakeGpu, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = benchmark_module("deform_roi_pool")
+    original = module.Pooling
+
+    def pooling(shape: Any, sampling: int, device: str, dtype: torch.dtype) -> Any:
+        return original(shape, sampling, "cpu", dtype)
+
+    monkeypatch.setattr(module, "Pooling", pooling)
+    level = module.Shape("tiny", 16, 20, 4, 24, rois=6, channels=8, bins=3)
+    arguments = ["--device", "cuda", "--quick", "--dtype", "float16"]
+    status, rows = measured(module, tmp_path, *arguments, levels=[level])
+    assert status == 0 and all(set(row["issue_milliseconds"]) == set(row["milliseconds"]) for row in rows)
+
+    module = benchmark_module("detector")
+
+    class Detector(module.Detector):
+        def __init__(self, size: Any, overrides: Any, device: str, dtype: torch.dtype) -> None:
+            super().__init__(size, overrides, "cpu", dtype)
+
+    monkeypatch.setattr(module, "Detector", Detector)
+    sizes: dict[str, Any] = {"size": (64, 96), "overrides": [*SLIM, "MODEL.RPN.POST_NMS_TOPK_TRAIN", 20]}
+    for dtype, of_training in (("tf32", "float16"), ("bfloat16", "bfloat16")):
+        status, rows = measured(module, tmp_path, "--device", "cuda", "--dtype", dtype, **sizes)
+        assert status == 0 and [row["dtype"] for row in rows] == [dtype, dtype, of_training]
+        assert all(len(row["milliseconds"]) == 5 and "failed" not in row for row in rows)
+
+
+def test_the_gpu_sleeps_until_a_call_is_issued(
+    benchmark_module: Any, fake_gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measure = benchmark_module("measure")
+    seconds = {"quick": 0.0, "slow": 0.004, "far too slow": 0.03}
+    calls = {name: lambda s=s: time.sleep(s) for name, s in seconds.items()}
+    found = measure.interleave(calls, "cuda", 2, {}, ahead=True)
+    milliseconds = [cycles / measure.SLEEP_CYCLES for cycles in fake_gpu.sleeps]
+    assert milliseconds == milliseconds[:3] * 2
+    assert milliseconds[0] == 1.0 and 6 <= milliseconds[1] < 20 and milliseconds[2] == 20
+    assert found["issue_milliseconds"]["slow"] >= 4
+    fake_gpu.sleeps.clear()
+    assert "issue_milliseconds" not in measure.interleave(calls, "cuda", 2, {}) and not fake_gpu.sleeps
+
+
+def test_hot_calls_come_right_after_one_of_the_same(benchmark_module: Any, fake_gpu: FakeGpu) -> None:
+    """In turns alone, what a call finds in the caches is what the other contestants have left there."""
+    measure = benchmark_module("measure")
+    calls: list[str] = []
+    contestants = {name: lambda name=name: calls.append(name) for name in "ab"}
+    measure.interleave(contestants, "cuda", 2, {}, hot=True)
+    assert "".join(calls) == "aaabbb" + "aabb" * 2
+
+
+def test_under_autocast_only_the_forward_pass_is(benchmark_module: Any) -> None:
+    on_cuda, measure = benchmark_module("on_cuda"), benchmark_module("measure")
+    enabled = []
+
+    class Observed(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+            enabled.append(torch.is_autocast_enabled("cuda"))
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
+            enabled.append(torch.is_autocast_enabled("cuda"))
+            return grad
+
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        FakeGpu(monkeypatch)
+        call = on_cuda.under_autocast(Observed.apply, torch.float16)
+        measure.prepare(call, (torch.ones(3),), torch.ones(3), backward=True)()
+    assert enabled == [True, False]
+
+
+def test_a_package_that_does_not_import_takes_no_part(
+    benchmark_module: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    on_cuda = benchmark_module("on_cuda")
+    (tmp_path / "deformops").mkdir()
+    (tmp_path / "deformops/__init__.py").write_text("class Registry[T]: pass\nraise ValueError('of a newer torch')\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert on_cuda.deformops() is None and on_cuda.deformops() is None
+    assert re.fullmatch(r"deformops takes no part: (SyntaxError|ValueError): .*\n", capsys.readouterr().out)
+
+
+def test_results_name_the_gpu_and_what_drives_it(
+    benchmark_module: Any, fake_gpu: FakeGpu, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measure = benchmark_module("measure")
+    monkeypatch.setattr(measure.metadata, "version", lambda name: f"{name}-1")
+    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\necho 580.1\necho 580.1\n")
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91900)
+    environment = measure.environment("cuda")
+    names = ("torch", "torchvision", "onnxruntime", "deformops", "triton")
+    assert environment["versions"] == {name: f"{name}-1" for name in names}
+    assert environment["gpu"].pop("driver") == "580.1"
+    assert environment["gpu"] == {"capability": "9.0", "multiprocessors": 132, "cuda": "13.0", "cudnn": 91900}
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 1 // 0)
+    assert set(measure.environment("cuda")["gpu"]) == {"capability", "multiprocessors", "cuda"}
+    assert "gpu" not in measure.environment("cpu")
+
+
+@pytest.mark.parametrize(
+    ("milliseconds", "words"),
+    [(0.03123, "31.2 us"), (0.9999, "1000 us"), (1.0, "1 ms"), (12.345, "12.3 ms"), (61234.5, "61234 ms"), (None, "-")],
+)
+def test_durations_have_three_digits(benchmark_module: Any, milliseconds: float | None, words: str) -> None:
+    assert benchmark_module("measure").duration(milliseconds) == words
+
+
+def test_short_times_are_printed_with_enough_digits(convolutions_on_fake_gpu: Any, benchmark_module: Any) -> None:
+    times = {"conv NHWC": 0.01234, "dcn_d2 NHWC": 0.03456, "torchvision": 1.0}
+    row = cuda_row("c3", 2, times)
+    line = convolutions_on_fake_gpu.describe(row)
+    assert "conv  12.3 us  dcn_d2  34.6 us  price  2.80  speed: 28.94x torchvision" in line
+    line = convolutions_on_fake_gpu.describe(row | {"milliseconds": {}})
+    assert "conv        -  dcn_d2        -  price     -  speed: -" in line
+    row = {"shape": {"name": "p2", "sampling": 2}, "pass": "forward", "threads": 1, "milliseconds": {}}
+    assert "roi_align        -" in benchmark_module("deform_roi_pool").describe(row)
+    row["milliseconds"] = {"roi_align NCHW": {"median": 0.5}, "plain NHWC": {"median": 0.05}}
+    assert "roi_align   500 us  plain 50 us (10.0x)" in benchmark_module("deform_roi_pool").describe(row)
+
+
+@pytest.mark.parametrize(
+    ("failed", "answer"),
+    [
+        ({"dcn_d2 NHWC": "RuntimeError"}, "not measured"),
+        ({"conv NHWC": "RuntimeError"}, "not measured"),
+        ({"operands": "OutOfMemoryError"}, "not measured"),
+        ({"torchvision": "RuntimeError"}, "yes"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else value,
+)
+def test_a_goal_is_not_met_where_one_of_its_contestants_failed(judge: Any, failed: dict[str, str], answer: str) -> None:
+    rows = [conv_row("c3"), conv_row("c4") | {"failed": failed}]
+    if answer == "not measured":
+        rows[1]["milliseconds"] = {}
+    found, words = judge(MEAN, rows)
+    assert found == answer and (answer == "yes" or words == f"at most 1.1; failed: {next(iter(failed))} at c4")
+
+
+def test_check_says_that_a_file_is_not_complete(
+    benchmark_module: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    environment = {"device": "Some device", "commit": "abc", "date": "2026-01-02"}
+    for device in ("cpu", "cuda"):
+        document = {"benchmark": "detector", "device": device, "environment": environment, "rows": []}
+        path = tmp_path / f"{device}.json"
+        path.write_text(json.dumps(document | {"complete": False}))
+        benchmark_module("detector").main(["--check", str(path)])
+        assert f"{device}.json: Some device, commit abc, 2026-01-02, not complete\n" in capsys.readouterr().out
