@@ -1,0 +1,13 @@
+# Copyright (c) the dcn_d2 authors. SPDX-License-Identifier: Apache-2.0
+# shellcheck shell=bash
+# digest FOLDER NAME...: 16 hex digits that stand for the names and the contents of all files of the NAMEs below FOLDER,
+# without what is built there. gpu_pack.sh writes them down, gpu_check.sh compares.
+digest() {
+  local folder=$1
+  shift
+  (
+    cd "$folder" || exit
+    find "$@" -type f ! -path '*/__pycache__/*' ! -name '*.so' -print0 | LC_ALL=C sort -z | xargs -0 sha256sum |
+      sha256sum | cut -c1-16
+  )
+}
