@@ -122,8 +122,8 @@ bool weight_gradient_on_tensor_cores(KindConstant<kKind>, const DeviceScope& dev
   sizes.output_tiles = (groups->outputs + kWeightOutputs - 1) / kWeightOutputs;
   sizes.splits = 1;
   const int64_t steps = divide_up(sizes.rows, kWeightPositions<kKind>);
-  // Two blocks for every multiprocessor, but no fewer than four steps for each.
-  const int64_t wanted = divide_up(2 * device.device().multiprocessors, sizes.work());
+  // Two blocks for every multiprocessor, but not more, which would wait for all others; no fewer than four steps each.
+  const int64_t wanted = 2 * device.device().multiprocessors / sizes.work();
   sizes.splits = static_cast<int>(std::clamp<int64_t>(wanted, 1, std::max<int64_t>(1, steps / 4)));
   partials.emplace(s, input, sizes.splits);
   DCN_LAUNCH_SHARED(weight_gradient_tensor_kernel<kKind>, sizes.work(), kProductThreads,

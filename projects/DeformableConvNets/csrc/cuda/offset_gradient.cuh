@@ -119,11 +119,17 @@ __global__ void __launch_bounds__(kProductThreads, kKind == Kind::kFloat32 ? 1 :
 #pragma unroll
         for (int u = 0; u < 8 / kUnit; ++u) {
           if (local + u * kUnit >= packing.columns) continue;
+          Unit corner[4];  // loaded together: none waits for another
+#pragma unroll
+          for (int k = 0; k < 4; ++k) {
+            const T* from = pixel + (k / 2 * width + k % 2) * channels + u * kUnit;
+            corner[k] = sample.exists(k) ? load_unit(from) : Unit{{0, 0, 0, 0}};
+          }
 #pragma unroll
           for (int k = 0; k < 4; ++k) {
             if (!sample.exists(k)) continue;
             float values[kUnit];
-            to_floats<kKind>(load_unit(pixel + (k / 2 * width + k % 2) * channels + u * kUnit), values);
+            to_floats<kKind>(corner[k], values);
 #pragma unroll
             for (int e = 0; e < kUnit; ++e) {
               const int c = u * kUnit + e;
