@@ -26,7 +26,10 @@ def _load_kernels() -> str:
         OSError: the library that DCN_LIBRARY names does not load. It was asked for, so nothing stands in for it.
     """
     if named := os.environ.get("DCN_LIBRARY"):
-        torch.ops.load_library(named)
+        try:
+            torch.ops.load_library(named)
+        except OSError as error:
+            raise OSError(f"the library that DCN_LIBRARY names does not load: {error.__cause__ or error}") from error
         return ""
     try:
         spec = importlib.util.find_spec("dcn_d2._C")
@@ -41,7 +44,9 @@ def _load_kernels() -> str:
     try:
         torch.ops.load_library(spec.origin)
     except OSError as error:
-        return f"the compiled library {spec.origin} does not load: {error}. Build it again for this PyTorch"
+        # torch's own words name only the file; what the loader missed is behind them.
+        reason = error.__cause__ or error
+        return f"the compiled library {spec.origin} does not load: {reason}. Build it again for this PyTorch"
     return ""
 
 

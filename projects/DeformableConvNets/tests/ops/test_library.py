@@ -57,9 +57,28 @@ for a, e in zip(grads, torch.autograd.grad(expected.sum(), leaves)):
     torch.testing.assert_close(a, e, rtol=1e-4, atol=1e-4)
 messages = [str(w.message) for w in caught if "dcn_d2" in str(w.message)]
 assert len(messages) == 1 and "pip install" in messages[0] and "dcn_d2._C was not found" in messages[0], messages
-"""
+""",
+        DCN_LIBRARY="",
     )
     assert "Error" not in output
+
+
+def test_a_library_that_does_not_load_is_reported_with_the_loaders_reason(tmp_path: Path) -> None:
+    """Torch's own message names only the file."""
+    broken = tmp_path / "broken.so"
+    broken.write_text("no library")
+    code = "try:\n    import dcn_d2.ops\nexcept OSError as error:\n    print(error)"
+    found = run_python(code, DCN_LIBRARY=str(broken))
+    assert "DCN_LIBRARY names does not load" in found and "broken.so: file too short" in found
+    code = f"""
+import importlib.util, types
+find = importlib.util.find_spec
+broken = types.SimpleNamespace(origin={str(broken)!r})
+importlib.util.find_spec = lambda name, package=None: broken if name == "dcn_d2._C" else find(name, package)
+from dcn_d2.ops import _library
+print(_library.missing_kernels)
+"""
+    assert "broken.so: file too short. Build it again" in run_python(code, DCN_LIBRARY="")
 
 
 @pytest.mark.parametrize("capability", ["default", "avx2", "avx512"])
