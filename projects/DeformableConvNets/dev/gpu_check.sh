@@ -4,8 +4,8 @@
 #
 #   dev/gpu_check.sh first       4 minutes at most: does it load, is each kernel right, the price in bfloat16, a profile
 #   dev/gpu_check.sh full        8 minutes at most: all tests, all benchmarks, determinism, training, memory checker
-#   dev/gpu_check.sh STAGE...    some stages: load kernels price profile tests bfloat16 tf32 float32 float16 detector
-#                                pooling determinism training memory memcheck racecheck
+#   dev/gpu_check.sh STAGE...    some stages: load kernels price profile tests bfloat16 tf32 float32 float16 times detector
+#                                pooling determinism training memory memcheck racecheck deformops
 #
 #   PYTHON=python3.12   the interpreter, with torch and torchvision for CUDA (default: the project's environment, if
 #                       there is one, otherwise python3)
@@ -36,17 +36,18 @@ cd "$project" || exit 2
 . "$dev/digest.sh"
 
 first="load kernels price profile"
-full="load tests bfloat16 tf32 float32 float16 detector pooling determinism training memory memcheck"
-all="load kernels price profile ${full#load } racecheck"
+full="load tests bfloat16 tf32 float32 float16 times detector pooling determinism training memory memcheck"
+all="load kernels price profile ${full#load } racecheck deformops"
 
 # Seconds that a stage may take.
 limit() {
   case $1 in
     load) echo 120 ;;
     tests) echo 150 ;;
-    kernels | pooling | determinism | memory) echo 45 ;;
+    kernels | times | pooling | determinism | memory) echo 45 ;;
     price | bfloat16 | tf32 | float32 | float16) echo 60 ;;
     profile) echo 150 ;;
+    deformops) echo 480 ;;
     *) echo 75 ;;
   esac
 }
@@ -158,10 +159,14 @@ conv2d() {
     --output "$work/deform_conv2d_cuda_$dtype.json" "$@"
 }
 price() { conv2d bfloat16 --repeats 15 --peers none; }
-bfloat16() { conv2d bfloat16 --repeats 15 --buffers hot rotated; }
-tf32() { conv2d tf32 --repeats 15; }
-float32() { conv2d float32 --repeats 15; }
-float16() { conv2d float16 --repeats 15; }
+bfloat16() { conv2d bfloat16 --repeats 15 --buffers hot rotated --peers torchvision autocast; }
+tf32() { conv2d tf32 --repeats 15 --peers torchvision; }
+float32() { conv2d float32 --repeats 15 --peers torchvision; }
+float16() { conv2d float16 --repeats 15 --peers torchvision autocast; }
+# The first call of deformops tries dozens of kernels, each of which takes some 10 s to compile: in no mode.
+deformops() {
+  conv2d bfloat16 --repeats 15 --peers deformops --peer-seconds 400 --output "$work/deform_conv2d_cuda_deformops.json"
+}
 memory() {
   "$python" benchmarks/deform_conv2d.py --device cuda --quick --memory --dtype bfloat16 \
     --output "$work/deform_conv2d_memory_cuda_bfloat16.json"
@@ -198,12 +203,14 @@ find_tool() {
   command -v "$1" || ls /usr/local/cuda/bin/"$1" 2>/dev/null || compgen -G "/opt/nvidia/nsight-compute/*/$1" | tail -n 1
 }
 
+times() { "$python" benchmarks/profile_cuda.py --output "$work/profile_cuda.json"; }
+
 # The time of each kernel by torch's profiler, then what limits each by Nsight Compute: counters, and where in the
 # machine code of the largest ones warps wait. Clocks stay as they are.
 profile() {
   local ncu section sections=() report=$work/profile.ncu-rep
   local large='regex:product_kernel|offset_gradient|weight_gradient_tensor'
-  "$python" benchmarks/profile_cuda.py --output "$work/profile_cuda.json" || return 1
+  times || return 1
   ncu=$(find_tool ncu)
   [ "$ncu" ] || { echo "ncu was not found (PATH, /usr/local/cuda/bin, /opt/nvidia): kernel times only"; return 77; }
   for section in LaunchStats Occupancy SpeedOfLight MemoryWorkloadAnalysis ComputeWorkloadAnalysis SchedulerStats \

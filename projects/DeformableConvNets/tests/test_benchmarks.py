@@ -1068,3 +1068,54 @@ def test_check_says_that_a_file_is_not_complete(
         path.write_text(json.dumps(document | {"complete": False}))
         benchmark_module("detector").main(["--check", str(path)])
         assert f"{device}.json: Some device, commit abc, 2026-01-02, not complete\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("kernel", "short"),
+    [
+        (
+            "void dcn::cuda::product_kernel<(dcn::cuda::Kind)1, 128, dcn::cuda::SampleGather<(dcn::cuda::Kind)1> >"
+            "(dcn::cuda::ProductSizes, dcn::cuda::SampleGather<(dcn::cuda::Kind)1>, dcn::cuda::Unit const*)",
+            "product_kernel<1, 128, SampleGather<1> >",
+        ),
+        ("Memset (Device)", "Memset "),
+        ("sm90_xmma_fprop_" + "x" * 100, "sm90_xmma_fprop_" + "x" * 81 + "..."),
+    ],
+    ids=["ours", "copies", "long"],
+)
+def test_kernels_have_short_names(benchmark_module: Any, kernel: str, short: str) -> None:
+    assert benchmark_module("profile_cuda").short_name(kernel) == short
+
+
+def test_profile_adds_up_what_a_call_launches(benchmark_module: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = benchmark_module("profile_cuda")
+    for name, call in module.calls(
+        module.deform_conv2d.Shape("tiny", 32, 4, 5), "cpu", torch.float32, "forward"
+    ).items():
+        assert name in ("conv", "dcn_d2") and isinstance(call(), torch.Tensor)
+    cuda, cpu = torch.autograd.DeviceType.CUDA, torch.autograd.DeviceType.CPU
+
+    class Event:
+        def __init__(self, name: str, device: Any, microseconds: float) -> None:
+            self.name, self.device_type, self.time_range = name, device, self
+            self.elapsed_us = lambda: microseconds
+
+    class Profiler:
+        def __enter__(self) -> Any:
+            return self
+
+        def __exit__(self, *_: Any) -> None:
+            pass
+
+        def events(self) -> list[Event]:
+            return [Event("void a(int)", cuda, 2.0), Event("b", cuda, 5.0), Event("void a(int)", cuda, 4.0)] * 3 + [
+                Event("launch", cpu, 99.0)
+            ]
+
+    monkeypatch.setattr(torch.profiler, "profile", lambda **_: Profiler())
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    found = module.kernel_times(lambda: None, repeats=3)
+    assert found == {"a": {"microseconds": 6.0, "launches": 2.0}, "b": {"microseconds": 5.0, "launches": 1.0}}
+    shape = {"name": "c3", "batch": 16}
+    text = module.describe({"shape": shape, "pass": "forward", "contestant": "dcn_d2", "kernels": found})
+    assert "c3 batch 16 forward" in text and "11.0 us" in text and "6.0 us   2.0 x  a" in text

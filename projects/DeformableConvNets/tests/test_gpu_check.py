@@ -20,7 +20,7 @@ import pytest
 from dev import gpu_report, losses
 
 FIRST = "load kernels price profile".split()
-FULL = "load tests bfloat16 tf32 float32 float16 detector pooling determinism training memory memcheck".split()
+FULL = "load tests bfloat16 tf32 float32 float16 times detector pooling determinism training memory memcheck".split()
 # Does what its arguments ask of Python, as far as the script looks at it. FAIL, HANG and MISSING are patterns of
 # arguments: fail, take long, exit with 3 until something was built.
 STAND_IN = r"""#!/usr/bin/env bash
