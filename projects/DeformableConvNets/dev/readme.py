@@ -68,9 +68,10 @@ SPEED = (
     "[benchmarks](projects/DeformableConvNets/benchmarks) measures them again."
 )
 CONVOLUTION = (
-    "Milliseconds of one 3x3 layer of a ResNet-50 at 800 x 1216 (batch 1, modulated, one deform group), each "
-    "implementation in its faster memory format. The price is the time of dcn_d2 over that of the plain convolution. "
-    "torchvision has no bfloat16 kernel for CPUs: there it computes in float32."
+    "Milliseconds of one 3x3 layer of a ResNet-50 at 800 x 1216 (modulated, one deform group; batch 1 if not said "
+    "otherwise), each implementation in its faster memory format. The price is the time of dcn_d2 over that of the "
+    "plain convolution. torchvision has no bfloat16 kernel: there it computes in float32. On a GPU, operands are in "
+    "the cache from the call before (hot) or in none (rotated)."
 )
 MEMORY = "Mebibytes that the same layers need at most, on top of their inputs and outputs, in the memory format named."
 ROI_POOLING = (
@@ -87,12 +88,10 @@ USUAL = {"stride": 1, "groups": 1, "deform_groups": 1, "mask": True}
 
 
 def usual_rows(document: dict[str, Any]) -> list[dict[str, Any]]:
-    """The rows of a result file that its table shows; of a GPU's, batches of 2 with operands that are in no cache."""
-    batch = 2 if document.get("device") == "cuda" else 1
+    """The rows of a result file that its table shows: one image on a CPU, batches on a GPU."""
+    batches = (2, 16) if document.get("device") == "cuda" else (1,)
     return [
-        row
-        for row in document["rows"]
-        if (USUAL | {"batch": batch}).items() <= row["shape"].items() and row.get("buffers") in (None, "rotated")
+        row for row in document["rows"] if USUAL.items() <= row["shape"].items() and row["shape"]["batch"] in batches
     ]
 
 
@@ -102,9 +101,13 @@ def performance_table(path: Path) -> str:
     lines = []
     for row in sorted(usual_rows(document), key=lambda row: row["threads"]):
         ours, plain, *peers = (fastest(row, name) for name in ("dcn_d2", "conv", "torchvision", "onnxruntime"))
-        times = [plain, ours, ours / plain, *peers]
-        lines.append([layer(row["shape"]), row["pass"], str(row["threads"]), *numbers(*times)])
-    header = ["layer", "pass", "threads", "plain convolution", "dcn_d2", "price", "torchvision", "ONNX Runtime"]
+        times = [plain, ours, quotient(ours, plain), *peers]
+        lines.append([layer(row["shape"]), row["pass"], row.get("buffers", str(row["threads"])), *numbers(*times)])
+    on_gpu = document.get("device") == "cuda"
+    header = ["layer", "pass", "operands" if on_gpu else "threads", "plain convolution", "dcn_d2", "price"]
+    header += ["torchvision", "ONNX Runtime"]
+    if on_gpu:  # ONNX Runtime takes part on CPUs only
+        header, lines = header[:-1], [line[:-1] for line in lines]
     return f"{caption(path, document)}\n\n{table(header, lines)}"
 
 
@@ -136,7 +139,7 @@ def roi_pool_table(path: Path) -> str:
         if shape["sampling"] == 2:
             align, *ours = (fastest(row, name) for name in ("roi_align", "plain", "deformable", "modulated", "psroi"))
             level = f"{shape['name']}: {shape['height']} x {shape['width']}"
-            lines.append([level, row["pass"], str(row["threads"]), *numbers(align, *ours, align / ours[2])])
+            lines.append([level, row["pass"], str(row["threads"]), *numbers(align, *ours, quotient(align, ours[2]))])
     modes = ["`deform_roi_pool`, plain", "deformable", "modulated", "`deform_psroi_pool`"]
     header = ["map", "pass", "threads", "`roi_align`", *modes, "factor"]
     return f"{caption(path, document)}\n\n{table(header, lines)}"
@@ -149,9 +152,14 @@ def detector_table(path: Path) -> str:
     for row in sorted(document["rows"], key=lambda row: row["threads"]):
         plain, ours, theirs = (fastest(row, name) for name in ("plain", "dcn_d2", "torchvision"))
         part = row["pass"] if row["dtype"] == document["rows"][0]["dtype"] else f"{row['pass']}, {row['dtype']}"
-        lines.append([part, str(row["threads"]), *numbers(plain, ours, ours / plain, theirs)])
+        lines.append([part, str(row["threads"]), *numbers(plain, ours, quotient(ours, plain), theirs)])
     header = ["part", "threads", "plain", "dcn_d2", "price", "with torchvision's operator"]
     return f"{caption(path, document)}\n\n{table(header, lines)}"
+
+
+def quotient(numerator: float | None, denominator: float | None) -> float | None:
+    """Of two times; None if one of the two took no part."""
+    return numerator / denominator if numerator and denominator else None
 
 
 def numbers(*values: float | None) -> list[str]:

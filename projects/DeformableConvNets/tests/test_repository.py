@@ -11,6 +11,7 @@ import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -158,6 +159,23 @@ def test_readme_speed_comes_from_result_files(tmp_path: Path) -> None:
     assert "Some CPU, float32, torch 2.14.1, commit abc, 2026-01-02" in text
     assert text.splitlines()[-1] == "| c3: 128 x 100 x 152 | forward | 1 | 2 | 3 | 1.5 | 24 |  |"
     assert text.count("| c3") == 1
+
+
+def test_readme_shows_batches_of_a_gpu_and_leaves_gaps_where_nothing_was_measured(tmp_path: Path) -> None:
+    shape = {"name": "c3", "channels": 128, "height": 100, "width": 152}
+    shape |= {"batch": 2, "stride": 1, "groups": 1, "deform_groups": 1, "mask": True}
+    row: dict[str, Any] = {"pass": "forward", "dtype": "tf32", "threads": 1, "buffers": "hot", "shape": shape}
+    times = {"conv NHWC": {"median": 0.02}, "dcn_d2 NHWC": {"median": 0.05}}
+    rows = [row | {"milliseconds": times}, row | {"milliseconds": {"dcn_d2 NHWC": {"median": 0.05}}}]
+    rows.append(row | {"shape": shape | {"batch": 1}, "milliseconds": times})
+    environment = {"device": "Some GPU", "versions": {}, "commit": "abc", "date": "2026-01-02"}
+    document = {"device": "cuda", "environment": environment | {"uncommitted_changes": None}, "rows": rows}
+    (tmp_path / "deform_conv2d_cuda_tf32.json").write_text(json.dumps(document))
+    lines = readme.performance(tmp_path).splitlines()
+    assert lines[-2:] == [
+        "| c3: 128 x 100 x 152, batch 2 | forward | hot | 0.02 | 0.05 | 2.5 |  |",
+        "| c3: 128 x 100 x 152, batch 2 | forward | hot |  | 0.05 |  |  |",
+    ]
 
 
 @pytest.mark.slow
