@@ -26,7 +26,9 @@ bool forward_on_tensor_cores(KindConstant<kKind>, const DeviceScope& device, con
   sizes.packing.outputs = true;
   sizes.rows = static_cast<int>(s.batch * s.positions()), sizes.image_rows = static_cast<int>(s.positions());
   sizes.columns = static_cast<int>(s.out_channels);
-  const Gather gather{operands, {groups->outputs, groups->channels, deform_channels, segment / kUnit}};
+  const Gather gather{
+      operands,
+      {groups->outputs, groups->channels, deform_channels, segment / kUnit, static_cast<int>(s.channels / kUnit)}};
   run_cut_product<kKind, Gather>(device, input, sizes, gather, operands.weights, bias, output);
   return true;
 }

@@ -60,6 +60,19 @@ __device__ __forceinline__ Unit load_unit(const void* address) {
   const uint4 loaded = __ldg(static_cast<const uint4*>(address));
   return {{loaded.x, loaded.y, loaded.z, loaded.w}};
 }
+// The same where it is wanted: elsewhere the unit stays what it is, and the address may lie anywhere.
+__device__ __forceinline__ void load_unit_if(Unit& unit, const void* address, uint32_t wanted) {
+  asm("{ .reg .pred p; setp.ne.u32 p, %5, 0; @p ld.global.nc.v4.u32 {%0, %1, %2, %3}, [%4]; }"
+      : "+r"(unit.word[0]), "+r"(unit.word[1]), "+r"(unit.word[2]), "+r"(unit.word[3])
+      : "l"(address), "r"(wanted));
+}
+// Zeros that are written where they are asked for. The compiler would compute them everywhere in place of branching.
+__device__ __forceinline__ Unit zero_unit() {
+  Unit unit;
+#pragma unroll
+  for (uint32_t& word : unit.word) asm volatile("mov.u32 %0, 0;" : "=r"(word));
+  return unit;
+}
 __device__ __forceinline__ void store_unit(void* address, const Unit& unit) {
   *static_cast<uint4*>(address) = make_uint4(unit.word[0], unit.word[1], unit.word[2], unit.word[3]);
 }
@@ -88,6 +101,26 @@ __device__ __forceinline__ uint32_t pack(float low, float high) {
   return word;
 }
 
+// Both halves of the result are the lower (0) or the upper (1) half of a word.
+__device__ __forceinline__ uint32_t both_halves(uint32_t word, int half) {
+  return __byte_perm(word, 0, half == 0 ? 0x1010 : 0x3232);
+}
+
+// a * b + c of two 16-bit floats at a time, rounded once.
+template <Kind kKind>
+__device__ __forceinline__ uint32_t multiply_add_pairs(uint32_t a, uint32_t b, uint32_t c) {
+  uint32_t result = 0;
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
+  if constexpr (kKind == Kind::kBFloat16) {
+    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(result) : "r"(a), "r"(b), "r"(c));
+  } else {
+    asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(result) : "r"(a), "r"(b), "r"(c));
+  }
+#else
+  __trap();
+#endif
+  return result;
+}
 // Four matrices of 8 rows of 16 bytes, or such four times `kCount`: lane 8 i + r gives the address of row r of matrix i
 // in shared memory and gets word t of row g of all of them; transposed: of 16-bit elements, those at rows 2 t and
 // 2 t + 1 of column g.

@@ -43,7 +43,7 @@ struct WeightGradientShared {
 
   unsigned char grads[kWeightStages][kGradBytes];
   unsigned char samples[2][kSampleBytes];
-  PackedSample places[2][kWeightPositions<kKind>];
+  KeptSample<kKind> places[2][kWeightPositions<kKind>];
 };
 
 // Reads fragments of both operands of 16-bit elements.
@@ -148,22 +148,22 @@ __global__ void __launch_bounds__(kProductThreads, kKind == Kind::kFloat32 ? 1 :
   };
   const auto locate = [&](int step) {
     if (thread >= kPositions || step >= end) return;
-    PackedSample place{0, 0, 0, 0};
+    KeptSample<kKind> place{};
     const int row = step * kPositions + thread, image = row / sizes.positions;
     if (row < sizes.rows) {
-      place = pack_sample(place_sample<float>(operands, image, row % sizes.positions, deform_group, tap), image,
-                          s.pixels(), s.width);
+      place =
+          keep_sample<kKind>(place_sample<float>(operands, image, row % sizes.positions, deform_group, tap), image, s);
     }
     shared.places[step % 2][thread] = place;
   };
   Interpolation<kKind> interpolation[kGathers];
   const int gather_unit = thread % kSampleUnits, gather_position = thread / kSampleUnits;
-  const T* gather_from = operands.images + channel_begin + gather_unit * kUnit;
   const auto start = [&](int step) {
 #pragma unroll
     for (int i = 0; i < kGathers; ++i) {
-      const PackedSample* place = &shared.places[step % 2][gather_position + i * (kProductThreads / kSampleUnits)];
-      interpolation[i].start(place, local + gather_unit * kUnit < segment_channels, gather_from, channels, width);
+      const KeptSample<kKind>* place = &shared.places[step % 2][gather_position + i * (kProductThreads / kSampleUnits)];
+      interpolation[i].start(place, local + gather_unit * kUnit < segment_channels, operands.images,
+                             channel_begin / kUnit + gather_unit, channels / kUnit, width);
     }
   };
   const auto finish = [&](int step) {

@@ -23,6 +23,10 @@ inline Unit load_unit(const void* address) {
   STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(address) % kUnitBytes == 0, "emulated kernel: a load is not aligned");
   return *static_cast<const Unit*>(address);
 }
+inline void load_unit_if(Unit& unit, const void* address, uint32_t wanted) {
+  if (wanted) unit = load_unit(address);
+}
+inline Unit zero_unit() { return Unit{}; }
 inline void store_unit(void* address, const Unit& unit) {
   STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(address) % kUnitBytes == 0, "emulated kernel: a store is not aligned");
   *static_cast<Unit*>(address) = unit;
@@ -45,6 +49,17 @@ uint32_t pack(float low, float high) {
   return T(low).x | uint32_t{T(high).x} << 16;
 }
 
+inline uint32_t both_halves(uint32_t word, int half) {
+  const uint32_t bits = half == 0 ? word & 0xffff : word >> 16;
+  return bits | bits << 16;
+}
+template <Kind kKind>
+uint32_t multiply_add_pairs(uint32_t a, uint32_t b, uint32_t c) {
+  float low[3], high[3];
+  unpack<kKind>(a, low[0], high[0]), unpack<kKind>(b, low[1], high[1]), unpack<kKind>(c, low[2], high[2]);
+  // Of two such floats a float holds the product exactly; the sum is rounded twice, which shows only next to a tie.
+  return pack<kKind>(low[0] * low[1] + low[2], high[0] * high[1] + high[2]);
+}
 template <int kCount, bool kTransposed = false>
 void load_matrices(uint32_t (&matrices)[kCount][4], const SharedAddress (&rows)[kCount]) {
   const auto lane = threadIdx.x % emulate::kWarpLanes;
