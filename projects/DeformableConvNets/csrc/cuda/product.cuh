@@ -286,6 +286,35 @@ __global__ void __launch_bounds__(256, 1) finish_kernel(const ProductSizes sizes
   }
 }
 
+// The same for channels_last results of a multiple of kFinishTogether columns: a thread adds up neighbouring ones.
+constexpr int kFinishTogether = 4;
+
+template <typename T>
+__global__ void __launch_bounds__(256) finish_together_kernel(const ProductSizes sizes, const ProductOutput<T> output) {
+  struct alignas(kFinishTogether * sizeof(T)) Together {
+    T value[kFinishTogether];
+  };
+  const int64_t count = int64_t{sizes.rows} * sizes.columns;
+  for (int64_t at = (int64_t{blockIdx.x} * 256 + threadIdx.x) * kFinishTogether; at < count;
+       at += int64_t{gridDim.x} * 256 * kFinishTogether) {
+    float sum[kFinishTogether] = {};
+    if (output.bias) {
+#pragma unroll
+      for (int e = 0; e < kFinishTogether; ++e) sum[e] = static_cast<float>(output.bias[at % sizes.columns + e]);
+    }
+#pragma unroll 4
+    for (int k = 0; k < sizes.splits; ++k) {
+      const Unit loaded = load_unit(output.partials + k * count + at);
+#pragma unroll
+      for (int e = 0; e < kFinishTogether; ++e) sum[e] += bits_to_float(loaded.word[e]);
+    }
+    Together together;
+#pragma unroll
+    for (int e = 0; e < kFinishTogether; ++e) together.value[e] = static_cast<T>(sum[e]);
+    *reinterpret_cast<Together*>(output.planes.data + at) = together;
+  }
+}
+
 // The product's results, with `bias` added, in `planes`: launches what that takes.
 template <Kind kKind, int kColumns, typename Gather>
 void run_product(const DeviceScope& device, const Tensor& like, ProductSizes sizes, const Gather& gather,
@@ -306,7 +335,11 @@ void run_product(const DeviceScope& device, const Tensor& like, ProductSizes siz
   const auto kernel = product_kernel<kKind, kColumns, Gather>;
   DCN_LAUNCH_SHARED(kernel, sizes.work(), kProductThreads, (product_bytes<kKind, kColumns, Gather>()), device.stream(),
                     sizes, gather, packed.units(), output);
-  if (splits > 1) {
+  if (splits > 1 && planes.channel_stride == 1 && sizes.columns % kFinishTogether == 0) {
+    const int64_t units = int64_t{sizes.rows} * sizes.columns / kFinishTogether;
+    DCN_LAUNCH(finish_together_kernel<T>, std::min(divide_up(units, 256), kMaxBlocks), 256, device.stream(), sizes,
+               output);
+  } else if (splits > 1) {
     const int64_t tiles = divide_up(sizes.rows, kFinishTile) * divide_up(sizes.columns, kFinishTile);
     DCN_LAUNCH(finish_kernel<T>, std::min(tiles, kMaxBlocks), 256, device.stream(), sizes, output);
   }

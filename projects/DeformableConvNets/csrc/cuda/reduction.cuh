@@ -22,6 +22,16 @@ struct Reduction {
   DCN_HOST_DEVICE int steps() const {
     return taps / kMostTaps * steps_of(kMostTaps) + (taps % kMostTaps ? steps_of(taps % kMostTaps) : 0);
   }
+  // The blocks of taps and units that steps go through one after the other, and the first step of each.
+  DCN_HOST_DEVICE int unit_blocks() const { return (units + kRowUnits - 1) / kRowUnits; }
+  DCN_HOST_DEVICE int blocks() const { return (taps + kMostTaps - 1) / kMostTaps * segments * unit_blocks(); }
+  DCN_HOST_DEVICE int first_step(int block) const {
+    const int unit_block = block % unit_blocks(), segment = block / unit_blocks() % segments;
+    const int tap = block / unit_blocks() / segments * kMostTaps;
+    const int block_taps = taps - tap < kMostTaps ? taps - tap : kMostTaps;
+    return tap / kMostTaps * steps_of(kMostTaps) + segment * (steps_of(block_taps) / segments) +
+           unit_block * block_taps;
+  }
 };
 
 // One step of a Reduction.
@@ -98,7 +108,7 @@ struct Packing {
   bool outputs;         // columns are output channels, summed over are input channels; or the other way round
   // Of the convolution: output and input channels of a group.
   int conv_outputs, conv_channels;
-  bool permuted = false;  // columns as permuted_column says
+  bool permuted = false;  // rows are as permuted_row says
   int outer_taps = 1;  // if not 1, all segments are packed for one tap after the other, and the Reduction has one tap
 
   DCN_HOST_DEVICE int64_t step_units() const { return int64_t{padded} * kRowUnits; }
@@ -108,37 +118,116 @@ struct Packing {
   DCN_HOST_DEVICE int64_t total_units() const { return weight_units() + 2 * int64_t{reduction.steps()}; }
 };
 
-// Which column of every 32 a packed row has, so that the sums that a lane gets in four neighbouring fragments, two in
+// Which row of every 32 a packed column has, so that the sums that a lane gets in four neighbouring fragments, two in
 // each, are those of eight neighbouring columns.
-DCN_HOST_DEVICE int permuted_column(int row) { return row / 32 * 32 + row % 8 / 2 * 8 + row % 32 / 8 * 2 + row % 2; }
+DCN_HOST_DEVICE int permuted_row(int column) {
+  return column / 32 * 32 + column % 8 / 2 * 8 + column % 32 / 8 * 2 + column % 2;
+}
 
+constexpr int kPackThreads = 256;
+constexpr int kPackColumns = 8;  // of a block
+
+inline int64_t pack_blocks(const Packing& packing) {
+  return int64_t{packing.segments} * packing.outer_taps * (packing.padded / kPackColumns) * packing.reduction.blocks();
+}
+
+// A block packs what a block of the Reduction sums over, for some columns. Through shared memory: weights are read in
+// the order in which they lie in memory, by lines of one output channel's weights for several input channels and taps.
 template <Kind kKind>
-__global__ void pack_kernel(const Packing packing, const Weights<const Element<kKind>> weights, Unit* packed) {
-  const int steps = packing.reduction.steps();
-  for (int64_t at = int64_t{blockIdx.x} * blockDim.x + threadIdx.x; at < packing.weight_units();
-       at += int64_t{gridDim.x} * blockDim.x) {
-    const int row = static_cast<int>(at / kRowUnits % packing.padded);
-    const int slot = static_cast<int>(at % kRowUnits), column = slot ^ row % kRowUnits;
-    const int segment = static_cast<int>(at / packing.segment_units());
-    const Step step(packing.reduction, static_cast<int>(at / packing.step_units() % steps));
-    const int local = packing.permuted ? permuted_column(row) : row;
-    const int n = segment % packing.segments * packing.columns + local;
-    const int tap = segment / packing.segments + step.tap + step.tap_of(column);
-    const int unit = step.segment * packing.reduction.units + step.unit_of(column);
-    const int first = n / packing.group_columns * packing.group_channels + unit * kUnitElements<kKind>;
-    const bool exists = local < packing.columns && step.tap_of(column) < step.taps;
-    float values[kUnitElements<kKind>];
-#pragma unroll
-    for (int e = 0; e < kUnitElements<kKind>; ++e) {
-      const int output = packing.outputs ? n : first + e, channel = packing.outputs ? first + e : n;
-      const bool same_group = output / packing.conv_outputs == channel / packing.conv_channels;
-      values[e] =
-          exists && same_group ? static_cast<float>(weights.at(output, channel % packing.conv_channels, tap)) : 0.0f;
+__global__ void __launch_bounds__(kPackThreads)
+    pack_kernel(const Packing packing, const Weights<const Element<kKind>> weights, Unit* packed) {
+  constexpr int kUnit = kUnitElements<kKind>;
+  // The bits of an element, which take no arithmetic.
+  using Bits = std::conditional_t<kUnit == 8, uint16_t, uint32_t>;
+  struct Shared {
+    alignas(kUnitBytes) Bits weights[kPackColumns * kRowUnits * kUnit * kMostTaps];
+  };
+  DCN_SHARED(Shared, shared);
+  const Reduction& reduction = packing.reduction;
+  const int thread = static_cast<int>(threadIdx.x);
+  const int column_tiles = packing.padded / kPackColumns;
+  int index = static_cast<int>(blockIdx.x);
+  const int column_begin = index % column_tiles * kPackColumns;  // in its segment
+  index /= column_tiles;
+  const int block = index % reduction.blocks(), outer = index / reduction.blocks();
+  const int outer_tap = outer / packing.segments, segment_begin = outer % packing.segments * packing.columns;
+  const int first_step = reduction.first_step(block);
+  const Step step(reduction, first_step);
+  const int tap_begin = outer_tap + step.tap, elements = step.units * kUnit;
+
+  // Columns are counted from `n` on, what is summed over from `m` on, over all conv groups.
+  const int group = segment_begin / packing.group_columns, n = segment_begin + column_begin;
+  const int m = group * packing.group_channels + (step.segment * reduction.units + step.unit) * kUnit;
+  const int columns = packing.columns - column_begin < kPackColumns ? packing.columns - column_begin : kPackColumns;
+  const int lines = packing.outputs ? kPackColumns : elements, length = packing.outputs ? elements : kPackColumns;
+  const int first_output = packing.outputs ? n : m, first_channel = packing.outputs ? m : n;
+  const bool merged = packing.group_columns != (packing.outputs ? packing.conv_outputs : packing.conv_channels);
+
+  // In shared memory a line is as in memory: of taps of channels, or of channels of taps.
+  const bool taps_first = weights.tap_stride <= weights.channel_stride;
+  const int line_elements = length * step.taps;
+  const int runs = taps_first ? 1 : step.taps, run = line_elements / runs;  // what follows each other in memory
+  const int run_units = run / kUnit;
+  const auto* base = reinterpret_cast<const Bits*>(&weights.at(0, 0, tap_begin));
+  const int64_t channel_begin = first_channel - group * packing.conv_channels;
+  const bool dense =
+      taps_first ? weights.tap_stride == 1 && weights.channel_stride == step.taps : weights.channel_stride == 1;
+  const bool aligned = reinterpret_cast<uintptr_t>(base) % kUnitBytes == 0 && run % kUnit == 0 &&
+                       weights.output_stride % kUnit == 0 && channel_begin * weights.channel_stride % kUnit == 0 &&
+                       (taps_first || weights.tap_stride % kUnit == 0);
+  if (dense && aligned && !merged && columns == kPackColumns) {
+#pragma unroll 3
+    for (int at = thread; at < lines * runs * run_units; at += kPackThreads) {
+      const int line = at / (runs * run_units), tap = at / run_units % runs, unit = at % run_units;
+      const Bits* from = base + (first_output + line) * weights.output_stride + channel_begin * weights.channel_stride +
+                         tap * weights.tap_stride + unit * kUnit;
+      store_unit(shared.weights + line * line_elements + tap * run + unit * kUnit, load_unit(from));
     }
-    packed[at] = to_unit<kKind>(values);
-    if (segment == 0 && row == 0) {
-      const int64_t index = at / packing.step_units() * kRowUnits + column;
-      reinterpret_cast<Pair*>(packed + packing.weight_units())[index] = Pair(packing.reduction, step, column);
+  } else {
+    for (int at = thread; at < lines * line_elements; at += kPackThreads) {
+      const int line = at / line_elements, rest = at % line_elements;
+      const int tap = taps_first ? rest % step.taps : rest / length;
+      const int channel = first_channel + (taps_first ? rest / step.taps : rest % length), output = first_output + line;
+      const int conv_group = merged ? output / packing.conv_outputs : group;
+      const bool exists = (packing.outputs ? line : channel - n) < columns &&
+                          (!merged || channel / packing.conv_channels == conv_group);
+      Bits bits = 0;
+      if (exists) {
+        bits = base[output * weights.output_stride +
+                    (channel - conv_group * packing.conv_channels) * weights.channel_stride + tap * weights.tap_stride];
+      }
+      shared.weights[at] = bits;
+    }
+  }
+  __syncthreads();
+
+  Unit* to = packed + (int64_t{outer} * reduction.steps() + first_step) * packing.step_units();
+  const int element_stride = !packing.outputs ? line_elements : taps_first ? step.taps : 1;
+  const int column_stride = packing.outputs ? line_elements : taps_first ? step.taps : 1;
+  const int tap_stride = taps_first ? 1 : length;
+  for (int at = thread; at < step.length * kPackColumns * kRowUnits; at += kPackThreads) {
+    const int slot = at % kRowUnits, column = at / kRowUnits % kPackColumns, place = at / (kPackColumns * kRowUnits);
+    const int pair = place * kRowUnits + slot, tap = pair / step.units, unit = pair % step.units;
+    Unit result{{0, 0, 0, 0}};
+    if (tap < step.taps) {
+      const Bits* from = shared.weights + column * column_stride + unit * kUnit * element_stride + tap * tap_stride;
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        if constexpr (kUnit == 8) {
+          result.word[i] = from[2 * i * element_stride] | uint32_t{from[(2 * i + 1) * element_stride]} << 16;
+        } else {
+          const uint32_t bits = from[i * element_stride];
+          result.word[i] = kKind == Kind::kTF32 ? round_to_tf32(bits_to_float(bits)) : bits;
+        }
+      }
+    }
+    const int local = column_begin + column, row = packing.permuted ? permuted_row(local) : local;
+    to[place * packing.step_units() + row * kRowUnits + (slot ^ row % kRowUnits)] = result;
+    if (outer == 0 && local == 0) {
+      Step here = step;
+      here.index = place;
+      reinterpret_cast<Pair*>(packed + packing.weight_units())[first_step * kRowUnits + pair] =
+          Pair(reduction, here, slot);
     }
   }
 }
@@ -151,8 +240,8 @@ class PackedWeights {
                 const Packing& packing, const Weights<const Element<kKind>>& weights)
       : tensor_(torch::stable::empty(std::array<int64_t, 1>{packing.total_units() * kUnitBytes}, ScalarType::Byte,
                                      std::nullopt, like.device())) {
-    DCN_LAUNCH(pack_kernel<kKind>, std::min(divide_up(packing.weight_units(), 256), kMaxBlocks), 256, device.stream(),
-               packing, weights, static_cast<Unit*>(tensor_.mutable_data_ptr()));
+    DCN_LAUNCH(pack_kernel<kKind>, pack_blocks(packing), kPackThreads, device.stream(), packing, weights,
+               static_cast<Unit*>(tensor_.mutable_data_ptr()));
   }
   const Unit* units() const { return static_cast<const Unit*>(tensor_.const_data_ptr()); }
 
