@@ -56,6 +56,7 @@ bool input_gradient_on_tensor_cores(KindConstant<kKind>, const DeviceScope& devi
     ProductSizes sizes{};
     sizes.packing = transposed_packing(s, *groups, kUnit);
     sizes.rows = static_cast<int>(lists.images * s.pixels()), sizes.image_rows = static_cast<int>(s.pixels());
+    sizes.order = {sizes.image_rows, 1};  // as they come
     sizes.columns = static_cast<int>(s.channels);
     const Gather gather{s, lists, grads + lists.first_image * s.positions() * s.out_channels, groups->channels,
                         groups->outputs};

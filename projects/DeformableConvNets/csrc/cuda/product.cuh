@@ -11,14 +11,31 @@ constexpr int kProductThreads = 256;
 constexpr int kProductRows = 128;  // of a block's tile
 constexpr int kOperandBytes = kProductRows * kRowBytes;
 
+// The order in which a product's rows go through a map: by bands of some lines, and column by column therein. So the
+// rows of a tile lie close together in both directions, and what they read is read again while it is in the cache.
+struct PatchOrder {
+  static constexpr int kBand = 8;
+
+  int width, height;
+
+  // The place on the map of row `row`.
+  DCN_HOST_DEVICE int place(int row) const {
+    const int band = row / (kBand * width), rest = row - band * kBand * width, left = height - band * kBand;
+    const int line = left >= kBand ? rest % kBand : rest % left, column = left >= kBand ? rest / kBand : rest / left;
+    return (band * kBand + line) * width + column;
+  }
+};
+
 // Sizes of one product: (rows, columns), where rows are the pixels of all images and columns are channels.
 struct ProductSizes {
   Packing packing;
   int rows, image_rows;  // of all images, of one
+  PatchOrder order;      // of an image's rows
   int columns;           // of all segments
   int segment_tiles;     // of columns
   int splits;            // parts of the sum, each with a result of its own in `partials`, or 1
 
+  DCN_HOST_DEVICE int place(int row) const { return order.place(row % image_rows); }  // on its image's map
   DCN_HOST_DEVICE int row_tiles() const { return (rows + kProductRows - 1) / kProductRows; }
   DCN_HOST_DEVICE int tiles() const { return packing.segments * segment_tiles; }  // of columns
   DCN_HOST_DEVICE int64_t work() const { return int64_t{row_tiles()} * tiles() * splits; }
@@ -59,8 +76,9 @@ struct ProductOutput {
   float* partials;  // (splits, rows, columns), where the sum is split
 };
 
-template <int kColumns>
-constexpr int kProductStages = kColumns == 256 ? 2 : 3;
+// Two where shared memory is short, or the cache of the first level, which shares its memory, is to be large.
+template <int kColumns, typename Gather>
+constexpr int kProductStages = kColumns == 256 || Gather::kLean ? 2 : 3;
 
 // Blocks that a multiprocessor shall hold at least: what the compiler may spend registers on without spilling. Two with
 // 128 columns need 200 KB of shared memory, which GPUs before 9.0 have not.
@@ -76,7 +94,7 @@ constexpr int kProductBlocks = kColumns > kMostSharedColumns || kKind == Kind::k
 template <Kind kKind, int kColumns, typename Gather>
 constexpr int product_bytes() {
   constexpr int kStaged = kProductRows * (kColumns * static_cast<int>(sizeof(Element<kKind>)) + kUnitBytes);
-  constexpr int kLoop = 2 * kOperandBytes + kProductStages<kColumns> * kColumns * kRowBytes;
+  constexpr int kLoop = 2 * kOperandBytes + kProductStages<kColumns, Gather> * kColumns * kRowBytes;
   return (kLoop > kStaged ? kLoop : kStaged) + static_cast<int>(sizeof(typename Gather::Table));
 }
 
@@ -85,7 +103,7 @@ constexpr int product_bytes() {
 template <Kind kKind, int kColumns, typename Product>
 __device__ __forceinline__ void store_tile(const ProductSizes& sizes, const ProductOutput<Element<kKind>>& output,
                                            const Product& product, int warp_row, int warp_column,
-                                           const ProductTile& tile, unsigned char* shared) {
+                                           const ProductTile& tile, unsigned char* shared, int* places) {
   const int row_begin = tile.row, column_begin = tile.column(), columns = tile.columns;
   using T = Element<kKind>;
   constexpr int kVector = kUnitElements<kKind>;
@@ -109,17 +127,21 @@ __device__ __forceinline__ void store_tile(const ProductSizes& sizes, const Prod
       }
     }
   }
-  __syncthreads();
   const int thread = static_cast<int>(threadIdx.x);
+  if (thread < kProductRows) {
+    const int row = row_begin + thread;
+    places[thread] = row / sizes.image_rows * sizes.image_rows + sizes.place(row);
+  }
+  __syncthreads();
   const int rows = sizes.rows - row_begin < kProductRows ? sizes.rows - row_begin : kProductRows;
   if (channels_last) {
-    // Of a channels_last tensor, rows follow each other without gaps, also those of the next image.
-    T* first = output.planes.data + int64_t{row_begin} * sizes.columns + column_begin;
+    // In a channels_last tensor, an image's last place is followed by the next one's first.
+    T* first = output.planes.data + column_begin;
     const bool aligned = sizes.columns % kVector == 0 && column_begin % kVector == 0;
     for (int at = thread; at < kProductRows * (kColumns / kVector); at += kProductThreads) {
       const int row = at / (kColumns / kVector), column = at % (kColumns / kVector) * kVector;
       if (row >= rows || column >= columns) continue;
-      T* to = first + int64_t{row} * sizes.columns + column;
+      T* to = first + int64_t{places[row]} * sizes.columns + column;
       const T* from = staged + row * row_pitch + column;
       if (aligned && column + kVector <= columns) {
         store_unit(to, *reinterpret_cast<const Unit*>(from));
@@ -129,7 +151,7 @@ __device__ __forceinline__ void store_tile(const ProductSizes& sizes, const Prod
     }
   } else {
     const int row = thread % kProductRows;
-    const int image = (row_begin + row) / sizes.image_rows, position = (row_begin + row) % sizes.image_rows;
+    const int image = places[row] / sizes.image_rows, position = places[row] % sizes.image_rows;
     for (int column = thread / kProductRows; column < columns && column < kColumns;
          column += kProductThreads / kProductRows) {
       if (row < rows) {
@@ -144,7 +166,7 @@ __global__ void __launch_bounds__(kProductThreads, (kProductBlocks<kKind, kColum
     product_kernel(const ProductSizes sizes, const Gather gather, const Unit* packed,
                    const ProductOutput<Element<kKind>> output) {
   using Grid = WarpGrid<kColumns>;
-  constexpr int kStages = kProductStages<kColumns>;
+  constexpr int kStages = kProductStages<kColumns, Gather>;
   constexpr int kStageBytes = kColumns * kRowBytes;
   DCN_DYNAMIC_SHARED(shared);
   // Two tiles of gathered rows, then stages of weights, then the table.
@@ -230,7 +252,8 @@ __global__ void __launch_bounds__(kProductThreads, (kProductBlocks<kKind, kColum
   // Computed again, so that the loop need not keep it in registers.
   const ProductTile result(sizes, steps, kColumns);
   if (sizes.splits == 1) {
-    store_tile<kKind, kColumns>(sizes, output, product, warp_row, warp_column, result, shared);
+    store_tile<kKind, kColumns>(sizes, output, product, warp_row, warp_column, result, shared,
+                                reinterpret_cast<int*>(&table));
     return;
   }
   float* partials = output.partials + int64_t{result.split} * sizes.rows * sizes.columns + result.column();
@@ -270,7 +293,8 @@ __global__ void __launch_bounds__(256, 1) finish_kernel(const ProductSizes sizes
       for (int k = 0; k < sizes.splits; ++k)
         sum += output.partials[(int64_t{k} * sizes.rows + row) * sizes.columns + column];
       if (channels_last) {
-        output.planes.data[row * sizes.columns + column] = static_cast<T>(sum);
+        const int image = static_cast<int>(row) / sizes.image_rows, place = sizes.place(static_cast<int>(row));
+        output.planes.at(image, column, place) = static_cast<T>(sum);
       } else {
         shared.value[i][x] = sum;
       }
@@ -280,7 +304,8 @@ __global__ void __launch_bounds__(256, 1) finish_kernel(const ProductSizes sizes
     for (int i = y; i < kFinishTile; i += 8) {
       const int64_t row = row_begin + x, column = column_begin + i;
       if (row >= sizes.rows || column >= sizes.columns) continue;
-      output.planes.at(row / sizes.image_rows, column, row % sizes.image_rows) = static_cast<T>(shared.value[x][i]);
+      const int image = static_cast<int>(row) / sizes.image_rows, place = sizes.place(static_cast<int>(row));
+      output.planes.at(image, column, place) = static_cast<T>(shared.value[x][i]);
     }
     __syncthreads();
   }
@@ -294,24 +319,27 @@ __global__ void __launch_bounds__(256) finish_together_kernel(const ProductSizes
   struct alignas(kFinishTogether * sizeof(T)) Together {
     T value[kFinishTogether];
   };
-  const int64_t count = int64_t{sizes.rows} * sizes.columns;
-  for (int64_t at = (int64_t{blockIdx.x} * 256 + threadIdx.x) * kFinishTogether; at < count;
-       at += int64_t{gridDim.x} * 256 * kFinishTogether) {
+  // As sums are only split where partial results are small, all of them can be counted in 31 bits.
+  const int count = sizes.rows * sizes.columns;
+  for (int64_t unit = int64_t{blockIdx.x} * 256 + threadIdx.x; unit < count / kFinishTogether;
+       unit += int64_t{gridDim.x} * 256) {
+    const int at = static_cast<int>(unit) * kFinishTogether, row = at / sizes.columns;
+    const int column = at - row * sizes.columns;
     float sum[kFinishTogether] = {};
     if (output.bias) {
 #pragma unroll
-      for (int e = 0; e < kFinishTogether; ++e) sum[e] = static_cast<float>(output.bias[at % sizes.columns + e]);
+      for (int e = 0; e < kFinishTogether; ++e) sum[e] = static_cast<float>(output.bias[column + e]);
     }
 #pragma unroll 4
     for (int k = 0; k < sizes.splits; ++k) {
-      const Unit loaded = load_unit(output.partials + k * count + at);
+      const Unit loaded = load_unit(output.partials + int64_t{k} * count + at);
 #pragma unroll
       for (int e = 0; e < kFinishTogether; ++e) sum[e] += bits_to_float(loaded.word[e]);
     }
     Together together;
 #pragma unroll
     for (int e = 0; e < kFinishTogether; ++e) together.value[e] = static_cast<T>(sum[e]);
-    *reinterpret_cast<Together*>(output.planes.data + at) = together;
+    *reinterpret_cast<Together*>(&output.planes.at(row / sizes.image_rows, column, sizes.place(row))) = together;
   }
 }
 

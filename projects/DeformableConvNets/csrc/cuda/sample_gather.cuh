@@ -167,7 +167,7 @@ struct SampleGather {
       const int first = (channel_unit + step.segment * gather.sizes.segment_units) * kUnitElements<kKind>;
       const int deform_group = first / gather.sizes.deform_channels;
       const int row = static_cast<int>(threadIdx.x) % kProductRows;
-      const int image = (row_begin + row) / sizes.image_rows, position = (row_begin + row) % sizes.image_rows;
+      const int image = (row_begin + row) / sizes.image_rows, position = sizes.place(row_begin + row);
       for (int tap = static_cast<int>(threadIdx.x) / kProductRows; tap < step.taps;
            tap += kProductThreads / kProductRows) {
         KeptSample<kKind> kept{};
