@@ -65,10 +65,9 @@ bool with_kind(bool allow_tf32, const Function& function) {
   }
 }
 
-// Whether a tile may have 128 or 256 columns: results of 32 bits would not fit into shared memory on their way to
-// global memory, and registers would not suffice.
+// Whether a tile may have 128 or 256 columns: elsewhere registers would not suffice.
 template <Kind kKind, typename Gather>
-constexpr bool kWideTiles = kUnitElements<kKind> == 8;
+constexpr bool kWideTiles = kUnitElements<kKind> == 8 || (kKind == Kind::kTF32 && Gather::kLean);
 template <Kind kKind, typename Gather>
 constexpr bool kMiddleTiles = kKind != Kind::kFloat32 || Gather::kLean;
 

@@ -62,10 +62,15 @@ struct ProductTile {
   __device__ __forceinline__ int column() const { return segment * segment_columns + first_column; }
 };
 
-// How 8 warps share a tile of kColumns columns.
-template <int kColumns>
+// Threads of a block. With twice as many a tile of 256 columns is gathered once for all of them, by warps which hold no
+// more than those of a tile of 128.
+template <int kColumns, typename Gather>
+constexpr int kBlockThreads = kColumns == 256 && Gather::kLean ? 2 * kProductThreads : kProductThreads;
+
+// How the warps of `kThreads` threads share a tile of kColumns columns.
+template <int kColumns, int kThreads>
 struct WarpGrid {
-  static constexpr int kDown = kColumns == 256 ? 2 : 4, kAcross = 8 / kDown;
+  static constexpr int kWarps = kThreads / kWarp, kDown = kColumns / kWarps == 32 ? 2 : 4, kAcross = kWarps / kDown;
   static constexpr int kWarpRows = kProductRows / kDown, kWarpColumns = kColumns / kAcross;
 };
 
@@ -93,14 +98,18 @@ constexpr int kProductBlocks = kColumns > kMostSharedColumns || kKind == Kind::k
 // Bytes of dynamic shared memory of product_kernel.
 template <Kind kKind, int kColumns, typename Gather>
 constexpr int product_bytes() {
-  constexpr int kStaged = kProductRows * (kColumns * static_cast<int>(sizeof(Element<kKind>)) + kUnitBytes);
+  // Of channels_last results, and of others: store_tile ends each line of a tile with a unit.
+  constexpr int kElement = static_cast<int>(sizeof(Element<kKind>));
+  constexpr int kLast = kProductRows * (kColumns * kElement + kUnitBytes);
+  constexpr int kFirst = kColumns * (kProductRows * kElement + kUnitBytes);
+  constexpr int kStaged = kLast > kFirst ? kLast : kFirst;
   constexpr int kLoop = 2 * kOperandBytes + kProductStages<kColumns, Gather> * kColumns * kRowBytes;
   return (kLoop > kStaged ? kLoop : kStaged) + static_cast<int>(sizeof(typename Gather::Table));
 }
 
 // A warp's part of a tile goes to memory: bias added, through shared memory so that neighbouring threads write
 // neighbouring elements.
-template <Kind kKind, int kColumns, typename Product>
+template <Kind kKind, int kColumns, int kThreads, typename Product>
 __device__ __forceinline__ void store_tile(const ProductSizes& sizes, const ProductOutput<Element<kKind>>& output,
                                            const Product& product, int warp_row, int warp_column,
                                            const ProductTile& tile, unsigned char* shared, int* places) {
@@ -111,8 +120,8 @@ __device__ __forceinline__ void store_tile(const ProductSizes& sizes, const Prod
   const bool channels_last = output.planes.channel_stride == 1;
   const int row_pitch = channels_last ? kColumns + kVector : 1,
             column_pitch = channels_last ? 1 : kProductRows + kVector;
-  constexpr int kRowFragments = WarpGrid<kColumns>::kWarpRows / 16;
-  constexpr int kColumnFragments = WarpGrid<kColumns>::kWarpColumns / 8;
+  constexpr int kRowFragments = WarpGrid<kColumns, kThreads>::kWarpRows / 16;
+  constexpr int kColumnFragments = WarpGrid<kColumns, kThreads>::kWarpColumns / 8;
 #pragma unroll
   for (int j = 0; j < kColumnFragments; ++j) {
 #pragma unroll
@@ -138,7 +147,7 @@ __device__ __forceinline__ void store_tile(const ProductSizes& sizes, const Prod
     // In a channels_last tensor, an image's last place is followed by the next one's first.
     T* first = output.planes.data + column_begin;
     const bool aligned = sizes.columns % kVector == 0 && column_begin % kVector == 0;
-    for (int at = thread; at < kProductRows * (kColumns / kVector); at += kProductThreads) {
+    for (int at = thread; at < kProductRows * (kColumns / kVector); at += kThreads) {
       const int row = at / (kColumns / kVector), column = at % (kColumns / kVector) * kVector;
       if (row >= rows || column >= columns) continue;
       T* to = first + int64_t{places[row]} * sizes.columns + column;
@@ -152,8 +161,7 @@ __device__ __forceinline__ void store_tile(const ProductSizes& sizes, const Prod
   } else {
     const int row = thread % kProductRows;
     const int image = places[row] / sizes.image_rows, position = places[row] % sizes.image_rows;
-    for (int column = thread / kProductRows; column < columns && column < kColumns;
-         column += kProductThreads / kProductRows) {
+    for (int column = thread / kProductRows; column < columns && column < kColumns; column += kThreads / kProductRows) {
       if (row < rows) {
         output.planes.at(image, column_begin + column, position) = staged[row + column * column_pitch];
       }
@@ -162,10 +170,11 @@ __device__ __forceinline__ void store_tile(const ProductSizes& sizes, const Prod
 }
 
 template <Kind kKind, int kColumns, typename Gather>
-__global__ void __launch_bounds__(kProductThreads, (kProductBlocks<kKind, kColumns, Gather>))
+__global__ void __launch_bounds__((kBlockThreads<kColumns, Gather>), (kProductBlocks<kKind, kColumns, Gather>))
     product_kernel(const ProductSizes sizes, const Gather gather, const Unit* packed,
                    const ProductOutput<Element<kKind>> output) {
-  using Grid = WarpGrid<kColumns>;
+  constexpr int kThreads = kBlockThreads<kColumns, Gather>;
+  using Grid = WarpGrid<kColumns, kThreads>;
   constexpr int kStages = kProductStages<kColumns, Gather>;
   constexpr int kStageBytes = kColumns * kRowBytes;
   DCN_DYNAMIC_SHARED(shared);
@@ -176,7 +185,8 @@ __global__ void __launch_bounds__(kProductThreads, (kProductBlocks<kKind, kColum
 
   const int thread = static_cast<int>(threadIdx.x), warp = thread / kWarp;
   const int warp_row = warp / Grid::kAcross * Grid::kWarpRows, warp_column = warp % Grid::kAcross * Grid::kWarpColumns;
-  // A thread gathers one unit of every 32nd row, so that 8 neighbouring lanes read 128 neighbouring bytes.
+  // A thread gathers one unit of every kGatherRows-th row, so that 8 neighbouring lanes read 128 neighbouring bytes.
+  constexpr int kGatherRows = kThreads / kRowUnits, kGathers = kProductRows / kGatherRows;
   const int gather_row = thread / kRowUnits, gather_column = thread % kRowUnits;
   unsigned char* const gathered = shared + swizzled(gather_row, gather_column);
   const Packing& packing = sizes.packing;
@@ -184,14 +194,16 @@ __global__ void __launch_bounds__(kProductThreads, (kProductBlocks<kKind, kColum
 
   const ProductTile tile(sizes, steps, kColumns);
 
-  const Unit* weights = packed + tile.segment * packing.segment_units() + tile.first_column * kRowUnits + thread;
+  // Indices take fewer registers than pointers.
+  const uint32_t weights =
+      static_cast<uint32_t>(tile.segment * packing.segment_units()) + tile.first_column * kRowUnits + thread;
   SharedAddress next_stage = stages + thread * kUnitBytes;
   const auto copy_weights = [&](int step) {
     if (step < tile.end) {
-      const Unit* from = weights + step * packing.step_units();
+      const Unit* from = packed + (weights + static_cast<uint32_t>(step * packing.step_units()));
 #pragma unroll
-      for (int i = 0; i < kColumns * kRowUnits / kProductThreads; ++i) {
-        copy_async(next_stage + i * kProductThreads * kUnitBytes, from + i * kProductThreads);
+      for (int i = 0; i < kColumns * kRowUnits / kThreads; ++i) {
+        copy_async(next_stage + i * kThreads * kUnitBytes, from + i * kThreads);
       }
     }
     commit_copies();
@@ -200,18 +212,20 @@ __global__ void __launch_bounds__(kProductThreads, (kProductBlocks<kKind, kColum
 #pragma unroll
   for (int i = 0; i < kStages - 1; ++i) copy_weights(tile.begin + i);
 
-  const Pair* pairs = reinterpret_cast<const Pair*>(packed + packing.weight_units()) + gather_column;
-  Pair next = pairs[tile.begin * kRowUnits];  // that is gathered
+  const auto pair_of = [&](int step) {
+    return reinterpret_cast<const Pair*>(packed + packing.weight_units())[step * kRowUnits + gather_column];
+  };
+  Pair next = pair_of(tile.begin);  // that is gathered
   typename Gather::State state(gather, tile.column());
   state.fill(table, gather, sizes, tile.row, Step(packing.reduction, tile.begin));
   __syncthreads();
 #pragma unroll
-  for (int i = 0; i < kProductRows * kRowUnits / kProductThreads; ++i) {
-    state.prepare(table, gather, next, gather_row + 32 * i);
-    state.start(table, gather, next, gather_row + 32 * i);
-    *reinterpret_cast<Unit*>(gathered + 32 * i * kRowBytes) = state.finish(gather);
+  for (int i = 0; i < kGathers; ++i) {
+    state.prepare(table, gather, next, gather_row + kGatherRows * i);
+    state.start(table, gather, next, gather_row + kGatherRows * i);
+    *reinterpret_cast<Unit*>(gathered + kGatherRows * i * kRowBytes) = state.finish(gather);
   }
-  const auto pair_after = [&](int step) { return pairs[(step + 1 < tile.end ? step + 1 : tile.end - 1) * kRowUnits]; };
+  const auto pair_after = [&](int step) { return pair_of(step + 1 < tile.end ? step + 1 : tile.end - 1); };
   next = pair_after(tile.begin);
 
   WarpProduct<kKind, Grid::kWarpRows / 16, Grid::kWarpColumns / 8> product;
@@ -234,12 +248,14 @@ __global__ void __launch_bounds__(kProductThreads, (kProductBlocks<kKind, kColum
 #pragma unroll
     for (int slice = 0; slice < 4; ++slice) {
       // What is loaded here arrives while the tensor cores are busy.
-      if (more) {
-        state.start(table, gather, next, gather_row + 32 * slice);
-        if (slice < 3) state.prepare(table, gather, next, gather_row + 32 * (slice + 1));
+      const bool gathers = more && slice < kGathers;
+      if (gathers) {
+        state.start(table, gather, next, gather_row + kGatherRows * slice);
+        if (slice + 1 < kGathers) state.prepare(table, gather, next, gather_row + kGatherRows * (slice + 1));
       }
       product.add_slice(operands + half, warp_row, stage, warp_column, slice);
-      if (more) *reinterpret_cast<Unit*>(gathered + next_half + 32 * slice * kRowBytes) = state.finish(gather);
+      if (gathers)
+        *reinterpret_cast<Unit*>(gathered + next_half + kGatherRows * slice * kRowBytes) = state.finish(gather);
     }
     product.end_step();
     next = after_next;
@@ -252,8 +268,8 @@ __global__ void __launch_bounds__(kProductThreads, (kProductBlocks<kKind, kColum
   // Computed again, so that the loop need not keep it in registers.
   const ProductTile result(sizes, steps, kColumns);
   if (sizes.splits == 1) {
-    store_tile<kKind, kColumns>(sizes, output, product, warp_row, warp_column, result, shared,
-                                reinterpret_cast<int*>(&table));
+    store_tile<kKind, kColumns, kThreads>(sizes, output, product, warp_row, warp_column, result, shared,
+                                          reinterpret_cast<int*>(&table));
     return;
   }
   float* partials = output.partials + int64_t{result.split} * sizes.rows * sizes.columns + result.column();
@@ -361,8 +377,9 @@ void run_product(const DeviceScope& device, const Tensor& like, ProductSizes siz
     output.partials = partials->mutable_data_ptr<float>();
   }
   const auto kernel = product_kernel<kKind, kColumns, Gather>;
-  DCN_LAUNCH_SHARED(kernel, sizes.work(), kProductThreads, (product_bytes<kKind, kColumns, Gather>()), device.stream(),
-                    sizes, gather, packed.units(), output);
+  constexpr int kThreads = kBlockThreads<kColumns, Gather>;
+  DCN_LAUNCH_SHARED(kernel, sizes.work(), kThreads, (product_bytes<kKind, kColumns, Gather>()), device.stream(), sizes,
+                    gather, packed.units(), output);
   if (splits > 1 && planes.channel_stride == 1 && sizes.columns % kFinishTogether == 0) {
     const int64_t units = int64_t{sizes.rows} * sizes.columns / kFinishTogether;
     DCN_LAUNCH(finish_together_kernel<T>, std::min(divide_up(units, 256), kMaxBlocks), 256, device.stream(), sizes,

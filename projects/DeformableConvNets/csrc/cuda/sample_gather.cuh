@@ -169,7 +169,7 @@ struct SampleGather {
       const int row = static_cast<int>(threadIdx.x) % kProductRows;
       const int image = (row_begin + row) / sizes.image_rows, position = sizes.place(row_begin + row);
       for (int tap = static_cast<int>(threadIdx.x) / kProductRows; tap < step.taps;
-           tap += kProductThreads / kProductRows) {
+           tap += static_cast<int>(blockDim.x) / kProductRows) {
         KeptSample<kKind> kept{};
         if (row_begin + row < sizes.rows) {
           const auto place = place_sample<float>(gather.operands, image, position, deform_group, step.tap + tap);

@@ -135,6 +135,20 @@ def test_any_split_of_the_sum(multiprocessors: int, configure: Any, device: Any)
         assert max(errors(values, emulate("deform_conv2d", values)).values()) < 1e-5
 
 
+@pytest.mark.parametrize("arithmetic", ARITHMETIC)
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_the_widest_tiles(arithmetic: str, memory_format: torch.memory_format, configure: Any, device: Any) -> None:
+    """On one multiprocessor the widest tile is chosen; all of its results must find room on their way to memory."""
+    configure(ROUND_ROBIN)
+    device(90, 1, SHARED_BYTES)
+    dtype, allow_tf32, tolerance = ARITHMETIC[arithmetic]
+    values = conv_values(ConvSample("wide_tile", channels=16, out_channels=256, size=(11, 13), batch=1), dtype)
+    values["input"] = values["input"].contiguous(memory_format=memory_format)
+    found = emulate("deform_conv2d", values | {"allow_tf32": allow_tf32})
+    for name, error in errors(values, found).items():
+        assert error < tolerance, name
+
+
 def test_devices_without_the_instructions_or_the_shared_memory(configure: Any, device: Any) -> None:
     configure(ROUND_ROBIN)
     values = conv_values(SAMPLES[2], torch.bfloat16)

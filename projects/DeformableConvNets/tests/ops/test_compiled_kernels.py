@@ -17,7 +17,7 @@ import pytest
 # Products on tensor cores, and how many kernels each must be: for float16, bfloat16, TF32 and split float32, and of the
 # implicit products for every width of tiles that plan.h chooses from.
 TENSOR_CORE_KERNELS = {
-    "product_kernel<SampleGather>": 10,
+    "product_kernel<SampleGather>": 11,
     "product_kernel<ListGather>": 9,
     "offset_gradient_kernel": 4,
     "weight_gradient_tensor_kernel": 4,
