@@ -127,7 +127,7 @@ run_tests() {
 workers() {
   local processors
   processors=$(env -u OMP_NUM_THREADS nproc 2>/dev/null || echo 1)
-  ((processors >= 8)) && "$python" -c 'import xdist' 2>/dev/null && echo -n 6 --dist worksteal
+  ((processors >= 8)) && "$python" -c 'import xdist' 2>/dev/null && printf '%s ' -n 6 --dist worksteal
 }
 
 # As few kernels as there can be in a test. A process of its own for each kind of arithmetic, as a kernel that faults
