@@ -41,6 +41,8 @@ SAMPLES = [
     ConvSample("small_groups", channels=64, out_channels=64, groups=16, deform_groups=2, size=(6, 7), spread=30.0),
     ConvSample("groups_across_deform_groups", channels=48, out_channels=24, groups=3, deform_groups=2, dilation=(1, 2)),
     ConvSample("many_taps", channels=16, out_channels=8, kernel=(4, 5), padding=(2, 2), size=(7, 7)),
+    ConvSample("many_channels", channels=136, out_channels=8, size=(4, 5), kernel=(2, 1), padding=(1, 0)),
+    ConvSample("many_positions", channels=8, out_channels=8, size=(19, 31), kernel=(1, 1), padding=(0, 0)),
     ConvSample("one_pixel", channels=8, out_channels=8, size=(1, 1), batch=1),
 ]
 
@@ -147,6 +149,24 @@ def test_the_widest_tiles(arithmetic: str, memory_format: torch.memory_format, c
     found = emulate("deform_conv2d", values | {"allow_tf32": allow_tf32})
     for name, error in errors(values, found).items():
         assert error < tolerance, name
+
+
+# Of 3x3 convolutions with 128 channels on 100x152 pixels, 256 on 50x76 and 512 on 25x38, cut into tiles of 128x128 or
+# 256x64; on 132 multiprocessors with two blocks each.
+@pytest.mark.parametrize(
+    ("tiles", "positions", "megabytes", "splits"),
+    [(9, 15200, 0.6, {2: 28, 16: 29}), (36, 3800, 2.4, {2: 7, 16: 7}), (144, 950, 9.4, {2: 1, 16: 3})],
+)
+def test_splits_of_the_weight_gradient_fill_waves(
+    tiles: int, positions: int, megabytes: float, splits: dict[int, int], library_path: str
+) -> None:
+    choose = ctypes.CDLL(library_path).dcn_emulate_weight_gradient_splits
+    for batch, expected in splits.items():
+        found = choose(*map(ctypes.c_int64, (tiles, -(-batch * positions // 64), 264, int(megabytes * 1e6))))
+        assert found == expected
+    # No part has fewer than four steps, and partial results have a limit.
+    assert choose(*map(ctypes.c_int64, (1, 7, 264, 100))) == 1
+    assert choose(*map(ctypes.c_int64, (1, 1000, 264, 17 << 20))) == 1
 
 
 def test_devices_without_the_instructions_or_the_shared_memory(configure: Any, device: Any) -> None:
