@@ -59,8 +59,13 @@ struct ProductOutput {
   float* partials;  // (splits, rows, columns), where the sum is split
 };
 
-template <int kColumns>
-constexpr int kProductStages = kColumns == 256 ? 2 : 3;
+// Fewer where the shared memory is needed for columns or a large table.
+template <int kColumns, typename Gather>
+constexpr int kProductStages = kColumns == 256 || sizeof(typename Gather::Table) > 2 * kOperandBytes ? 2 : 3;
+
+// How many slices of a step stand in the code: one after the other where a gather has much of it.
+template <typename Gather>
+constexpr int kGatherUnroll = sizeof(typename Gather::Table) > 2 * kOperandBytes ? 1 : 4;
 
 // Blocks that a multiprocessor shall hold at least: what the compiler may spend registers on without spilling. Two with
 // 128 columns need 200 KB of shared memory, which GPUs before 9.0 have not.
@@ -76,7 +81,7 @@ constexpr int kProductBlocks = kColumns > kMostSharedColumns || kKind == Kind::k
 template <Kind kKind, int kColumns, typename Gather>
 constexpr int product_bytes() {
   constexpr int kStaged = kProductRows * (kColumns * static_cast<int>(sizeof(Element<kKind>)) + kUnitBytes);
-  constexpr int kLoop = 2 * kOperandBytes + kProductStages<kColumns> * kColumns * kRowBytes;
+  constexpr int kLoop = 2 * kOperandBytes + kProductStages<kColumns, Gather> * kColumns * kRowBytes;
   return (kLoop > kStaged ? kLoop : kStaged) + static_cast<int>(sizeof(typename Gather::Table));
 }
 
@@ -144,7 +149,7 @@ __global__ void __launch_bounds__(kProductThreads, (kProductBlocks<kKind, kColum
     product_kernel(const ProductSizes sizes, const Gather gather, const Unit* packed,
                    const ProductOutput<Element<kKind>> output) {
   using Grid = WarpGrid<kColumns>;
-  constexpr int kStages = kProductStages<kColumns>;
+  constexpr int kStages = kProductStages<kColumns, Gather>;
   constexpr int kStageBytes = kColumns * kRowBytes;
   DCN_DYNAMIC_SHARED(shared);
   // Two tiles of gathered rows, then stages of weights, then the table.
@@ -183,9 +188,8 @@ __global__ void __launch_bounds__(kProductThreads, (kProductBlocks<kKind, kColum
   typename Gather::State state(gather, tile.column());
   state.fill(table, gather, sizes, tile.row, Step(packing.reduction, tile.begin));
   __syncthreads();
-#pragma unroll
+#pragma unroll kGatherUnroll < Gather>
   for (int i = 0; i < kProductRows * kRowUnits / kProductThreads; ++i) {
-    state.prepare(table, gather, next, gather_row + 32 * i);
     state.start(table, gather, next, gather_row + 32 * i);
     *reinterpret_cast<Unit*>(gathered + 32 * i * kRowBytes) = state.finish(gather);
   }
@@ -206,18 +210,16 @@ __global__ void __launch_bounds__(kProductThreads, (kProductBlocks<kKind, kColum
         __syncthreads();
       }
     }
+    // After the last step nothing is gathered, but by the same code: what a thread keeps then lives for a slice only.
     const Pair after_next = pair_after(step + 1);
-    if (more) state.prepare(table, gather, next, gather_row);
+    if (!more) next.bits = 0;
     const unsigned next_half = half ^ kOperandBytes;
-#pragma unroll
+#pragma unroll kGatherUnroll < Gather>
     for (int slice = 0; slice < 4; ++slice) {
       // What is loaded here arrives while the tensor cores are busy.
-      if (more) {
-        state.start(table, gather, next, gather_row + 32 * slice);
-        if (slice < 3) state.prepare(table, gather, next, gather_row + 32 * (slice + 1));
-      }
+      state.start(table, gather, next, gather_row + 32 * slice);
       product.add_slice(operands + half, warp_row, stage, warp_column, slice);
-      if (more) *reinterpret_cast<Unit*>(gathered + next_half + 32 * slice * kRowBytes) = state.finish(gather);
+      *reinterpret_cast<Unit*>(gathered + next_half + 32 * slice * kRowBytes) = state.finish(gather);
     }
     product.end_step();
     next = after_next;
