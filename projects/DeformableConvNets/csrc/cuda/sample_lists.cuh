@@ -161,11 +161,11 @@ __global__ void __launch_bounds__(kListThreads, 1)
       }
     }
     __syncthreads();
+    // At its end all have seen all of them, even where the count is zero again.
     for (int32_t i = 0; i < shared.count; ++i) {
       const int32_t from = starts[shared.list[i]];
       sort_together(samples + from, starts[shared.list[i] + 1] - from);
     }
-    __syncthreads();
   }
 }
 
