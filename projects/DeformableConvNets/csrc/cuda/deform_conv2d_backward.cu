@@ -58,8 +58,12 @@ bool input_gradient_on_tensor_cores(KindConstant<kKind>, const DeviceScope& devi
     sizes.rows = static_cast<int>(lists.images * s.pixels()), sizes.image_rows = static_cast<int>(s.pixels());
     sizes.order = {sizes.image_rows, 1};  // as they come
     sizes.columns = static_cast<int>(s.channels);
-    const Gather gather{s, lists, grads + lists.first_image * s.positions() * s.out_channels, groups->channels,
-                        groups->outputs};
+    const Gather gather{s,
+                        lists,
+                        grads + lists.first_image * s.positions() * s.out_channels,
+                        groups->channels,
+                        groups->outputs,
+                        static_cast<uint32_t>(s.out_channels * sizeof(Element<kKind>))};
     Planes<Element<kKind>> images = gradient;
     images.data += lists.first_image * images.image_stride;
     const Element<kKind>* no_bias = nullptr;

@@ -51,6 +51,12 @@ __device__ __forceinline__ unsigned block_index() {
   asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(index));
   return index;
 }
+// threadIdx.x likewise: what is computed from it will not be kept in registers through a loop.
+__device__ __forceinline__ unsigned thread_index() {
+  unsigned index;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(index));
+  return index;
+}
 
 // Flips bits of an address.
 __device__ __forceinline__ SharedAddress flip(SharedAddress address, unsigned bits) { return address ^ bits; }

@@ -83,7 +83,12 @@ struct ProductOutput {
 
 // Two where shared memory is short, or the cache of the first level, which shares its memory, is to be large.
 template <int kColumns, typename Gather>
-constexpr int kProductStages = kColumns == 256 || Gather::kLean ? 2 : 3;
+constexpr int kProductStages =
+    kColumns == 256 || Gather::kLean || sizeof(typename Gather::Table) > 2 * kOperandBytes ? 2 : 3;
+
+// How many slices of a step stand in the code: one after the other where a gather has much of it.
+template <typename Gather>
+constexpr int kGatherUnroll = sizeof(typename Gather::Table) > 2 * kOperandBytes ? 1 : 4;
 
 // Blocks that a multiprocessor shall hold at least: what the compiler may spend registers on without spilling. Two with
 // 128 columns need 200 KB of shared memory, which GPUs before 9.0 have not.
@@ -219,9 +224,8 @@ __global__ void __launch_bounds__((kBlockThreads<kColumns, Gather>), (kProductBl
   typename Gather::State state(gather, tile.column());
   state.fill(table, gather, sizes, tile.row, Step(packing.reduction, tile.begin));
   __syncthreads();
-#pragma unroll
+#pragma unroll kGatherUnroll < Gather>
   for (int i = 0; i < kGathers; ++i) {
-    state.prepare(table, gather, next, gather_row + kGatherRows * i);
     state.start(table, gather, next, gather_row + kGatherRows * i);
     *reinterpret_cast<Unit*>(gathered + kGatherRows * i * kRowBytes) = state.finish(gather);
   }
@@ -242,20 +246,18 @@ __global__ void __launch_bounds__((kBlockThreads<kColumns, Gather>), (kProductBl
         __syncthreads();
       }
     }
+    // After the last step nothing is gathered, but by the same code: what a thread keeps then lives for a slice only.
     const Pair after_next = pair_after(step + 1);
-    if (more) state.prepare(table, gather, next, gather_row);
+    if (!more) next.bits = 0;
     const unsigned next_half = half ^ kOperandBytes;
-#pragma unroll
+#pragma unroll kGatherUnroll < Gather>
     for (int slice = 0; slice < 4; ++slice) {
       // What is loaded here arrives while the tensor cores are busy.
-      const bool gathers = more && slice < kGathers;
-      if (gathers) {
-        state.start(table, gather, next, gather_row + kGatherRows * slice);
-        if (slice + 1 < kGathers) state.prepare(table, gather, next, gather_row + kGatherRows * (slice + 1));
-      }
+      if (slice < kGathers) state.start(table, gather, next, gather_row + kGatherRows * slice);
       product.add_slice(operands + half, warp_row, stage, warp_column, slice);
-      if (gathers)
+      if (slice < kGathers) {
         *reinterpret_cast<Unit*>(gathered + next_half + kGatherRows * slice * kRowBytes) = state.finish(gather);
+      }
     }
     product.end_step();
     next = after_next;

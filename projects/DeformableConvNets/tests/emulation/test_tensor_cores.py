@@ -18,6 +18,7 @@ from dcn_d2.ops import reference
 from tests.ops.samples import ConvSample, by_name
 
 from .emulator import GREEDY_WARP, PROJECT, ROUND_ROBIN, SANITIZED, call, emulate
+from .test_cuda_kernels import barriers as barriers_of
 from .test_cuda_kernels import conv_values
 
 # Of csrc/cuda/mma.cuh.
@@ -187,15 +188,58 @@ def test_infinities_that_no_sample_reads_stay_out(configure: Any) -> None:
         assert not output.any()
 
 
+def on_one_place(values: dict[str, Any], sample: ConvSample) -> dict[str, Any]:
+    """The operands with offsets that bring all samples between the same four pixels."""
+    axes = [
+        torch.arange(out)[:, None] * stride - padding + torch.arange(kernel) * dilation
+        for out, stride, padding, kernel, dilation in zip(
+            sample.out_size, sample.stride, sample.padding, sample.kernel, sample.dilation
+        )
+    ]
+    place = [torch.rand(values["mask"].shape[0], *sample.kernel, *sample.out_size) + least for least in (1, 2)]
+    y = place[0] - axes[0].T[None, :, None, :, None]
+    x = place[1] - axes[1].T[None, None, :, None, :]
+    offset = torch.stack([y, x], 3).reshape(values["offset"].shape)
+    return values | {"offset": offset.to(values["offset"].dtype)}
+
+
+@pytest.mark.parametrize("capability", [75, 90])
+@pytest.mark.parametrize("size", [(6, 7), (4, 4)])
+def test_samples_that_all_read_the_same_pixels(
+    size: tuple[int, int], capability: int, configure: Any, device: Any
+) -> None:
+    """More than a block keeps, listed by threads that come in one order or another: the same bits."""
+    device(capability, 4, SHARED_BYTES)
+    sample = ConvSample("one_place", channels=8, out_channels=8, size=size)
+    values = on_one_place(conv_values(sample, torch.float32), sample)
+    configure(ROUND_ROBIN)
+    found = emulate("deform_conv2d", values)
+    assert max(errors(values, found).values()) < 1e-5
+    configure(GREEDY_WARP)
+    assert torch.equal(emulate("deform_conv2d", values)["input"], found["input"])
+
+
+@pytest.mark.parametrize("line", barriers_of("sample_lists.cuh"))
+def test_a_removed_barrier_of_lists_is_noticed(configure: Any, line: int) -> None:
+    sample = ConvSample("one_place", channels=8, out_channels=8, size=(20, 20), batch=1, kernel=(1, 2), padding=(0, 1))
+    values = on_one_place(conv_values(sample, torch.float32), sample)
+    configure(ROUND_ROBIN)
+    expected = emulate("deform_conv2d", values)["input"]
+
+    def run(schedule: int) -> bool:
+        configure(schedule, line, "sample_lists.cuh")
+        try:
+            return not torch.equal(emulate("deform_conv2d", values)["input"], expected)
+        except RuntimeError as error:
+            return "emulated kernel" in str(error)
+
+    assert any(changes_something(functools.partial(run, schedule)) for schedule in (ROUND_ROBIN, GREEDY_WARP))
+
+
 def barriers() -> list[tuple[str, int]]:
     """Files and lines of the barriers of the kernels that the tests of this file run."""
     files = ("product.cuh", "offset_gradient.cuh", "weight_gradient.cuh")
-    return [
-        (file, number)
-        for file in files
-        for number, line in enumerate((PROJECT / "csrc/cuda" / file).read_text().splitlines(), 1)
-        if "__syncthreads()" in line
-    ]
+    return [(file, number) for file in files for number in barriers_of(file)]
 
 
 def changes_something(run: Callable[[], bool]) -> bool:
