@@ -62,10 +62,22 @@ struct ProductTile {
   __device__ __forceinline__ int column() const { return segment * segment_columns + first_column; }
 };
 
+template <typename T>
+struct ProductOutput {
+  const T* bias;  // by column, or null
+  Planes<T> planes;
+  float* partials;  // (splits, rows, columns), where the sum is split
+};
+
+// Whether a gather keeps much in shared memory and has much code.
+template <typename Gather>
+constexpr bool kLargeGather = sizeof(typename Gather::Table) > 2 * kOperandBytes;
+
 // Threads of a block. With twice as many a tile of 256 columns is gathered once for all of them, by warps which hold no
 // more than those of a tile of 128.
 template <int kColumns, typename Gather>
-constexpr int kBlockThreads = kColumns == 256 && Gather::kLean ? 2 * kProductThreads : kProductThreads;
+constexpr int kBlockThreads =
+    kColumns == 256 && Gather::kLean && !kLargeGather<Gather> ? 2 * kProductThreads : kProductThreads;
 
 // How the warps of `kThreads` threads share a tile of kColumns columns.
 template <int kColumns, int kThreads>
@@ -74,21 +86,13 @@ struct WarpGrid {
   static constexpr int kWarpRows = kProductRows / kDown, kWarpColumns = kColumns / kAcross;
 };
 
-template <typename T>
-struct ProductOutput {
-  const T* bias;  // by column, or null
-  Planes<T> planes;
-  float* partials;  // (splits, rows, columns), where the sum is split
-};
-
 // Two where shared memory is short, or the cache of the first level, which shares its memory, is to be large.
 template <int kColumns, typename Gather>
-constexpr int kProductStages =
-    kColumns == 256 || Gather::kLean || sizeof(typename Gather::Table) > 2 * kOperandBytes ? 2 : 3;
+constexpr int kProductStages = kColumns == 256 || Gather::kLean || kLargeGather<Gather> ? 2 : 3;
 
 // How many slices of a step stand in the code: one after the other where a gather has much of it.
 template <typename Gather>
-constexpr int kGatherUnroll = sizeof(typename Gather::Table) > 2 * kOperandBytes ? 1 : 4;
+constexpr int kGatherUnroll = kLargeGather<Gather> ? 1 : 4;
 
 // Blocks that a multiprocessor shall hold at least: what the compiler may spend registers on without spilling. Two with
 // 128 columns need 200 KB of shared memory, which GPUs before 9.0 have not.
@@ -246,16 +250,17 @@ __global__ void __launch_bounds__((kBlockThreads<kColumns, Gather>), (kProductBl
         __syncthreads();
       }
     }
-    // After the last step nothing is gathered, but by the same code: what a thread keeps then lives for a slice only.
+    // After the last step a large gather gathers nothing by the same code: what a thread keeps lives for a slice only.
     const Pair after_next = pair_after(step + 1);
-    if (!more) next.bits = 0;
+    if (kLargeGather<Gather> && !more) next.bits = 0;
     const unsigned next_half = half ^ kOperandBytes;
 #pragma unroll kGatherUnroll < Gather>
     for (int slice = 0; slice < 4; ++slice) {
       // What is loaded here arrives while the tensor cores are busy.
-      if (slice < kGathers) state.start(table, gather, next, gather_row + kGatherRows * slice);
+      const bool gathers = slice < kGathers && (more || kLargeGather<Gather>);
+      if (gathers) state.start(table, gather, next, gather_row + kGatherRows * slice);
       product.add_slice(operands + half, warp_row, stage, warp_column, slice);
-      if (slice < kGathers) {
+      if (gathers) {
         *reinterpret_cast<Unit*>(gathered + next_half + kGatherRows * slice * kRowBytes) = state.finish(gather);
       }
     }
