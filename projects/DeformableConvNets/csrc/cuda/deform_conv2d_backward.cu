@@ -56,7 +56,7 @@ bool input_gradient_on_tensor_cores(KindConstant<kKind>, const DeviceScope& devi
     ProductSizes sizes{};
     sizes.packing = transposed_packing(s, *groups, kUnit);
     sizes.rows = static_cast<int>(lists.images * s.pixels()), sizes.image_rows = static_cast<int>(s.pixels());
-    sizes.order = {sizes.image_rows, 1};  // as they come
+    sizes.order = {static_cast<int>(s.width), static_cast<int>(s.height)};
     sizes.columns = static_cast<int>(s.channels);
     const Gather gather{s,
                         lists,

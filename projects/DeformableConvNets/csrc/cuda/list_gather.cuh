@@ -56,7 +56,7 @@ struct ListGather {
 #pragma unroll
       for (int k = 0; k < kCount; ++k) {
         grad[k] = Unit{{0, 0, 0, 0}};
-        if (k < count) grad[k] = load_unit(first + uint64_t{static_cast<uint32_t>(position(k))} * gather.pitch);
+        if (k < count) grad[k] = load_unit(first + multiply_wide(static_cast<uint32_t>(position(k)), gather.pitch));
       }
     }
     template <typename Weight>
@@ -72,15 +72,16 @@ struct ListGather {
     }
   };
 
-  // What a thread keeps.
-  struct State {
-    Group<kTogether> group;
+  // What a thread keeps. It loads up to kGroups groups of a list before the tensor cores are busy, the others after.
+  template <int kGroups>
+  struct BasicState {
+    Group<kTogether> group[kGroups];
     List list;
     uint32_t unit;
     const Table* table;
     int first;  // channel of the conv group
 
-    __device__ __forceinline__ State(const ListGather& gather, int column_begin)
+    __device__ __forceinline__ BasicState(const ListGather& gather, int column_begin)
         : first(column_begin / gather.group_columns * gather.group_channels) {}
 
     __device__ __forceinline__ int channel() const {
@@ -94,7 +95,7 @@ struct ListGather {
       const ProductTile tile(sizes, 0, sizes.packing.padded / sizes.segment_tiles);
       const int deform_group = tile.column() / static_cast<int>(gather.sizes.deform_channels());
       const int thread = static_cast<int>(thread_index()), row = thread % kProductRows, half = thread / kProductRows;
-      const int image = (tile.row + row) / sizes.image_rows, pixel = (tile.row + row) % sizes.image_rows;
+      const int image = (tile.row + row) / sizes.image_rows, pixel = sizes.place(tile.row + row);
       const int width = static_cast<int>(gather.sizes.width), y = pixel / width, x = pixel % width;
       const int room = (half == 0 ? kEach : kMostTaps - kEach) * kRoom;
       const auto find = [&](int tap) {
@@ -159,16 +160,25 @@ struct ListGather {
       table = &lists, unit = given.bits;
       list = given.exists() ? table->list[given.tap()][row] : List{0};
       const ListEntry<float>* entries = table->entries + list.begin();
-      group.start(gather, channel(), list.count(), [&](int k) { return entries[k].position; });
+#pragma unroll
+      for (int g = 0; g < kGroups; ++g) {
+        const int from = g * kTogether;
+        group[g].start(gather, channel(), list.count() - from, [&](int k) { return entries[from + k].position; });
+      }
     }
     // Adds them up, and what else the list has.
     __device__ __forceinline__ Unit finish(const ListGather& gather) const {
       float sum[kUnitElements<kKind>] = {};
       const int count = list.count();
       const ListEntry<float>* entries = table->entries + list.begin();
-      group.add_to(sum, count, [&](int k) { return entries[k].weight; });
+#pragma unroll
+      for (int g = 0; g < kGroups; ++g) {
+        const int from = g * kTogether;
+        if (g > 0 && count <= from) break;
+        group[g].add_to(sum, count - from, [&](int k) { return entries[from + k].weight; });
+      }
 #pragma unroll 1
-      for (int k = kTogether; k < count; k += kTogether) {
+      for (int k = kGroups * kTogether; k < count; k += kTogether) {
         Group<kTogether> more;
         more.start(gather, channel(), count - k, [&](int j) { return entries[k + j].position; });
         more.add_to(sum, count - k, [&](int j) { return entries[k + j].weight; });
@@ -187,6 +197,13 @@ struct ListGather {
       return to_unit<kKind>(sum);
     }
   };
+  using State = BasicState<1>;
+};
+
+// Alone on a multiprocessor, a block has registers for more.
+template <Kind kKind>
+struct GatherState<256, ListGather<kKind>> {
+  using Type = typename ListGather<kKind>::template BasicState<2>;
 };
 
 }  // namespace dcn::cuda

@@ -94,6 +94,12 @@ constexpr int kProductStages = kColumns == 256 || Gather::kLean || kLargeGather<
 template <typename Gather>
 constexpr int kGatherUnroll = kLargeGather<Gather> ? 1 : 4;
 
+// What a thread keeps of a gather.
+template <int kColumns, typename Gather>
+struct GatherState {
+  using Type = typename Gather::State;
+};
+
 // Blocks that a multiprocessor shall hold at least: what the compiler may spend registers on without spilling. Two with
 // 128 columns need 200 KB of shared memory, which GPUs before 9.0 have not.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
@@ -225,7 +231,7 @@ __global__ void __launch_bounds__((kBlockThreads<kColumns, Gather>), (kProductBl
     return reinterpret_cast<const Pair*>(packed + packing.weight_units())[step * kRowUnits + gather_column];
   };
   Pair next = pair_of(tile.begin);  // that is gathered
-  typename Gather::State state(gather, tile.column());
+  typename GatherState<kColumns, Gather>::Type state(gather, tile.column());
   state.fill(table, gather, sizes, tile.row, Step(packing.reduction, tile.begin));
   __syncthreads();
 #pragma unroll kGatherUnroll < Gather>
