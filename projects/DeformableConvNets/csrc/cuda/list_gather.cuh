@@ -104,9 +104,9 @@ struct ListGather {
                    : PixelSamples<float>{};
       };
       int slots = 0;
-#pragma unroll 1
-      for (int tap = half; tap < step.taps; tap += kHalves) {
-        const int count = find(tap).count();
+#pragma unroll
+      for (int i = 0; i < kEach; ++i) {
+        const int count = find(half + i * kHalves).count();
         slots += count < room ? count : room + 1;  // the sum fits 32 bits
       }
       int all = slots;
@@ -127,31 +127,33 @@ struct ListGather {
         if (thread & distance) at += others;
         slots += others;
       }
+      // One list after the other, without waiting for the longer ones of other lanes.
+      PixelSamples<float> samples{};
 #pragma unroll 1
-      for (int tap = half; tap < step.taps; tap += kHalves) {
-        const PixelSamples<float> samples = find(tap);
-        const int count = samples.count();
-        const bool elsewhere = count > most;
-        table.list[tap][row] = {static_cast<uint32_t>(at) << 16 |
-                                (elsewhere ? 1u << 31 : static_cast<uint32_t>(count))};
-        if (elsewhere) {
-          *reinterpret_cast<PixelSamples<float>*>(table.entries + at) = samples;
-          at += kPlaceEntries;
-          continue;
-        }
-#pragma unroll 1
-        for (int k = 0; k < count; k += kTogether) {
-          ListEntry<float> loaded[kTogether];
-#pragma unroll
-          for (int j = 0; j < kTogether; ++j) {
-            if (k + j < count) loaded[j] = samples.entry(gather.lists.samples, k + j);
-          }
-#pragma unroll
-          for (int j = 0; j < kTogether; ++j) {
-            if (k + j < count) table.entries[at + k + j] = loaded[j];
+      for (int tap = half - kHalves, k = 0;;) {
+        if (k >= samples.count()) {
+          tap += kHalves, k = 0;
+          if (tap >= step.taps) break;
+          samples = find(tap);
+          const bool elsewhere = samples.count() > most;
+          table.list[tap][row] = {static_cast<uint32_t>(at) << 16 |
+                                  (elsewhere ? 1u << 31 : static_cast<uint32_t>(samples.count()))};
+          if (elsewhere) {
+            *reinterpret_cast<PixelSamples<float>*>(table.entries + at) = samples;
+            at += kPlaceEntries, samples = {};
           }
         }
-        at += count;
+        const int left = samples.count() - k, now = left < kTogether ? left : kTogether;
+        ListEntry<float> loaded[kTogether];
+#pragma unroll
+        for (int j = 0; j < kTogether; ++j) {
+          if (j < now) loaded[j] = samples.entry(gather.lists.samples, k + j);
+        }
+#pragma unroll
+        for (int j = 0; j < kTogether; ++j) {
+          if (j < now) table.entries[at + j] = loaded[j];
+        }
+        k += now, at += now;
       }
     }
 

@@ -101,8 +101,8 @@ struct GatherState {
 };
 
 // Blocks that a multiprocessor shall hold at least: what the compiler may spend registers on without spilling. Two with
-// 128 columns need 200 KB of shared memory, which GPUs before 9.0 have not.
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+// 128 columns need 200 KB of shared memory, which GPUs before 9.0 and those of 12.0 have not.
+#if defined(__CUDA_ARCH__) && (__CUDA_ARCH__ < 900 || __CUDA_ARCH__ >= 1200)
 constexpr int kMostSharedColumns = 64;
 #else
 constexpr int kMostSharedColumns = 128;
