@@ -31,6 +31,10 @@ struct OffsetGradientShared {
   float dots[2][kProductRows][4];  // of either half of the channels, with each corner
 };
 
+// Blocks that a multiprocessor shall hold: 12.0 has shared memory for one.
+template <Kind kKind>
+constexpr int kOffsetBlocks = kKind == Kind::kFloat32 || kCompiledCapability >= 120 ? 1 : 2;
+
 // What a block owns: a tile of positions, a tap and a deform group.
 struct OffsetGradientPart {
   int tap, deform_group, row;  // the first one
@@ -43,7 +47,7 @@ struct OffsetGradientPart {
 };
 
 template <Kind kKind>
-__global__ void __launch_bounds__(kProductThreads, kKind == Kind::kFloat32 ? 1 : 2)
+__global__ void __launch_bounds__(kProductThreads, kOffsetBlocks<kKind>)
     offset_gradient_kernel(const OffsetGradientSizes sizes, const Operands<Element<kKind>> operands,
                            const Element<kKind>* grads, const Unit* packed,
                            const SampleGradients<Element<kKind>> gradients) {
@@ -57,8 +61,9 @@ __global__ void __launch_bounds__(kProductThreads, kKind == Kind::kFloat32 ? 1 :
   const int out_channels = static_cast<int>(s.out_channels);
 
   const OffsetGradientPart part = OffsetGradientPart::of_block(s);
-  const int thread = static_cast<int>(threadIdx.x), warp = thread / kWarp;
-  const int warp_row = warp / 2 * 32, warp_column = warp % 2 * 32;
+  const int thread = static_cast<int>(threadIdx.x);
+  const int warp_row = static_cast<int>(threadIdx.x / (2 * kWarp) * 32);
+  const int warp_column = static_cast<int>(threadIdx.x / kWarp % 2 * 32);
 
   if (thread < kProductRows) {
     PackedSample sample{0, 0, 0, 0};
@@ -74,12 +79,15 @@ __global__ void __launch_bounds__(kProductThreads, kKind == Kind::kFloat32 ? 1 :
   const int steps = packing.reduction.steps(), first_segment = part.deform_group * sizes.deform_segments;
   const int end_segment = first_segment + sizes.deform_segments;
   int next_segment = first_segment, next_column = 0, next_step = 0;
-  const int copy_row = thread / kRowUnits, copy_unit = thread % kRowUnits;
+  const int copy_row = static_cast<int>(threadIdx.x / kRowUnits), copy_unit = static_cast<int>(threadIdx.x % kRowUnits);
   const int copy_rows = sizes.rows - part.row - copy_row;
   const Unit* next_weights =
       packed + (int64_t{part.tap} * packing.segments + first_segment) * packing.segment_units() + thread;
-  const T* first_grads = grads + (int64_t{part.row} + copy_row) * out_channels + copy_unit * kUnit;
-  const T* next_grads = first_grads + first_segment * packing.columns / packing.group_columns * packing.group_channels;
+  const auto first_output = [&](int segment) {
+    return segment * packing.columns / packing.group_columns * packing.group_channels;
+  };
+  const T* next_grads =
+      grads + (int64_t{part.row} + copy_row) * out_channels + first_output(first_segment) + copy_unit * kUnit;
   const auto copy_operands = [&](int stage) {
     if (next_segment < end_segment) {
       const SharedAddress rows = shared_address(shared.stages[stage]) + swizzled(copy_row, copy_unit);
@@ -106,7 +114,7 @@ __global__ void __launch_bounds__(kProductThreads, kKind == Kind::kFloat32 ? 1 :
         } else {
           next_column = 0, ++next_segment;
           next_weights -= packing.step_units();
-          next_grads = first_grads + next_segment * packing.columns / packing.group_columns * packing.group_channels;
+          next_grads += first_output(next_segment) - first_output(next_segment - 1);
         }
       }
     }
@@ -120,15 +128,14 @@ __global__ void __launch_bounds__(kProductThreads, kKind == Kind::kFloat32 ? 1 :
   constexpr int kUnits = 8 / kUnit, kLoads = 4 * kUnits;
   float dots[4][4] = {};  // of a lane's rows with each corner
   Unit corner[kOffsetAhead<kKind>][4];
-  // Of the tile: the lane's first channel, in its segment, and that in the first image.
-  int local = 0;
-  const T* first = nullptr;
+  int segment = first_segment, column = 0;  // of the tile
+  const int lane_column = warp_column + static_cast<int>(threadIdx.x % 4 * 8);
   // Loads the corners of one unit of one row.
   const auto load = [&](int index) {
-    const int row = index / kUnits, skipped = index % kUnits * kUnit;
+    const int local = column + lane_column, row = index / kUnits, skipped = index % kUnits * kUnit;
     PackedSample sample{shared.samples[warp_row + Product::row(row / 2, row % 2 * 2)].place, 0, 0, 0};
     if (local + skipped >= packing.columns) sample.place = 0;
-    const T* pixel = first + int64_t{sample.pixel(width)} * channels;
+    const T* pixel = operands.images + (int64_t{sample.pixel(width)} * channels + segment * packing.columns + local);
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
       corner[index % kOffsetAhead<kKind>][k] =
@@ -136,11 +143,9 @@ __global__ void __launch_bounds__(kProductThreads, kKind == Kind::kFloat32 ? 1 :
     }
   };
 
-  int stage = 0, segment = first_segment, column = 0;
+  int stage = 0;
   while (segment < end_segment) {
     Product product;
-    local = column + warp_column + thread % 4 * 8;
-    first = operands.images + segment * packing.columns + local;
     for (int step = 0; step < steps; ++step) {
       wait_copies<kOffsetStages - 2>();
       __syncthreads();
@@ -169,7 +174,7 @@ __global__ void __launch_bounds__(kProductThreads, kKind == Kind::kFloat32 ? 1 :
           dot += product.value[i][c / 2][2 * half + c % 2] * values[e];
         }
         // An infinite product shall not meet what does not exist.
-        if (sample.exists(k) && local + index % kUnits * kUnit < packing.columns) dots[row][k] += dot;
+        if (sample.exists(k) && column + lane_column + index % kUnits * kUnit < packing.columns) dots[row][k] += dot;
       }
       if (index + kOffsetAhead<kKind> < kLoads) load(index + kOffsetAhead<kKind>);
     }
@@ -185,7 +190,7 @@ __global__ void __launch_bounds__(kProductThreads, kKind == Kind::kFloat32 ? 1 :
 #pragma unroll
       for (int k = 0; k < 4; ++k) {
         const float sum = sum_lanes(dots[2 * i + half][k], 4);
-        if (thread % 4 == 0) shared.dots[warp % 2][warp_row + Product::row(i, 2 * half)][k] = sum;
+        if (thread % 4 == 0) shared.dots[warp_column / 32][warp_row + Product::row(i, 2 * half)][k] = sum;
       }
     }
   }
@@ -200,13 +205,13 @@ __global__ void __launch_bounds__(kProductThreads, kKind == Kind::kFloat32 ? 1 :
   const PackedSample sample = shared.samples[thread];
   const float y = sample.y, x = sample.x;
   const int image = row / sizes.positions, position = row % sizes.positions;
-  const int channel = result.deform_group * static_cast<int>(s.taps()) + result.tap;
-  gradients.offsets.at(image, 2 * int64_t{channel}, position) =
+  const int sample_channel = result.deform_group * static_cast<int>(s.taps()) + result.tap;
+  gradients.offsets.at(image, 2 * int64_t{sample_channel}, position) =
       static_cast<T>(((1 - x) * (dot[2] - dot[0]) + x * (dot[3] - dot[1])) * sample.modulation);
-  gradients.offsets.at(image, 2 * int64_t{channel} + 1, position) =
+  gradients.offsets.at(image, 2 * int64_t{sample_channel} + 1, position) =
       static_cast<T>(((1 - y) * (dot[1] - dot[0]) + y * (dot[3] - dot[2])) * sample.modulation);
   if (gradients.masks.data) {
-    gradients.masks.at(image, channel, position) =
+    gradients.masks.at(image, sample_channel, position) =
         static_cast<T>(((1 - y) * ((1 - x) * dot[0] + x * dot[1]) + y * ((1 - x) * dot[2] + x * dot[3])) *
                        modulation_slope(operands, sample.modulation));
   }

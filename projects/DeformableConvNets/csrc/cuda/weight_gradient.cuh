@@ -139,11 +139,6 @@ DCN_HOST_DEVICE constexpr int weight_gradient_blocks(Kind kind, int outputs, int
   const bool room = capability >= 90 && capability < 120;
   return kind == Kind::kFloat32 || (outputs * channels > 128 * 64 && !room) ? 1 : 2;
 }
-#if defined(__CUDA_ARCH__)
-constexpr int kCompiledCapability = __CUDA_ARCH__ / 10;
-#else
-constexpr int kCompiledCapability = 90;
-#endif
 
 // A block sums one tap of up to kOutputs output channels by up to kChannels input channels over a part of the
 // positions.
