@@ -59,13 +59,25 @@ struct ProductOutput {
   float* partials;  // (splits, rows, columns), where the sum is split
 };
 
-// Fewer where the shared memory is needed for columns or a large table.
-template <int kColumns, typename Gather>
-constexpr int kProductStages = kColumns == 256 || sizeof(typename Gather::Table) > 2 * kOperandBytes ? 2 : 3;
-
-// How many slices of a step stand in the code: one after the other where a gather has much of it.
+// Whether a gather has a large table, and much code that reads it.
 template <typename Gather>
-constexpr int kGatherUnroll = sizeof(typename Gather::Table) > 2 * kOperandBytes ? 1 : 4;
+constexpr bool kLargeTable = sizeof(typename Gather::Table) > 2 * kOperandBytes;
+
+// Fewer where the shared memory is needed for columns or the table.
+template <int kColumns, typename Gather>
+constexpr int kProductStages = kColumns == 256 || kLargeTable<Gather> ? 2 : 3;
+
+// Calls visit(slice) for the four slices of a step: for all by the same code, or each by its own.
+template <bool kSameCode, typename Visit>
+__device__ __forceinline__ void for_slices(const Visit& visit) {
+  if constexpr (kSameCode) {
+#pragma unroll 1
+    for (int slice = 0; slice < 4; ++slice) visit(slice);
+  } else {
+#pragma unroll
+    for (int slice = 0; slice < 4; ++slice) visit(slice);
+  }
+}
 
 // What a thread keeps of a gather.
 template <int kColumns, typename Gather>
@@ -194,11 +206,11 @@ __global__ void __launch_bounds__(kProductThreads, (kProductBlocks<kKind, kColum
   typename GatherState<kColumns, Gather>::Type state(gather, tile.column());
   state.fill(table, gather, sizes, tile.row, Step(packing.reduction, tile.begin));
   __syncthreads();
-#pragma unroll kGatherUnroll < Gather>
-  for (int i = 0; i < kProductRows * kRowUnits / kProductThreads; ++i) {
-    state.start(table, gather, next, gather_row + 32 * i);
-    *reinterpret_cast<Unit*>(gathered + 32 * i * kRowBytes) = state.finish(gather);
-  }
+  static_assert(kProductRows * kRowUnits == 4 * kProductThreads);
+  for_slices<kLargeTable<Gather>>([&](int slice) {
+    state.start(table, gather, next, gather_row + 32 * slice);
+    *reinterpret_cast<Unit*>(gathered + 32 * slice * kRowBytes) = state.finish(gather);
+  });
   const auto pair_after = [&](int step) { return pairs[(step + 1 < tile.end ? step + 1 : tile.end - 1) * kRowUnits]; };
   next = pair_after(tile.begin);
 
@@ -216,17 +228,18 @@ __global__ void __launch_bounds__(kProductThreads, (kProductBlocks<kKind, kColum
         __syncthreads();
       }
     }
-    // After the last step nothing is gathered, but by the same code: what a thread keeps then lives for a slice only.
     const Pair after_next = pair_after(step + 1);
-    if (!more) next.bits = 0;
+    // After the last step nothing is gathered; with a large table by the same code, so that what a thread keeps lives
+    // for a slice only.
+    const bool gathers = kLargeTable<Gather> || more;
+    if (kLargeTable<Gather> && !more) next.bits = 0;
     const unsigned next_half = half ^ kOperandBytes;
-#pragma unroll kGatherUnroll < Gather>
-    for (int slice = 0; slice < 4; ++slice) {
+    for_slices<kLargeTable<Gather>>([&](int slice) {
       // What is loaded here arrives while the tensor cores are busy.
-      state.start(table, gather, next, gather_row + 32 * slice);
+      if (gathers) state.start(table, gather, next, gather_row + 32 * slice);
       product.add_slice(operands + half, warp_row, stage, warp_column, slice);
-      *reinterpret_cast<Unit*>(gathered + next_half + 32 * slice * kRowBytes) = state.finish(gather);
-    }
+      if (gathers) *reinterpret_cast<Unit*>(gathered + next_half + 32 * slice * kRowBytes) = state.finish(gather);
+    });
     product.end_step();
     next = after_next;
     half = next_half;
