@@ -69,15 +69,15 @@ struct ProductOutput {
   float* partials;  // (splits, rows, columns), where the sum is split
 };
 
-// Whether a gather keeps much in shared memory and has much code.
+// Whether a gather has a large table, and much code that reads it.
 template <typename Gather>
-constexpr bool kLargeGather = sizeof(typename Gather::Table) > 2 * kOperandBytes;
+constexpr bool kLargeTable = sizeof(typename Gather::Table) > 2 * kOperandBytes;
 
 // Threads of a block. With twice as many a tile of 256 columns is gathered once for all of them, by warps which hold no
 // more than those of a tile of 128.
 template <int kColumns, typename Gather>
 constexpr int kBlockThreads =
-    kColumns == 256 && Gather::kLean && !kLargeGather<Gather> ? 2 * kProductThreads : kProductThreads;
+    kColumns == 256 && Gather::kLean && !kLargeTable<Gather> ? 2 * kProductThreads : kProductThreads;
 
 // How the warps of `kThreads` threads share a tile of kColumns columns.
 template <int kColumns, int kThreads>
@@ -86,13 +86,21 @@ struct WarpGrid {
   static constexpr int kWarpRows = kProductRows / kDown, kWarpColumns = kColumns / kAcross;
 };
 
-// Two where shared memory is short, or the cache of the first level, which shares its memory, is to be large.
+// Fewer where the shared memory is needed for columns or the table.
 template <int kColumns, typename Gather>
-constexpr int kProductStages = kColumns == 256 || Gather::kLean || kLargeGather<Gather> ? 2 : 3;
+constexpr int kProductStages = kColumns == 256 || kLargeTable<Gather> ? 2 : 3;
 
-// How many slices of a step stand in the code: one after the other where a gather has much of it.
-template <typename Gather>
-constexpr int kGatherUnroll = kLargeGather<Gather> ? 1 : 4;
+// Calls visit(slice) for kCount slices of a step: for all by the same code, or each by its own.
+template <bool kSameCode, int kCount, typename Visit>
+__device__ __forceinline__ void for_slices(const Visit& visit) {
+  if constexpr (kSameCode) {
+#pragma unroll 1
+    for (int slice = 0; slice < kCount; ++slice) visit(slice);
+  } else {
+#pragma unroll
+    for (int slice = 0; slice < kCount; ++slice) visit(slice);
+  }
+}
 
 // What a thread keeps of a gather.
 template <int kColumns, typename Gather>
@@ -234,11 +242,10 @@ __global__ void __launch_bounds__((kBlockThreads<kColumns, Gather>), (kProductBl
   typename GatherState<kColumns, Gather>::Type state(gather, tile.column());
   state.fill(table, gather, sizes, tile.row, Step(packing.reduction, tile.begin));
   __syncthreads();
-#pragma unroll kGatherUnroll < Gather>
-  for (int i = 0; i < kGathers; ++i) {
-    state.start(table, gather, next, gather_row + kGatherRows * i);
-    *reinterpret_cast<Unit*>(gathered + kGatherRows * i * kRowBytes) = state.finish(gather);
-  }
+  for_slices<kLargeTable<Gather>, kGathers>([&](int slice) {
+    state.start(table, gather, next, gather_row + kGatherRows * slice);
+    *reinterpret_cast<Unit*>(gathered + kGatherRows * slice * kRowBytes) = state.finish(gather);
+  });
   const auto pair_after = [&](int step) { return pair_of(step + 1 < tile.end ? step + 1 : tile.end - 1); };
   next = pair_after(tile.begin);
 
@@ -256,20 +263,21 @@ __global__ void __launch_bounds__((kBlockThreads<kColumns, Gather>), (kProductBl
         __syncthreads();
       }
     }
-    // After the last step a large gather gathers nothing by the same code: what a thread keeps lives for a slice only.
     const Pair after_next = pair_after(step + 1);
-    if (kLargeGather<Gather> && !more) next.bits = 0;
+    // After the last step nothing is gathered; with a large table by the same code, so that what a thread keeps lives
+    // for a slice only.
+    const bool any = kLargeTable<Gather> || more;
+    if (kLargeTable<Gather> && !more) next.bits = 0;
     const unsigned next_half = half ^ kOperandBytes;
-#pragma unroll kGatherUnroll < Gather>
-    for (int slice = 0; slice < 4; ++slice) {
+    for_slices<kLargeTable<Gather>, 4>([&](int slice) {
       // What is loaded here arrives while the tensor cores are busy.
-      const bool gathers = slice < kGathers && (more || kLargeGather<Gather>);
+      const bool gathers = any && slice < kGathers;
       if (gathers) state.start(table, gather, next, gather_row + kGatherRows * slice);
       product.add_slice(operands + half, warp_row, stage, warp_column, slice);
       if (gathers) {
         *reinterpret_cast<Unit*>(gathered + next_half + kGatherRows * slice * kRowBytes) = state.finish(gather);
       }
-    }
+    });
     product.end_step();
     next = after_next;
     half = next_half;

@@ -118,16 +118,16 @@ __global__ void __launch_bounds__(kListThreads, 1)
 // the greater one up, so that what a list lacks to a power of two need not exist.
 template <typename A>
 __device__ __forceinline__ void sort_together(ListedSample<A>* list, int32_t count) {
-  const auto compare = [&](int64_t low, int64_t high) {
-    if (high >= count || list[low].position < list[high].position) return;
-    const ListedSample<A> moved = list[low];
-    list[low] = list[high], list[high] = moved;
-  };
-  for (int64_t size = 2; size / 2 < count; size *= 2) {
-    for (int64_t distance = size / 2; distance > 0; distance /= 2) {
-      for (int64_t i = threadIdx.x; i / distance * distance * 2 < count; i += kListThreads) {
-        const int64_t low = i / distance * distance * 2 + i % distance;
-        compare(low, distance == size / 2 ? low - i % distance + size - 1 - i % distance : low + distance);
+  const auto end = static_cast<uint32_t>(count);
+  for (uint32_t size = 2; size / 2 < end; size *= 2) {
+    for (uint32_t distance = size / 2; distance > 0; distance /= 2) {
+      for (uint32_t i = threadIdx.x;; i += kListThreads) {
+        const uint32_t rest = i & (distance - 1), low = 2 * i - rest;
+        if (low - rest >= end) break;
+        const uint32_t high = distance == size / 2 ? low + size - 1 - 2 * rest : low + distance;
+        if (high >= end || list[low].position < list[high].position) continue;
+        const ListedSample<A> moved = list[low];
+        list[low] = list[high], list[high] = moved;
       }
       __syncthreads();
     }

@@ -17,7 +17,7 @@ from torch import Tensor
 from dcn_d2.ops import reference
 from tests.ops.samples import ConvSample, by_name
 
-from .emulator import GREEDY_WARP, PROJECT, ROUND_ROBIN, SANITIZED, call, emulate
+from .emulator import GREEDY_WARP, ROUND_ROBIN, SANITIZED, call, emulate
 from .test_cuda_kernels import barriers as barriers_of
 from .test_cuda_kernels import conv_values
 
