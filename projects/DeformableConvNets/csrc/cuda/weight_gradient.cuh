@@ -198,14 +198,17 @@ __global__ void __launch_bounds__(kProductThreads,
   const int gather_unit = thread % Tile::kSampleUnits, gather_row = thread / Tile::kSampleUnits;
   const bool gather_exists = part.local + gather_unit * kUnit < segment_channels;
   const uint32_t gather_first = static_cast<uint32_t>(part.channel) / kUnit + gather_unit;
-  const unsigned gather_to = position_unit<kKind>(gather_row, gather_unit);
   const auto start = [&](int step, int i) {
     const int first = step * kPositions % (2 * kProductThreads) + gather_row;
     interpolation.start(&shared.places[first + i * Tile::kGatherRows], gather_exists, operands.images, gather_first,
                         static_cast<uint32_t>(channels) / kUnit, width);
   };
   const auto finish = [&](int step, int i) {
-    store_unit(shared.samples[step % 2] + gather_to + i * Tile::kGatherRows * kRowBytes, interpolation.finish());
+    // Found again: to keep it would take a register too many.
+    const unsigned at = thread_index();
+    unsigned char* to =
+        shared.samples[step % 2] + position_unit<kKind>(at / Tile::kSampleUnits, at % Tile::kSampleUnits);
+    store_unit(to + i * Tile::kGatherRows * kRowBytes, interpolation.finish());
   };
 
   copy_grads(begin);
