@@ -106,6 +106,16 @@ def test_deform_conv2d(sample: ConvSample, schedule: int, arithmetic: str, confi
         assert error < tolerance, name
 
 
+@pytest.mark.parametrize(("dtype", "limit"), [(torch.bfloat16, 5e-3), (torch.float16, 7e-4)], ids=str)
+def test_packed_interpolation_costs_little_accuracy(dtype: torch.dtype, limit: float, configure: Any) -> None:
+    """Each of the four terms of a 16-bit sample rounds the sum. Over many channels the errors do not add up."""
+    configure(ROUND_ROBIN)
+    values = conv_values(ConvSample("deep", channels=128, out_channels=64, size=(6, 7), batch=1, bias=False), dtype)
+    found = emulate("deform_conv2d", values)
+    expected = call(reference, "deform_conv2d", exact(values))
+    assert float((found["output"].double() - expected).norm() / expected.norm()) < limit
+
+
 @pytest.mark.parametrize("arithmetic", ONE_OF_EACH_SIZE)
 def test_memory_formats_and_strides(arithmetic: str, configure: Any) -> None:
     configure(ROUND_ROBIN)
