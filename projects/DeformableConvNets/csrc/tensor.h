@@ -104,10 +104,10 @@ inline Tensor empty_4d(const Tensor& like, const std::array<int64_t, 4>& sizes, 
                               channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
 }
 
-// Sums of 32-bit integers up to each of them, in 64 bits.
+// Sums of 32-bit integers up to each of them, in 32 bits.
 inline Tensor cumulative_sum(const Tensor& counts) {
   std::array<StableIValue, 3> stack{torch::stable::detail::from(counts), torch::stable::detail::from(int64_t{0}),
-                                    torch::stable::detail::from(std::optional<ScalarType>(ScalarType::Long))};
+                                    torch::stable::detail::from(std::optional<ScalarType>(ScalarType::Int))};
   STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::cumsum", "", stack.data(), TORCH_ABI_VERSION));
   return torch::stable::detail::to<Tensor>(stack[0]);
 }

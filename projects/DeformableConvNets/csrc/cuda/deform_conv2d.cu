@@ -25,7 +25,7 @@ bool forward_on_tensor_cores(KindConstant<kKind>, const DeviceScope& device, con
   sizes.packing.group_columns = groups->outputs, sizes.packing.group_channels = groups->channels;
   sizes.packing.outputs = true;
   sizes.rows = static_cast<int>(s.batch * s.positions()), sizes.image_rows = static_cast<int>(s.positions());
-  sizes.order = {static_cast<int>(s.out_w), static_cast<int>(s.out_h)};
+  sizes.order = {sizes.image_rows, 1};  // patches halve what is read from the second-level cache, and gain no time
   sizes.columns = static_cast<int>(s.out_channels);
   const Gather gather{
       operands,

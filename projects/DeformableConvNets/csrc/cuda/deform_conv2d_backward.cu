@@ -56,10 +56,14 @@ bool input_gradient_on_tensor_cores(KindConstant<kKind>, const DeviceScope& devi
     ProductSizes sizes{};
     sizes.packing = transposed_packing(s, *groups, kUnit);
     sizes.rows = static_cast<int>(lists.images * s.pixels()), sizes.image_rows = static_cast<int>(s.pixels());
-    sizes.order = {sizes.image_rows, 1};  // as they come
+    sizes.order = {static_cast<int>(s.width), static_cast<int>(s.height)};
     sizes.columns = static_cast<int>(s.channels);
-    const Gather gather{s, lists, grads + lists.first_image * s.positions() * s.out_channels, groups->channels,
-                        groups->outputs};
+    const Gather gather{s,
+                        lists,
+                        grads + lists.first_image * s.positions() * s.out_channels,
+                        groups->channels,
+                        groups->outputs,
+                        static_cast<uint32_t>(s.out_channels * sizeof(Element<kKind>))};
     Planes<Element<kKind>> images = gradient;
     images.data += lists.first_image * images.image_stride;
     const Element<kKind>* no_bias = nullptr;
@@ -103,6 +107,27 @@ struct PartialGradients {
         splits(given_splits) {}
 };
 
+template <Kind kKind, int kOutputs, int kChannels>
+void run_weight_gradient(const DeviceScope& device, WeightGradientSizes sizes, const Operands<Element<kKind>>& operands,
+                         const Tensor& like, const Element<kKind>* grads,
+                         std::optional<PartialGradients<float>>& partials) {
+  using Tile = WeightGradientTile<kKind, kOutputs, kChannels>;
+  constexpr int64_t kBytes = sizeof(typename Tile::Shared);
+  sizes.segment_tiles = (sizes.reduction.units * kUnitElements<kKind> + kChannels - 1) / kChannels;
+  sizes.output_tiles = (sizes.group_outputs + kOutputs - 1) / kOutputs;
+  sizes.splits = 1;
+  const Device properties = device.device();
+  const int64_t blocks =
+      resident_blocks(properties, kBytes, weight_gradient_blocks(kKind, kOutputs, kChannels, properties.capability));
+  const int64_t bytes = operands.sizes.out_channels * operands.sizes.taps() * sizes.conv_channels * 4;
+  sizes.splits = weight_gradient_splits(sizes.work(), divide_up(sizes.rows, Tile::kPositions),
+                                        blocks * properties.multiprocessors, bytes);
+  partials.emplace(operands.sizes, like, sizes.splits);
+  const auto kernel = weight_gradient_tensor_kernel<kKind, kOutputs, kChannels>;
+  DCN_LAUNCH_SHARED(kernel, sizes.work(), kProductThreads, kBytes, device.stream(), sizes, operands, grads,
+                    partials->tensor.template mutable_data_ptr<float>());
+}
+
 template <Kind kKind>
 bool weight_gradient_on_tensor_cores(KindConstant<kKind>, const DeviceScope& device,
                                      const Operands<Element<kKind>>& operands, const Tensor& input,
@@ -119,17 +144,18 @@ bool weight_gradient_on_tensor_cores(KindConstant<kKind>, const DeviceScope& dev
   sizes.conv_outputs = static_cast<int>(s.group_out_channels());
   sizes.rows = static_cast<int>(s.batch * s.positions()), sizes.positions = static_cast<int>(s.positions());
   sizes.deform_channels = static_cast<int>(s.deform_channels());
-  sizes.segment_tiles = (segment + kWeightChannels - 1) / kWeightChannels;
-  sizes.output_tiles = (groups->outputs + kWeightOutputs - 1) / kWeightOutputs;
-  sizes.splits = 1;
-  const int64_t steps = divide_up(sizes.rows, kWeightPositions<kKind>);
-  // Two blocks for every multiprocessor, but not more, which would wait for all others; no fewer than four steps each.
-  const int64_t wanted = 2 * device.device().multiprocessors / sizes.work();
-  sizes.splits = static_cast<int>(std::clamp<int64_t>(wanted, 1, std::max<int64_t>(1, steps / 4)));
-  partials.emplace(s, input, sizes.splits);
-  DCN_LAUNCH_SHARED(weight_gradient_tensor_kernel<kKind>, sizes.work(), kProductThreads,
-                    sizeof(WeightGradientShared<kKind>), device.stream(), sizes, operands, grads,
-                    partials->tensor.template mutable_data_ptr<float>());
+  // The more output channels a block has, the less often samples are gathered.
+  if constexpr (kKind != Kind::kFloat32) {
+    if (groups->outputs > 128) {
+      run_weight_gradient<kKind, 256, 64>(device, sizes, operands, input, grads, partials);
+      return true;
+    }
+    if (segment > 64) {
+      run_weight_gradient<kKind, 128, 128>(device, sizes, operands, input, grads, partials);
+      return true;
+    }
+  }
+  run_weight_gradient<kKind, 128, 64>(device, sizes, operands, input, grads, partials);
   return true;
 }
 

@@ -155,9 +155,12 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor<T>)
         fill_along_depth(shared.grads, [&](int k, int j) {
           A sum = 0;
           if (o + k >= out_end || pixel_begin + j >= s.pixels()) return sum;
-          const int64_t list = lists.list(s, image, begin / s.deform_channels(), tap, pixel_begin + j);
-          for (int64_t at = lists.starts[list]; at < lists.starts[list + 1]; ++at) {
-            const ListEntry<A> entry = lists.entries[at];
+          const auto pixel = static_cast<int32_t>(pixel_begin + j), width = static_cast<int32_t>(s.width);
+          const PixelSamples<A> samples =
+              lists.of_pixel(s, static_cast<int32_t>(image), static_cast<int32_t>(begin / s.deform_channels()),
+                             static_cast<int32_t>(tap), pixel / width, pixel % width);
+          for (int32_t at = 0; at < samples.count(); ++at) {
+            const ListEntry<A> entry = samples.entry(lists.samples, at);
             sum += entry.weight * static_cast<A>(grad_output.at(lists.first_image + entry.position / s.positions(),
                                                                 o + k, entry.position % s.positions()));
           }

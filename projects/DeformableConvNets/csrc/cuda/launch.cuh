@@ -96,6 +96,13 @@ namespace dcn::cuda {
 template <typename T>
 using Accumulate = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
+// Of the code that is being compiled for a GPU.
+#if defined(__CUDA_ARCH__)
+constexpr int kCompiledCapability = __CUDA_ARCH__ / 10;
+#else
+constexpr int kCompiledCapability = 90;
+#endif
+
 constexpr int kWarp = 32;
 constexpr unsigned kAllLanes = 0xffffffffu;
 

@@ -51,9 +51,22 @@ __device__ __forceinline__ unsigned block_index() {
   asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(index));
   return index;
 }
+// threadIdx.x likewise: what is computed from it will not be kept in registers through a loop.
+__device__ __forceinline__ unsigned thread_index() {
+  unsigned index;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(index));
+  return index;
+}
 
 // Flips bits of an address.
 __device__ __forceinline__ SharedAddress flip(SharedAddress address, unsigned bits) { return address ^ bits; }
+
+// All 64 bits of a product, in one instruction whatever the compiler has made of its factors.
+__device__ __forceinline__ uint64_t multiply_wide(uint32_t a, uint32_t b) {
+  uint64_t product;
+  asm("mul.wide.u32 %0, %1, %2;" : "=l"(product) : "r"(a), "r"(b));
+  return product;
+}
 
 // A unit of global memory that no kernel writes meanwhile.
 __device__ __forceinline__ Unit load_unit(const void* address) {

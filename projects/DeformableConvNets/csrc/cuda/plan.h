@@ -60,9 +60,10 @@ struct Cut {
 // Of partial results: they shall be read again before they leave the cache, and take no more memory than that.
 constexpr int64_t kMostPartialBytes = int64_t{16} << 20;
 
-// The tile and the number of splits with the least estimated time; nothing of this was measured. In units of the
-// tensor cores' time for 64 columns, a step takes as long as its columns and the gathering, and a split writes and
-// reads its partial results once.
+// The tile and the number of splits with the least estimated time. In units of the tensor cores' time for 64 columns, a
+// step takes as long as its columns and the gathering, and a split writes and reads its partial results once. Of all
+// that were tried on an H200 (the shapes of benchmarks/deform_conv2d.py in bfloat16 with 1, 2 and 16 images, forward and
+// the gradient by the input), the choices were the fastest, but for one image of c3, where they cost 9 %.
 inline Cut cut_product(const ProductSizes& sizes, int64_t multiprocessors, int64_t most_columns) {
   const int64_t rows = sizes.row_tiles(), steps = sizes.packing.reduction.steps();
   const double gathering = 1.5, start = 6.0, partial = 1.0;
@@ -87,6 +88,38 @@ inline Cut cut_product(const ProductSizes& sizes, int64_t multiprocessors, int64
         least = time;
         best = {static_cast<int>(columns), static_cast<int>(splits)};
       }
+    }
+  }
+  return best;
+}
+
+// How many blocks with `bytes` of shared memory, at most `most`, a multiprocessor holds at once: it has as much as one
+// block may have and keeps 1 KB of each for itself.
+inline int64_t resident_blocks(const Device& device, int64_t bytes, int64_t most) {
+  const int64_t own = 1 << 10;
+  return std::clamp<int64_t>((device.shared_bytes + own) / (bytes + own), 1, most);
+}
+
+// Of partial gradients by the weight.
+constexpr int64_t kMostWeightPartialBytes = int64_t{32} << 20;
+
+// Into how many parts each of `tiles` sums of `steps` steps is cut on a device that runs `slots` blocks at a time,
+// where the partial results of one part have `bytes`. Blocks of one wave begin and end together, so that a wave that is
+// not full costs as much as a full one. In units of a step: a block starts and ends in 4, and partial results of a full
+// wave are written and read in 6. Estimated from measurements of the steps on an H200.
+inline int weight_gradient_splits(int64_t tiles, int64_t steps, int64_t slots, int64_t bytes) {
+  const double start = 4.0, partial = 6.0;
+  const int64_t most =
+      std::clamp<int64_t>(std::min(steps / 4, kMostWeightPartialBytes / std::max<int64_t>(bytes, 1)), 1, 64);
+  int best = 1;
+  double least = 0;
+  for (int64_t splits = 1; splits <= most; ++splits) {
+    const double waves = static_cast<double>(divide_up(tiles * splits, slots));
+    const double time = waves * (static_cast<double>(divide_up(steps, splits)) + start) +
+                        partial * static_cast<double>(tiles * splits) / static_cast<double>(slots);
+    if (splits == 1 || time < least) {
+      least = time;
+      best = static_cast<int>(splits);
     }
   }
   return best;

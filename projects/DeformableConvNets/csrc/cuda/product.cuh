@@ -62,10 +62,22 @@ struct ProductTile {
   __device__ __forceinline__ int column() const { return segment * segment_columns + first_column; }
 };
 
+template <typename T>
+struct ProductOutput {
+  const T* bias;  // by column, or null
+  Planes<T> planes;
+  float* partials;  // (splits, rows, columns), where the sum is split
+};
+
+// Whether a gather has a large table, and much code that reads it.
+template <typename Gather>
+constexpr bool kLargeTable = sizeof(typename Gather::Table) > 2 * kOperandBytes;
+
 // Threads of a block. With twice as many a tile of 256 columns is gathered once for all of them, by warps which hold no
 // more than those of a tile of 128.
 template <int kColumns, typename Gather>
-constexpr int kBlockThreads = kColumns == 256 && Gather::kLean ? 2 * kProductThreads : kProductThreads;
+constexpr int kBlockThreads =
+    kColumns == 256 && Gather::kLean && !kLargeTable<Gather> ? 2 * kProductThreads : kProductThreads;
 
 // How the warps of `kThreads` threads share a tile of kColumns columns.
 template <int kColumns, int kThreads>
@@ -74,20 +86,31 @@ struct WarpGrid {
   static constexpr int kWarpRows = kProductRows / kDown, kWarpColumns = kColumns / kAcross;
 };
 
-template <typename T>
-struct ProductOutput {
-  const T* bias;  // by column, or null
-  Planes<T> planes;
-  float* partials;  // (splits, rows, columns), where the sum is split
+// Fewer where the shared memory is needed for columns or the table.
+template <int kColumns, typename Gather>
+constexpr int kProductStages = kColumns == 256 || kLargeTable<Gather> ? 2 : 3;
+
+// Calls visit(slice) for kCount slices of a step: for all by the same code, or each by its own.
+template <bool kSameCode, int kCount, typename Visit>
+__device__ __forceinline__ void for_slices(const Visit& visit) {
+  if constexpr (kSameCode) {
+#pragma unroll 1
+    for (int slice = 0; slice < kCount; ++slice) visit(slice);
+  } else {
+#pragma unroll
+    for (int slice = 0; slice < kCount; ++slice) visit(slice);
+  }
+}
+
+// What a thread keeps of a gather.
+template <int kColumns, typename Gather>
+struct GatherState {
+  using Type = typename Gather::State;
 };
 
-// Two where shared memory is short, or the cache of the first level, which shares its memory, is to be large.
-template <int kColumns, typename Gather>
-constexpr int kProductStages = kColumns == 256 || Gather::kLean ? 2 : 3;
-
 // Blocks that a multiprocessor shall hold at least: what the compiler may spend registers on without spilling. Two with
-// 128 columns need 200 KB of shared memory, which GPUs before 9.0 have not.
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+// 128 columns need 200 KB of shared memory, which GPUs before 9.0 and those of 12.0 have not.
+#if defined(__CUDA_ARCH__) && (__CUDA_ARCH__ < 900 || __CUDA_ARCH__ >= 1200)
 constexpr int kMostSharedColumns = 64;
 #else
 constexpr int kMostSharedColumns = 128;
@@ -216,15 +239,13 @@ __global__ void __launch_bounds__((kBlockThreads<kColumns, Gather>), (kProductBl
     return reinterpret_cast<const Pair*>(packed + packing.weight_units())[step * kRowUnits + gather_column];
   };
   Pair next = pair_of(tile.begin);  // that is gathered
-  typename Gather::State state(gather, tile.column());
+  typename GatherState<kColumns, Gather>::Type state(gather, tile.column());
   state.fill(table, gather, sizes, tile.row, Step(packing.reduction, tile.begin));
   __syncthreads();
-#pragma unroll
-  for (int i = 0; i < kGathers; ++i) {
-    state.prepare(table, gather, next, gather_row + kGatherRows * i);
-    state.start(table, gather, next, gather_row + kGatherRows * i);
-    *reinterpret_cast<Unit*>(gathered + kGatherRows * i * kRowBytes) = state.finish(gather);
-  }
+  for_slices<kLargeTable<Gather>, kGathers>([&](int slice) {
+    state.start(table, gather, next, gather_row + kGatherRows * slice);
+    *reinterpret_cast<Unit*>(gathered + kGatherRows * slice * kRowBytes) = state.finish(gather);
+  });
   const auto pair_after = [&](int step) { return pair_of(step + 1 < tile.end ? step + 1 : tile.end - 1); };
   next = pair_after(tile.begin);
 
@@ -243,20 +264,20 @@ __global__ void __launch_bounds__((kBlockThreads<kColumns, Gather>), (kProductBl
       }
     }
     const Pair after_next = pair_after(step + 1);
-    if (more) state.prepare(table, gather, next, gather_row);
+    // After the last step nothing is gathered; with a large table by the same code, so that what a thread keeps lives
+    // for a slice only.
+    const bool any = kLargeTable<Gather> || more;
+    if (kLargeTable<Gather> && !more) next.bits = 0;
     const unsigned next_half = half ^ kOperandBytes;
-#pragma unroll
-    for (int slice = 0; slice < 4; ++slice) {
+    for_slices<kLargeTable<Gather>, 4>([&](int slice) {
       // What is loaded here arrives while the tensor cores are busy.
-      const bool gathers = more && slice < kGathers;
-      if (gathers) {
-        state.start(table, gather, next, gather_row + kGatherRows * slice);
-        if (slice + 1 < kGathers) state.prepare(table, gather, next, gather_row + kGatherRows * (slice + 1));
-      }
+      const bool gathers = any && slice < kGathers;
+      if (gathers) state.start(table, gather, next, gather_row + kGatherRows * slice);
       product.add_slice(operands + half, warp_row, stage, warp_column, slice);
-      if (gathers)
+      if (gathers) {
         *reinterpret_cast<Unit*>(gathered + next_half + kGatherRows * slice * kRowBytes) = state.finish(gather);
-    }
+      }
+    });
     product.end_step();
     next = after_next;
     half = next_half;

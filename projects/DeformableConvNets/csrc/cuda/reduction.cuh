@@ -127,8 +127,14 @@ DCN_HOST_DEVICE int permuted_row(int column) {
 constexpr int kPackThreads = 256;
 constexpr int kPackColumns = 8;  // of a block
 
+// Whether a block packs all outer taps: each alone would read the same memory again.
+DCN_HOST_DEVICE bool packs_outer_taps(const Packing& packing) {
+  return packing.outer_taps > 1 && packing.outer_taps <= kMostTaps;
+}
+
 inline int64_t pack_blocks(const Packing& packing) {
-  return int64_t{packing.segments} * packing.outer_taps * (packing.padded / kPackColumns) * packing.reduction.blocks();
+  const int64_t outer_taps = packs_outer_taps(packing) ? 1 : packing.outer_taps;
+  return packing.segments * outer_taps * (packing.padded / kPackColumns) * packing.reduction.blocks();
 }
 
 // A block packs what a block of the Reduction sums over, for some columns. Through shared memory: weights are read in
@@ -153,7 +159,9 @@ __global__ void __launch_bounds__(kPackThreads)
   const int outer_tap = outer / packing.segments, segment_begin = outer % packing.segments * packing.columns;
   const int first_step = reduction.first_step(block);
   const Step step(reduction, first_step);
-  const int tap_begin = outer_tap + step.tap, elements = step.units * kUnit;
+  const bool all_outer = packs_outer_taps(packing);
+  const int tap_begin = outer_tap + step.tap, taps = all_outer ? packing.outer_taps : step.taps;  // that are read
+  const int elements = step.units * kUnit;
 
   // Columns are counted from `n` on, what is summed over from `m` on, over all conv groups.
   const int group = segment_begin / packing.group_columns, n = segment_begin + column_begin;
@@ -165,13 +173,13 @@ __global__ void __launch_bounds__(kPackThreads)
 
   // In shared memory a line is as in memory: of taps of channels, or of channels of taps.
   const bool taps_first = weights.tap_stride <= weights.channel_stride;
-  const int line_elements = length * step.taps;
-  const int runs = taps_first ? 1 : step.taps, run = line_elements / runs;  // what follows each other in memory
+  const int line_elements = length * taps;
+  const int runs = taps_first ? 1 : taps, run = line_elements / runs;  // what follows each other in memory
   const int run_units = run / kUnit;
   const auto* base = reinterpret_cast<const Bits*>(&weights.at(0, 0, tap_begin));
   const int64_t channel_begin = first_channel - group * packing.conv_channels;
   const bool dense =
-      taps_first ? weights.tap_stride == 1 && weights.channel_stride == step.taps : weights.channel_stride == 1;
+      taps_first ? weights.tap_stride == 1 && weights.channel_stride == taps : weights.channel_stride == 1;
   const bool aligned = reinterpret_cast<uintptr_t>(base) % kUnitBytes == 0 && run % kUnit == 0 &&
                        weights.output_stride % kUnit == 0 && channel_begin * weights.channel_stride % kUnit == 0 &&
                        (taps_first || weights.tap_stride % kUnit == 0);
@@ -186,8 +194,8 @@ __global__ void __launch_bounds__(kPackThreads)
   } else {
     for (int at = thread; at < lines * line_elements; at += kPackThreads) {
       const int line = at / line_elements, rest = at % line_elements;
-      const int tap = taps_first ? rest % step.taps : rest / length;
-      const int channel = first_channel + (taps_first ? rest / step.taps : rest % length), output = first_output + line;
+      const int tap = taps_first ? rest % taps : rest / length;
+      const int channel = first_channel + (taps_first ? rest / taps : rest % length), output = first_output + line;
       const int conv_group = merged ? output / packing.conv_outputs : group;
       const bool exists = (packing.outputs ? line : channel - n) < columns &&
                           (!merged || channel / packing.conv_channels == conv_group);
@@ -201,16 +209,19 @@ __global__ void __launch_bounds__(kPackThreads)
   }
   __syncthreads();
 
-  Unit* to = packed + (int64_t{outer} * reduction.steps() + first_step) * packing.step_units();
-  const int element_stride = !packing.outputs ? line_elements : taps_first ? step.taps : 1;
-  const int column_stride = packing.outputs ? line_elements : taps_first ? step.taps : 1;
+  // Of the outer taps, each has all segments.
+  const int written = all_outer ? packing.outer_taps : 1, step_units = step.length * kPackColumns * kRowUnits;
+  const int element_stride = !packing.outputs ? line_elements : taps_first ? taps : 1;
+  const int column_stride = packing.outputs ? line_elements : taps_first ? taps : 1;
   const int tap_stride = taps_first ? 1 : length;
-  for (int at = thread; at < step.length * kPackColumns * kRowUnits; at += kPackThreads) {
+  for (int index_in_block = thread; index_in_block < written * step_units; index_in_block += kPackThreads) {
+    const int moved = index_in_block / step_units, at = index_in_block % step_units;  // by outer taps
     const int slot = at % kRowUnits, column = at / kRowUnits % kPackColumns, place = at / (kPackColumns * kRowUnits);
     const int pair = place * kRowUnits + slot, tap = pair / step.units, unit = pair % step.units;
     Unit result{{0, 0, 0, 0}};
     if (tap < step.taps) {
-      const Bits* from = shared.weights + column * column_stride + unit * kUnit * element_stride + tap * tap_stride;
+      const Bits* from =
+          shared.weights + column * column_stride + unit * kUnit * element_stride + (moved + tap) * tap_stride;
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         if constexpr (kUnit == 8) {
@@ -222,8 +233,10 @@ __global__ void __launch_bounds__(kPackThreads)
       }
     }
     const int local = column_begin + column, row = packing.permuted ? permuted_row(local) : local;
-    to[place * packing.step_units() + row * kRowUnits + (slot ^ row % kRowUnits)] = result;
-    if (outer == 0 && local == 0) {
+    Unit* to = packed + (int64_t{moved} * packing.segments + outer) * packing.segment_units() +
+               (first_step + place) * packing.step_units();
+    to[row * kRowUnits + (slot ^ row % kRowUnits)] = result;
+    if (moved == 0 && outer == 0 && local == 0) {
       Step here = step;
       here.index = place;
       reinterpret_cast<Pair*>(packed + packing.weight_units())[first_step * kRowUnits + pair] =

@@ -179,7 +179,6 @@ struct SampleGather {
       }
     }
 
-    __device__ __forceinline__ void prepare(const Table&, const SampleGather&, const Pair&, int) {}
     __device__ __forceinline__ void start(const Table& table, const SampleGather& gather, const Pair& pair, int row) {
       const DeformConv2dSizes& s = gather.operands.sizes;
       interpolation.start(&table.sample[pair.tap()][row], pair.exists(), gather.operands.images,

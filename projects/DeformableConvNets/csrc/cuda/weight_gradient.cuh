@@ -7,10 +7,6 @@
 
 namespace dcn::cuda {
 
-constexpr int kWeightOutputs = 128;  // of a block's tile
-constexpr int kWeightChannels = 64;
-constexpr int kWeightStages = 3;
-
 // Positions that are summed over in one step: four fragments.
 template <Kind kKind>
 constexpr int kWeightPositions = 8 * kUnitElements<kKind>;
@@ -36,185 +32,236 @@ struct WeightGradientSizes {
   DCN_HOST_DEVICE int64_t work() const { return int64_t{channel_tiles()} * reduction.taps * output_tiles * splits; }
 };
 
-template <Kind kKind>
-struct WeightGradientShared {
-  static constexpr int kGradBytes = kWeightPositions<kKind> * kWeightOutputs / kUnitElements<kKind> * kUnitBytes;
-  static constexpr int kSampleBytes = kWeightPositions<kKind> * kWeightChannels / kUnitElements<kKind> * kUnitBytes;
+// How a block's tile of kOutputs output channels by kChannels input channels lies in shared memory, and who does what.
+template <Kind kKind, int kOutputs, int kChannels>
+struct WeightGradientTile {
+  static constexpr int kPositions = kWeightPositions<kKind>;
+  static constexpr int kGradUnits = kOutputs / kUnitElements<kKind>, kSampleUnits = kChannels / kUnitElements<kKind>;
+  static constexpr int kGradBytes = kPositions * kGradUnits * kUnitBytes;
+  static constexpr int kSampleBytes = kPositions * kSampleUnits * kUnitBytes;
+  // Of a warp: 32 output channels by these.
+  static constexpr int kWarpChannels = kOutputs * kChannels / 256, kWarpsAcross = kChannels / kWarpChannels;
+  // Rows of the threads together, and how often a thread gathers or copies a unit in a step.
+  static constexpr int kGatherRows = kProductThreads / kSampleUnits, kGathers = kPositions / kGatherRows;
+  static constexpr int kCopyRows = kProductThreads / kGradUnits, kCopies = kPositions / kCopyRows;
+  // All threads locate a sample each, for so many steps.
+  static constexpr int kLocatedSteps = kProductThreads / kPositions;
+  static_assert(kOutputs / 32 * kWarpsAcross == kProductThreads / kWarp);
+  // All of a thread's rows are permuted alike.
+  static_assert(kGatherRows % kUnitElements<kKind> == 0 && kCopyRows % kUnitElements<kKind> == 0);
 
-  unsigned char grads[kWeightStages][kGradBytes];
-  unsigned char samples[2][kSampleBytes];
-  KeptSample<kKind> places[2][kWeightPositions<kKind>];
+  struct Shared {
+    unsigned char grads[2][kGradBytes];
+    unsigned char samples[2][kSampleBytes];
+    KeptSample<kKind> places[2 * kProductThreads];
+    int deform_group, tap;  // of the block: here they take no registers
+  };
 };
 
-// Reads fragments of both operands of 16-bit elements.
-template <Kind kKind>
-__device__ __forceinline__ void load_transposed(uint32_t (&left)[2][4], uint32_t (&right)[4][2],
-                                                const unsigned char* grads, int output, const unsigned char* samples,
-                                                int channel, int slice) {
-  const unsigned lane = threadIdx.x % kWarp;
-  if constexpr (kUnitElements<kKind> == 8) {
-    SharedAddress rows[4];
-    uint32_t all[4][4];
+// A warp's operands in shared memory: output gradients, of 32 output channels, and samples, of kColumns times 8.
+template <Kind kKind, int kColumns>
+struct TransposedOperands {
+  unsigned left, right;  // where the lane's first row of a matrix lies, for elements of 16 bits
+
+  __device__ __forceinline__ TransposedOperands(int output, int channel) {
+    const unsigned lane = threadIdx.x % kWarp;
+    left = position_unit<kKind>(lane % 8 + lane / 16 * 8, output / 8 + lane / 8 % 2);
+    right = position_unit<kKind>(lane % 16, channel / 8 + lane / 16);
+  }
+
+  // Adds the products of a quarter of the positions.
+  __device__ __forceinline__ void add_slice(WarpProduct<kKind, 2, kColumns, true>& product, const unsigned char* grads,
+                                            int output, const unsigned char* samples, int channel, int slice) const {
+    uint32_t a[2][4];
+    if constexpr (kUnitElements<kKind> == 8) {
+      // Rows are aligned, so that the bits of the unit are bits of the address.
+      const int offset = slice * 16 * kRowBytes;
+      const SharedAddress first = shared_address(const_cast<unsigned char*>(grads)) + left;
+      const SharedAddress rows[2] = {first + offset, flip(first, 2 * kUnitBytes) + offset};
+      load_matrices<2, true>(a, rows);
+      const SharedAddress columns = shared_address(const_cast<unsigned char*>(samples)) + right;
 #pragma unroll
-    for (unsigned i = 0; i < 2; ++i) {
-      const unsigned position = slice * 16 + lane % 8 + lane / 16 * 8, unit = output / 8 + 2 * i + lane / 8 % 2;
-      rows[i] = shared_address(const_cast<unsigned char*>(grads + position_unit<kKind>(position, unit)));
-    }
+      for (unsigned j = 0; j < kColumns; j += 2) {
+        uint32_t pair[1][4];
+        const SharedAddress at[1] = {flip(columns, j * kUnitBytes) + offset};
+        load_matrices<1, true>(pair, at);
+        const uint32_t b[2][2] = {{pair[0][0], pair[0][1]}, {pair[0][2], pair[0][3]}};
+        product.add(static_cast<int>(j), a, b);
+      }
+    } else {
+      // Elements of 32 bits are read one by one.
+      const auto element = [](const unsigned char* rows, unsigned position, unsigned column) {
+        return *reinterpret_cast<const uint32_t*>(rows + position_unit<kKind>(position, column / 4) + column % 4 * 4);
+      };
+      const unsigned lane = threadIdx.x % kWarp, g = lane / 4, t = slice * 8 + lane % 4;
 #pragma unroll
-    for (unsigned j = 0; j < 2; ++j) {
-      const unsigned position = slice * 16 + lane % 16, unit = channel / 8 + 2 * j + lane / 16;
-      rows[2 + j] = shared_address(const_cast<unsigned char*>(samples + position_unit<kKind>(position, unit)));
-    }
-    load_matrices<4, true>(all, rows);
+      for (unsigned i = 0; i < 2; ++i) {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
+        for (unsigned k = 0; k < 4; ++k) a[i][k] = element(grads, t + k / 2 * 4, output + 16 * i + g + k % 2 * 8);
+      }
+      product.round_raw(a);
 #pragma unroll
-      for (int k = 0; k < 4; ++k) {
-        if (i < 2) {
-          left[i][k] = all[i][k];
-        } else {
-          right[2 * (i - 2) + k / 2][k % 2] = all[i][k];
+      for (unsigned j = 0; j < kColumns; j += 2) {
+        uint32_t b[2][2];
+#pragma unroll
+        for (unsigned k = 0; k < 4; ++k) {
+          b[k / 2][k % 2] = element(samples, t + k % 2 * 4, channel + 8 * (j + k / 2) + g);
         }
+        product.add(static_cast<int>(j), a, b);
       }
     }
-  } else {
-    // Elements of 32 bits are read one by one.
-    const auto element = [](const unsigned char* rows, unsigned position, unsigned column) {
-      return *reinterpret_cast<const uint32_t*>(rows + position_unit<kKind>(position, column / 4) + column % 4 * 4);
-    };
-    const unsigned g = lane / 4, t = slice * 8 + lane % 4;
-#pragma unroll
-    for (unsigned i = 0; i < 2; ++i) {
-#pragma unroll
-      for (unsigned k = 0; k < 4; ++k) left[i][k] = element(grads, t + k / 2 * 4, output + 16 * i + g + k % 2 * 8);
-    }
-#pragma unroll
-    for (unsigned j = 0; j < 4; ++j) {
-#pragma unroll
-      for (unsigned k = 0; k < 2; ++k) right[j][k] = element(samples, t + k * 4, channel + 8 * j + g);
-    }
   }
+};
+
+// What a block computes.
+struct WeightGradientPart {
+  int output, channel, local;  // the tile's first ones: in its group, of all, in its segment
+  int tap, split;
+
+  template <int kOutputs, int kChannels>
+  __device__ __forceinline__ static WeightGradientPart of_block(const WeightGradientSizes& sizes,
+                                                                int segment_channels) {
+    int index = static_cast<int>(block_index());
+    WeightGradientPart part;
+    part.output = index % sizes.output_tiles * kOutputs;
+    index /= sizes.output_tiles;
+    const int tile = index % sizes.channel_tiles();
+    index /= sizes.channel_tiles();
+    part.tap = index % sizes.reduction.taps, part.split = index / sizes.reduction.taps;
+    part.local = tile % sizes.segment_tiles * kChannels;
+    part.channel = tile / sizes.segment_tiles * segment_channels + part.local;
+    return part;
+  }
+};
+
+// Blocks that a multiprocessor shall hold: of the larger tiles two, where there is shared memory for them.
+DCN_HOST_DEVICE constexpr int weight_gradient_blocks(Kind kind, int outputs, int channels, int capability) {
+  const bool room = capability >= 90 && capability < 120;
+  return kind == Kind::kFloat32 || (outputs * channels > 128 * 64 && !room) ? 1 : 2;
 }
 
-// A block sums one tap of up to 128 output channels by up to 64 input channels over one part of the positions.
-template <Kind kKind>
-__global__ void __launch_bounds__(kProductThreads, kKind == Kind::kFloat32 ? 1 : 2)
+// A block sums one tap of up to kOutputs output channels by up to kChannels input channels over a part of the
+// positions.
+template <Kind kKind, int kOutputs, int kChannels>
+__global__ void __launch_bounds__(kProductThreads,
+                                  (weight_gradient_blocks(kKind, kOutputs, kChannels, kCompiledCapability)))
     weight_gradient_tensor_kernel(const WeightGradientSizes sizes, const Operands<Element<kKind>> operands,
                                   const Element<kKind>* grads, float* partials) {
   using T = Element<kKind>;
-  using Shared = WeightGradientShared<kKind>;
-  constexpr int kUnit = kUnitElements<kKind>, kPositions = kWeightPositions<kKind>;
-  constexpr int kSampleUnits = kWeightChannels / kUnit, kGradUnits = kWeightOutputs / kUnit;
-  constexpr int kGathers = kPositions * kSampleUnits / kProductThreads;
+  using Tile = WeightGradientTile<kKind, kOutputs, kChannels>;
+  constexpr int kUnit = kUnitElements<kKind>, kPositions = Tile::kPositions, kGathers = Tile::kGathers;
+  constexpr int kColumns = Tile::kWarpChannels / 8;
   DCN_DYNAMIC_SHARED(dynamic);
-  Shared& shared = *reinterpret_cast<Shared*>(dynamic);
+  auto& shared = *reinterpret_cast<typename Tile::Shared*>(dynamic);
   const DeformConv2dSizes& s = operands.sizes;
   const int channels = static_cast<int>(s.channels), width = static_cast<int>(s.width);
   const int out_channels = static_cast<int>(s.out_channels), taps = sizes.reduction.taps;
   const int thread = static_cast<int>(threadIdx.x), warp = thread / kWarp;
-  const int warp_output = warp / 2 * 32, warp_channel = warp % 2 * 32;
+  const int warp_output = warp / Tile::kWarpsAcross * 32;
+  const int warp_channel = warp % Tile::kWarpsAcross * Tile::kWarpChannels;
 
-  // What this block computes.
-  int index = static_cast<int>(blockIdx.x);
-  const int output_begin = index % sizes.output_tiles * kWeightOutputs;  // in its group
-  index /= sizes.output_tiles;
-  const int channel_tile = index % sizes.channel_tiles();
-  index /= sizes.channel_tiles();
-  const int tap = index % taps, split = index / taps;
-  const int segment = channel_tile / sizes.segment_tiles;  // counted over all groups
   const int segment_channels = sizes.reduction.units * kUnit;
-  const int local = channel_tile % sizes.segment_tiles * kWeightChannels;  // in its segment
-  const int channel_begin = segment * segment_channels + local, group = channel_begin / sizes.group_channels;
-  const int deform_group = channel_begin / sizes.deform_channels;
+  const auto part = WeightGradientPart::of_block<kOutputs, kChannels>(sizes, segment_channels);
+  const int group = part.channel / sizes.group_channels;
   const int steps = (sizes.rows + kPositions - 1) / kPositions;
-  const int begin = static_cast<int>(int64_t{steps} * split / sizes.splits);
-  const int end = static_cast<int>(int64_t{steps} * (split + 1) / sizes.splits);
+  const int begin = static_cast<int>(int64_t{steps} * part.split / sizes.splits);
+  const int end = static_cast<int>(int64_t{steps} * (part.split + 1) / sizes.splits);
 
-  int next_stage = 0;
+  const int copy_row = thread / Tile::kGradUnits, copy_output = part.output + thread % Tile::kGradUnits * kUnit;
+  const T* copy_from = grads + (int64_t{begin} * kPositions + copy_row) * out_channels + group * sizes.group_outputs +
+                       copy_output;  // of the next step
+  const unsigned copy_to = position_unit<kKind>(copy_row, thread % Tile::kGradUnits);
   const auto copy_grads = [&](int step) {
     if (step < end) {
-      const SharedAddress stage = shared_address(shared.grads[next_stage]);
-      const int unit = thread % kGradUnits, output = output_begin + unit * kUnit;
+      const SharedAddress to = shared_address(shared.grads[step % 2]) + copy_to;
+      const int rows = copy_output < sizes.group_outputs ? sizes.rows - step * kPositions - copy_row : 0;
 #pragma unroll
-      for (int i = 0; i < kPositions; i += kProductThreads / kGradUnits) {
-        const int position = thread / kGradUnits + i, row = step * kPositions + position;
-        const bool exists = row < sizes.rows && output < sizes.group_outputs;
-        const T* from = grads + (exists ? int64_t{row} * out_channels + group * sizes.group_outputs + output : 0);
-        copy_async(stage + position_unit<kKind>(position, unit), from, exists);
+      for (int i = 0; i < Tile::kCopies; ++i) {
+        const bool exists = i * Tile::kCopyRows < rows;
+        copy_async(to + i * Tile::kCopyRows * kRowBytes, exists ? copy_from : grads, exists);
+        copy_from += int64_t{out_channels} * Tile::kCopyRows;
       }
     }
     commit_copies();
-    next_stage = next_stage + 1 < kWeightStages ? next_stage + 1 : 0;
   };
-  const auto locate = [&](int step) {
-    if (thread >= kPositions || step >= end) return;
+  // Locates the samples of the steps that begin with this one.
+  const auto locate = [&](int step, int deform_group, int tap) {
     KeptSample<kKind> place{};
-    const int row = step * kPositions + thread, image = row / sizes.positions;
+    const int row = step / Tile::kLocatedSteps * kProductThreads + thread, image = row / sizes.positions;
     if (row < sizes.rows) {
       place =
           keep_sample<kKind>(place_sample<float>(operands, image, row % sizes.positions, deform_group, tap), image, s);
     }
-    shared.places[step % 2][thread] = place;
+    shared.places[row % (2 * kProductThreads)] = place;
   };
-  Interpolation<kKind> interpolation[kGathers];
-  const int gather_unit = thread % kSampleUnits, gather_position = thread / kSampleUnits;
-  const auto start = [&](int step) {
-#pragma unroll
-    for (int i = 0; i < kGathers; ++i) {
-      const KeptSample<kKind>* place = &shared.places[step % 2][gather_position + i * (kProductThreads / kSampleUnits)];
-      interpolation[i].start(place, local + gather_unit * kUnit < segment_channels, operands.images,
-                             channel_begin / kUnit + gather_unit, channels / kUnit, width);
-    }
+  Interpolation<kKind> interpolation;
+  const int gather_unit = thread % Tile::kSampleUnits, gather_row = thread / Tile::kSampleUnits;
+  const bool gather_exists = part.local + gather_unit * kUnit < segment_channels;
+  const uint32_t gather_first = static_cast<uint32_t>(part.channel) / kUnit + gather_unit;
+  const auto start = [&](int step, int i) {
+    const int first = step * kPositions % (2 * kProductThreads) + gather_row;
+    interpolation.start(&shared.places[first + i * Tile::kGatherRows], gather_exists, operands.images, gather_first,
+                        static_cast<uint32_t>(channels) / kUnit, width);
   };
-  const auto finish = [&](int step) {
-#pragma unroll
-    for (int i = 0; i < kGathers; ++i) {
-      const int position = gather_position + i * (kProductThreads / kSampleUnits);
-      store_unit(shared.samples[step % 2] + position_unit<kKind>(position, gather_unit), interpolation[i].finish());
-    }
+  const auto finish = [&](int step, int i) {
+    // Found again: to keep it would take a register too many.
+    const unsigned at = thread_index();
+    unsigned char* to =
+        shared.samples[step % 2] + position_unit<kKind>(at / Tile::kSampleUnits, at % Tile::kSampleUnits);
+    store_unit(to + i * Tile::kGatherRows * kRowBytes, interpolation.finish());
   };
 
-#pragma unroll
-  for (int i = 0; i < kWeightStages - 1; ++i) copy_grads(begin + i);
-  locate(begin), locate(begin + 1);
+  copy_grads(begin);
+  const int deform_group = part.channel / sizes.deform_channels;
+  if (thread == 0) shared.deform_group = deform_group, shared.tap = part.tap;
+  locate(begin, deform_group, part.tap);
+  if ((begin + 1) % Tile::kLocatedSteps == 0) locate(begin + 1, deform_group, part.tap);
   __syncthreads();
-  start(begin), finish(begin);
+#pragma unroll
+  for (int i = 0; i < kGathers; ++i) start(begin, i), finish(begin, i);
 
-  WarpProduct<kKind, 2, 4, true> product;
-  int stage = 0;
+  WarpProduct<kKind, 2, kColumns, true> product;
+  const TransposedOperands<kKind, kColumns> loads(warp_output, warp_channel);
   for (int step = begin; step < end; ++step) {
-    wait_copies<kWeightStages - 2>();
+    wait_copies<0>();
     __syncthreads();
-    copy_grads(step + kWeightStages - 1);
+    copy_grads(step + 1);
     const bool more = step + 1 < end;
-    if (more) start(step + 1);
 #pragma unroll kUnrolledSlices < kKind>
     for (int slice = 0; slice < 4; ++slice) {
-      uint32_t left[2][4], right[4][2];
-      load_transposed<kKind>(left, right, shared.grads[stage], warp_output, shared.samples[step % 2], warp_channel,
-                             slice);
-      product.add_fragments(left, right);
+      // What is loaded here arrives while the tensor cores are busy.
+      constexpr int kSlices = 4 / kGathers;  // for a gather
+      if (more && slice % kSlices == 0) start(step + 1, slice / kSlices);
+      loads.add_slice(product, shared.grads[step % 2], warp_output, shared.samples[step % 2], warp_channel, slice);
+      if (more && slice % kSlices == kSlices - 1) finish(step + 1, slice / kSlices);
     }
     product.end_step();
-    if (more) finish(step + 1);
-    locate(step + 2);
-    stage = stage + 1 < kWeightStages ? stage + 1 : 0;
+    if ((step + 2) % Tile::kLocatedSteps == 0 && step + 2 < end) locate(step + 2, shared.deform_group, shared.tap);
   }
   wait_copies<0>();
 
+  // Computed again, so that the loop need not keep it in registers.
+  const auto result = WeightGradientPart::of_block<kOutputs, kChannels>(sizes, segment_channels);
+  const int first_output = result.channel / sizes.group_channels * sizes.group_outputs;
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
 #pragma unroll
-    for (int e = 0; e < 4; ++e) {
-      const int output = output_begin + warp_output + product.row(i, e);
-      const int out_channel = group * sizes.group_outputs + output;
+    for (int e = 0; e < 4; e += 2) {
+      const int output = result.output + warp_output + product.row(i, e);
+      if (output >= sizes.group_outputs) continue;
+      // The first channel of the output channel's group in the convolution.
+      const int out_channel = first_output + output;
+      const int first = out_channel / sizes.conv_outputs * sizes.conv_channels;
+      float* to =
+          partials + ((int64_t{result.split} * out_channels + out_channel) * taps + result.tap) * sizes.conv_channels;
 #pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        const int column = warp_channel + product.column(j, e), channel = channel_begin + column;
-        if (output >= sizes.group_outputs || local + column >= segment_channels) continue;
-        if (out_channel / sizes.conv_outputs != channel / sizes.conv_channels) continue;
-        partials[((int64_t{split} * out_channels + out_channel) * taps + tap) * sizes.conv_channels +
-                 channel % sizes.conv_channels] = product.value[i][j][e];
+      for (int j = 0; j < kColumns; ++j) {
+#pragma unroll
+        for (int k = 0; k < 2; ++k) {
+          const int column = warp_channel + product.column(j, k), channel = result.channel + column - first;
+          if (result.local + column >= segment_channels || channel < 0 || channel >= sizes.conv_channels) continue;
+          to[channel] = product.value[i][j][e + k];
+        }
       }
     }
   }

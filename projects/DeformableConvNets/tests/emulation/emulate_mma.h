@@ -14,6 +14,8 @@ namespace dcn::cuda {
 using SharedAddress = unsigned char*;
 inline SharedAddress shared_address(void* pointer) { return static_cast<unsigned char*>(pointer); }
 inline unsigned block_index() { return blockIdx.x; }
+inline unsigned thread_index() { return threadIdx.x; }
+inline uint64_t multiply_wide(uint32_t a, uint32_t b) { return uint64_t{a} * b; }
 
 inline SharedAddress flip(SharedAddress address, unsigned bits) {
   return reinterpret_cast<SharedAddress>(reinterpret_cast<uintptr_t>(address) ^ bits);

@@ -78,3 +78,9 @@ extern "C" __attribute__((visibility("default"))) void dcn_emulate_device(int ca
                                                                           int shared_bytes) {
   dcn::emulate::Machine::get().device = {capability, multiprocessors, shared_bytes};
 }
+
+// What plan.h decides.
+extern "C" __attribute__((visibility("default"))) int dcn_emulate_weight_gradient_splits(int64_t tiles, int64_t steps,
+                                                                                         int64_t slots, int64_t bytes) {
+  return dcn::cuda::weight_gradient_splits(tiles, steps, slots, bytes);
+}

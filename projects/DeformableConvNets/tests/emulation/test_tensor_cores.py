@@ -17,7 +17,8 @@ from torch import Tensor
 from dcn_d2.ops import reference
 from tests.ops.samples import ConvSample, by_name
 
-from .emulator import GREEDY_WARP, PROJECT, ROUND_ROBIN, SANITIZED, call, emulate
+from .emulator import GREEDY_WARP, ROUND_ROBIN, SANITIZED, call, emulate
+from .test_cuda_kernels import barriers as barriers_of
 from .test_cuda_kernels import conv_values
 
 # Of csrc/cuda/mma.cuh.
@@ -41,6 +42,8 @@ SAMPLES = [
     ConvSample("small_groups", channels=64, out_channels=64, groups=16, deform_groups=2, size=(6, 7), spread=30.0),
     ConvSample("groups_across_deform_groups", channels=48, out_channels=24, groups=3, deform_groups=2, dilation=(1, 2)),
     ConvSample("many_taps", channels=16, out_channels=8, kernel=(4, 5), padding=(2, 2), size=(7, 7)),
+    ConvSample("many_channels", channels=136, out_channels=8, size=(4, 5), kernel=(2, 1), padding=(1, 0)),
+    ConvSample("many_positions", channels=8, out_channels=8, size=(19, 31), kernel=(1, 1), padding=(0, 0)),
     ConvSample("one_pixel", channels=8, out_channels=8, size=(1, 1), batch=1),
 ]
 
@@ -103,6 +106,16 @@ def test_deform_conv2d(sample: ConvSample, schedule: int, arithmetic: str, confi
         assert error < tolerance, name
 
 
+@pytest.mark.parametrize(("dtype", "limit"), [(torch.bfloat16, 5e-3), (torch.float16, 7e-4)], ids=str)
+def test_packed_interpolation_costs_little_accuracy(dtype: torch.dtype, limit: float, configure: Any) -> None:
+    """Each of the four terms of a 16-bit sample rounds the sum. Over many channels the errors do not add up."""
+    configure(ROUND_ROBIN)
+    values = conv_values(ConvSample("deep", channels=128, out_channels=64, size=(6, 7), batch=1, bias=False), dtype)
+    found = emulate("deform_conv2d", values)
+    expected = call(reference, "deform_conv2d", exact(values))
+    assert float((found["output"].double() - expected).norm() / expected.norm()) < limit
+
+
 @pytest.mark.parametrize("arithmetic", ONE_OF_EACH_SIZE)
 def test_memory_formats_and_strides(arithmetic: str, configure: Any) -> None:
     configure(ROUND_ROBIN)
@@ -149,6 +162,24 @@ def test_the_widest_tiles(arithmetic: str, memory_format: torch.memory_format, c
         assert error < tolerance, name
 
 
+# Of 3x3 convolutions with 128 channels on 100x152 pixels, 256 on 50x76 and 512 on 25x38, cut into tiles of 128x128 or
+# 256x64; on 132 multiprocessors with two blocks each.
+@pytest.mark.parametrize(
+    ("tiles", "positions", "megabytes", "splits"),
+    [(9, 15200, 0.6, {2: 28, 16: 29}), (36, 3800, 2.4, {2: 7, 16: 7}), (144, 950, 9.4, {2: 1, 16: 3})],
+)
+def test_splits_of_the_weight_gradient_fill_waves(
+    tiles: int, positions: int, megabytes: float, splits: dict[int, int], library_path: str
+) -> None:
+    choose = ctypes.CDLL(library_path).dcn_emulate_weight_gradient_splits
+    for batch, expected in splits.items():
+        found = choose(*map(ctypes.c_int64, (tiles, -(-batch * positions // 64), 264, int(megabytes * 1e6))))
+        assert found == expected
+    # No part has fewer than four steps, and partial results have a limit.
+    assert choose(*map(ctypes.c_int64, (1, 7, 264, 100))) == 1
+    assert choose(*map(ctypes.c_int64, (1, 1000, 264, 17 << 20))) == 1
+
+
 def test_devices_without_the_instructions_or_the_shared_memory(configure: Any, device: Any) -> None:
     configure(ROUND_ROBIN)
     values = conv_values(SAMPLES[2], torch.bfloat16)
@@ -167,15 +198,58 @@ def test_infinities_that_no_sample_reads_stay_out(configure: Any) -> None:
         assert not output.any()
 
 
+def on_one_place(values: dict[str, Any], sample: ConvSample) -> dict[str, Any]:
+    """The operands with offsets that bring all samples between the same four pixels."""
+    axes = [
+        torch.arange(out)[:, None] * stride - padding + torch.arange(kernel) * dilation
+        for out, stride, padding, kernel, dilation in zip(
+            sample.out_size, sample.stride, sample.padding, sample.kernel, sample.dilation
+        )
+    ]
+    place = [torch.rand(values["mask"].shape[0], *sample.kernel, *sample.out_size) + least for least in (1, 2)]
+    y = place[0] - axes[0].T[None, :, None, :, None]
+    x = place[1] - axes[1].T[None, None, :, None, :]
+    offset = torch.stack([y, x], 3).reshape(values["offset"].shape)
+    return values | {"offset": offset.to(values["offset"].dtype)}
+
+
+@pytest.mark.parametrize("capability", [75, 90])
+@pytest.mark.parametrize("size", [(6, 7), (4, 4)])
+def test_samples_that_all_read_the_same_pixels(
+    size: tuple[int, int], capability: int, configure: Any, device: Any
+) -> None:
+    """More than a block keeps, listed by threads that come in one order or another: the same bits."""
+    device(capability, 4, SHARED_BYTES)
+    sample = ConvSample("one_place", channels=8, out_channels=8, size=size)
+    values = on_one_place(conv_values(sample, torch.float32), sample)
+    configure(ROUND_ROBIN)
+    found = emulate("deform_conv2d", values)
+    assert max(errors(values, found).values()) < 1e-5
+    configure(GREEDY_WARP)
+    assert torch.equal(emulate("deform_conv2d", values)["input"], found["input"])
+
+
+@pytest.mark.parametrize("line", barriers_of("sample_lists.cuh"))
+def test_a_removed_barrier_of_lists_is_noticed(configure: Any, line: int) -> None:
+    sample = ConvSample("one_place", channels=8, out_channels=8, size=(20, 20), batch=1, kernel=(1, 2), padding=(0, 1))
+    values = on_one_place(conv_values(sample, torch.float32), sample)
+    configure(ROUND_ROBIN)
+    expected = emulate("deform_conv2d", values)["input"]
+
+    def run(schedule: int) -> bool:
+        configure(schedule, line, "sample_lists.cuh")
+        try:
+            return not torch.equal(emulate("deform_conv2d", values)["input"], expected)
+        except RuntimeError as error:
+            return "emulated kernel" in str(error)
+
+    assert any(changes_something(functools.partial(run, schedule)) for schedule in (ROUND_ROBIN, GREEDY_WARP))
+
+
 def barriers() -> list[tuple[str, int]]:
     """Files and lines of the barriers of the kernels that the tests of this file run."""
     files = ("product.cuh", "offset_gradient.cuh", "weight_gradient.cuh")
-    return [
-        (file, number)
-        for file in files
-        for number, line in enumerate((PROJECT / "csrc/cuda" / file).read_text().splitlines(), 1)
-        if "__syncthreads()" in line
-    ]
+    return [(file, number) for file in files for number in barriers_of(file)]
 
 
 def changes_something(run: Callable[[], bool]) -> bool:

@@ -20,7 +20,7 @@ TENSOR_CORE_KERNELS = {
     "product_kernel<SampleGather>": 11,
     "product_kernel<ListGather>": 9,
     "offset_gradient_kernel": 4,
-    "weight_gradient_tensor_kernel": 4,
+    "weight_gradient_tensor_kernel": 10,
 }
 HAS_TENSOR_CORES = 80  # from this architecture on mma.cuh has instructions for them
 
