@@ -62,8 +62,8 @@ constexpr int64_t kMostPartialBytes = int64_t{16} << 20;
 
 // The tile and the number of splits with the least estimated time. In units of the tensor cores' time for 64 columns, a
 // step takes as long as its columns and the gathering, and a split writes and reads its partial results once. Of all
-// that were tried on an H200 (the shapes of benchmarks/deform_conv2d.py in bfloat16 with 1, 2 and 16 images, forward and
-// the gradient by the input), the choices were the fastest, but for one image of c3, where they cost 9 %.
+// that were tried on an H200 (the shapes of benchmarks/deform_conv2d.py in bfloat16 with 1, 2 and 16 images, forward
+// and the gradient by the input), the choices were the fastest, but for one image of c3, where they cost 9 %.
 inline Cut cut_product(const ProductSizes& sizes, int64_t multiprocessors, int64_t most_columns) {
   const int64_t rows = sizes.row_tiles(), steps = sizes.packing.reduction.steps();
   const double gathering = 1.5, start = 6.0, partial = 1.0;
