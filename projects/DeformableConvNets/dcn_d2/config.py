@@ -32,6 +32,7 @@ def add_dcn_config(cfg: CN) -> None:
 
     # Memory format of the weights of dcn_d2's backbones, and with them of all feature maps: "contiguous",
     # "channels_last", or "auto": channels_last on CPU, where it was measured to be the faster one, else contiguous.
+    # (On an H200 in float16, channels_last made inference of a Faster R-CNN 9 % faster and training 4 % slower.)
     # Results are the same up to rounding.
     add(dcn, "MEMORY_FORMAT", "auto")
 

@@ -169,6 +169,7 @@ deformops() {
 }
 memory() {
   "$python" benchmarks/deform_conv2d.py --device cuda --quick --memory --dtype bfloat16 \
+    --peers torchvision autocast \
     --output "$work/deform_conv2d_memory_cuda_bfloat16.json"
 }
 
@@ -228,13 +229,14 @@ profile() {
 # Without torch's cache every tensor is an allocation of its own, whose bounds can be checked. The smallest samples:
 # the tools slow kernels down a hundredfold. torch and its libraries ask the driver for what it may not have, which the
 # tools would take for errors; our own calls and launches are checked where they are made.
+# shellcheck disable=SC2046
 sanitize() {
   local tool
   tool=$(find_tool compute-sanitizer)
   [ "$tool" ] || { echo "compute-sanitizer was not found (PATH, /usr/local/cuda/bin)"; return 77; }
   PYTORCH_NO_CUDA_MEMORY_CACHING=1 run_tests \
     'cuda and equals_reference and (uneven or tensor_cores or roi_pools and modulated)' \
-    "$tool" --tool "$1" --error-exitcode 9 --target-processes all --report-api-errors no "$python" -m pytest
+    "$tool" --tool "$1" --error-exitcode 9 --target-processes all --report-api-errors no "$python" -m pytest $(workers)
 }
 memcheck() { sanitize memcheck; }
 racecheck() { sanitize racecheck; }
@@ -280,13 +282,16 @@ if [ -z "${DCN_LIBRARY:-}" ] && [ -f "$root/.gpu/_C.abi3.so" ]; then
     library_note="the library in .gpu/ was made from other sources than these: not used"
   fi
 fi
-# The benchmarks write the commit into their results. Without git it is the one that was packed.
-if [ -z "${DCN_COMMIT:-}" ] && ! git rev-parse HEAD >/dev/null 2>&1 && [ "$(packed commit)" ]; then
-  DCN_COMMIT=$(packed commit)
-  if [ "$(packed changes)" != 0 ] || [ "$(packed project)" != "$(digest . csrc setup.py dcn_d2 benchmarks tests dev)" ]; then
-    DCN_COMMIT+=" with changes"
+# The benchmarks write the commit into their results. It is the one that was packed if nothing was changed since: what git
+# says here may be about another tree, as where only the files were copied into one. Otherwise git knows best.
+if [ -z "${DCN_COMMIT:-}" ] && [ "$(packed commit)" ]; then
+  if [ "$(packed project)" = "$(digest . csrc setup.py dcn_d2 benchmarks tests dev)" ]; then
+    DCN_COMMIT=$(packed commit)
+    [ "$(packed changes)" = 0 ] || DCN_COMMIT+=" with changes"
+  elif ! git rev-parse HEAD >/dev/null 2>&1; then
+    DCN_COMMIT="$(packed commit) with changes"
   fi
-  export DCN_COMMIT
+  [ -z "${DCN_COMMIT:-}" ] || export DCN_COMMIT
 fi
 
 {

@@ -58,7 +58,10 @@ def performance(results: Path = PROJECT / "results") -> str:
     for name, (make, introduction) in benchmarks.items():
         # A file may say after the device what else is special about it, such as its dtype.
         files = [path for device in ("cpu", "cuda") for path in sorted(results.glob(f"{name}_{device}*.json"))]
-        parts += [introduction, *(make(path) for path in files)] if files else []
+        tables = [make(path) for path in files if name != "deform_conv2d" or "_cuda" not in path.name]
+        if name == "deform_conv2d" and (of_gpu := [path for path in files if "_cuda" in path.name]):
+            tables += [GPU_CONVOLUTION, gpu_convolution_table(of_gpu)]
+        parts += [introduction, *tables] if files else []
     return "\n\n".join([SPEED, *parts]) if parts else ""
 
 
@@ -68,10 +71,15 @@ SPEED = (
     "[benchmarks](projects/DeformableConvNets/benchmarks) measures them again."
 )
 CONVOLUTION = (
-    "Milliseconds of one 3x3 layer of a ResNet-50 at 800 x 1216 (modulated, one deform group; batch 1 if not said "
-    "otherwise), each implementation in its faster memory format. The price is the time of dcn_d2 over that of the "
-    "plain convolution. torchvision has no bfloat16 kernel: there it computes in float32. On a GPU, operands are in "
-    "the cache from the call before (hot) or in none (rotated)."
+    "Milliseconds of one 3x3 layer of a ResNet-50 at 800 x 1216 (batch 1, modulated, one deform group), each "
+    "implementation in its faster memory format. The price is the time of dcn_d2 over that of the plain convolution. "
+    "torchvision has no bfloat16 kernel: there it computes in float32."
+)
+GPU_CONVOLUTION = (
+    "The same layers on a GPU, in microseconds: cuDNN's plain convolution / dcn_d2, and the price in brackets. "
+    "Operands are in the cache from the call before, where they fit. tf32 is float32 with torch's default "
+    "`torch.backends.cudnn.allow_tf32 = True`; without it, sums are as exact as those of float32. The last column is "
+    "torchvision's operator under `torch.autocast` with bfloat16."
 )
 MEMORY = "Mebibytes that the same layers need at most, on top of their inputs and outputs, in the memory format named."
 ROI_POOLING = (
@@ -90,9 +98,8 @@ USUAL = {"stride": 1, "groups": 1, "deform_groups": 1, "mask": True}
 def usual_rows(document: dict[str, Any]) -> list[dict[str, Any]]:
     """The rows of a result file that its table shows: one image on a CPU, batches on a GPU."""
     batches = (2, 16) if document.get("device") == "cuda" else (1,)
-    return [
-        row for row in document["rows"] if USUAL.items() <= row["shape"].items() and row["shape"]["batch"] in batches
-    ]
+    rows = [row for row in document["rows"] if USUAL.items() <= row["shape"].items()]
+    return [row for row in rows if row["shape"]["batch"] in batches and row.get("buffers", "hot") == "hot"]
 
 
 def performance_table(path: Path) -> str:
@@ -102,13 +109,30 @@ def performance_table(path: Path) -> str:
     for row in sorted(usual_rows(document), key=lambda row: row["threads"]):
         ours, plain, *peers = (fastest(row, name) for name in ("dcn_d2", "conv", "torchvision", "onnxruntime"))
         times = [plain, ours, quotient(ours, plain), *peers]
-        lines.append([layer(row["shape"]), row["pass"], row.get("buffers", str(row["threads"])), *numbers(*times)])
-    on_gpu = document.get("device") == "cuda"
-    header = ["layer", "pass", "operands" if on_gpu else "threads", "plain convolution", "dcn_d2", "price"]
-    header += ["torchvision", "ONNX Runtime"]
-    if on_gpu:  # ONNX Runtime takes part on CPUs only
-        header, lines = header[:-1], [line[:-1] for line in lines]
+        lines.append([layer(row["shape"]), row["pass"], str(row["threads"]), *numbers(*times)])
+    header = ["layer", "pass", "threads", "plain convolution", "dcn_d2", "price", "torchvision", "ONNX Runtime"]
     return f"{caption(path, document)}\n\n{table(header, lines)}"
+
+
+def gpu_convolution_table(paths: list[Path]) -> str:
+    """The default shapes of all dtypes that benchmarks/deform_conv2d.py has measured on a GPU, in one table."""
+    documents = [json.loads(path.read_text()) for path in paths]
+    cells: dict[tuple[str, str], dict[str, str]] = {}
+    for row in (row for document in documents for row in usual_rows(document)):
+        line = cells.setdefault((layer(row["shape"]), row["pass"]), {})
+        plain, ours, theirs = (fastest(row, name) for name in ("conv", "dcn_d2", "autocast"))
+        if plain and ours:
+            line[row["dtype"]] = f"{plain * 1e3:.0f} / {ours * 1e3:.0f} ({ours / plain:.2f})"
+        if theirs and row["dtype"] == "bfloat16":
+            line["torchvision"] = f"{theirs * 1e3:.0f}"
+    dtypes = [dtype for dtype in ("bfloat16", "float16", "tf32", "float32") if any(dtype in c for c in cells.values())]
+    columns = [*dtypes, "torchvision"]
+    lines = [[*place, *(line.get(column, "") for column in columns)] for place, line in cells.items()]
+    origins: dict[str, list[str]] = {}
+    for path, document in zip(paths, documents):
+        origins.setdefault(origin(document, ""), []).append(link(path))
+    captions = [f"{words} ({', '.join(links)}):" for words, links in origins.items()]
+    return "\n\n".join([*captions, table(["layer", "pass", *columns], lines)])
 
 
 def memory_table(path: Path) -> str:
@@ -168,14 +192,21 @@ def numbers(*values: float | None) -> list[str]:
 
 
 def caption(path: Path, document: dict[str, Any]) -> str:
-    """What stands above a table: where, with what and when the numbers of a result file were measured."""
+    """What stands above the table of one result file."""
+    return f"{origin(document, document['rows'][0]['dtype'] + ', ')} ({link(path)}):"
+
+
+def origin(document: dict[str, Any], dtype: str) -> str:
+    """Where, with what and when the numbers of a result file were measured."""
     environment = document["environment"]
     versions = ", ".join(f"{name} {version}" for name, version in environment["versions"].items())
     commit = environment["commit"] + (" with changes" if environment["uncommitted_changes"] else "")
-    return (
-        f"{environment['device']}, {document['rows'][0]['dtype']}, {versions}, commit {commit}, {environment['date']} "
-        f"([{path.name}](projects/DeformableConvNets/results/{path.name})):"
-    )
+    return f"{environment['device']}, {dtype}{versions}, commit {commit}, {environment['date']}"
+
+
+def link(path: Path) -> str:
+    """A link to a result file."""
+    return f"[{path.name}](projects/DeformableConvNets/results/{path.name})"
 
 
 def fastest(row: dict[str, Any], name: str) -> Any:

@@ -275,6 +275,22 @@ def test_results_name_the_packed_commit_and_whether_it_is_what_ran(tree: Path, c
     assert Run(tree, "load").summary.startswith(f"gpu_check_some, commit {words}, ")
 
 
+@pytest.mark.parametrize("changed", [False, True])
+def test_a_repository_of_another_commit_around_the_tree_does_not_name_the_results(tree: Path, changed: bool) -> None:
+    """As where the files of a tree were copied over an older checkout."""
+    root = tree.parents[1]
+    commands = ["init -q", "-c user.name=a -c user.email=a@example.org commit -q --allow-empty -m old"]
+    for command in commands:
+        subprocess.run(["git", *command.split()], cwd=root, check=True, capture_output=True)
+    head = subprocess.run(
+        ["git", "rev-parse", "--short=12", "HEAD"], cwd=root, check=True, capture_output=True, text=True
+    ).stdout.strip()
+    pack(tree)
+    if changed:  # since it was packed: then git's answer counts
+        (tree / "benchmarks/x.py").write_text("x = 1\n")
+    assert Run(tree, "load").summary.startswith(f"gpu_check_some, commit {head if changed else 'abc123def456'}, ")
+
+
 def test_a_wheel_that_does_not_fit_keeps_no_other_out(tree: Path) -> None:
     wheels = tree.parents[1] / ".whl"
     wheels.mkdir()

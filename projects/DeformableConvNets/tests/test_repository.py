@@ -161,21 +161,24 @@ def test_readme_speed_comes_from_result_files(tmp_path: Path) -> None:
     assert text.count("| c3") == 1
 
 
-def test_readme_shows_batches_of_a_gpu_and_leaves_gaps_where_nothing_was_measured(tmp_path: Path) -> None:
+def test_readme_shows_all_dtypes_of_a_gpu_in_one_table_with_gaps(tmp_path: Path) -> None:
     shape = {"name": "c3", "channels": 128, "height": 100, "width": 152}
     shape |= {"batch": 2, "stride": 1, "groups": 1, "deform_groups": 1, "mask": True}
-    row: dict[str, Any] = {"pass": "forward", "dtype": "tf32", "threads": 1, "buffers": "hot", "shape": shape}
-    times = {"conv NHWC": {"median": 0.02}, "dcn_d2 NHWC": {"median": 0.05}}
-    rows = [row | {"milliseconds": times}, row | {"milliseconds": {"dcn_d2 NHWC": {"median": 0.05}}}]
-    rows.append(row | {"shape": shape | {"batch": 1}, "milliseconds": times})
+    row: dict[str, Any] = {"pass": "forward", "threads": 1, "buffers": "hot", "shape": shape}
+    times = {"conv NHWC": {"median": 0.02}, "dcn_d2 NHWC": {"median": 0.05}, "autocast torchvision": {"median": 0.8}}
     environment = {"device": "Some GPU", "versions": {}, "commit": "abc", "date": "2026-01-02"}
-    document = {"device": "cuda", "environment": environment | {"uncommitted_changes": None}, "rows": rows}
-    (tmp_path / "deform_conv2d_cuda_tf32.json").write_text(json.dumps(document))
+    head = {"device": "cuda", "environment": environment | {"uncommitted_changes": None}}
+    for dtype, milliseconds in (("tf32", times), ("bfloat16", times), ("float32", {"dcn_d2 NHWC": {"median": 0.4}})):
+        rows = [row | {"dtype": dtype, "milliseconds": milliseconds}]
+        rows.append(rows[0] | {"buffers": "rotated", "milliseconds": {}})
+        rows.append(rows[0] | {"shape": shape | {"batch": 1}})
+        (tmp_path / f"deform_conv2d_cuda_{dtype}.json").write_text(json.dumps(head | {"rows": rows}))
     lines = readme.performance(tmp_path).splitlines()
-    assert lines[-2:] == [
-        "| c3: 128 x 100 x 152, batch 2 | forward | hot | 0.02 | 0.05 | 2.5 |  |",
-        "| c3: 128 x 100 x 152, batch 2 | forward | hot |  | 0.05 |  |  |",
-    ]
+    assert lines[-3] == "| layer | pass | bfloat16 | tf32 | torchvision |"
+    cell = "20 / 50 (2.50)"
+    assert lines[-1] == f"| c3: 128 x 100 x 152, batch 2 | forward | {cell} | {cell} | 800 |"
+    (caption,) = [line for line in lines if "Some GPU" in line]  # one for all files
+    assert all(f"[deform_conv2d_cuda_{dtype}.json]" in caption for dtype in ("bfloat16", "float32", "tf32"))
 
 
 @pytest.mark.slow
