@@ -21,19 +21,22 @@
 # does not load is built again there, if there is a compiler.
 set -uo pipefail
 
-dev=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-script=$dev/$(basename "${BASH_SOURCE[0]}")
+script=$(readlink -f "${BASH_SOURCE[0]}")
+dev=$(dirname "$script")
 project=$(dirname "$dev")
 root=$(cd "$project/../.." && pwd)
 results=${RESULTS:-${OUT:-$project/build/gpu_check}}
 mkdir -p "$results" && results=$(cd "$results" && pwd) || exit 2
 python=${PYTHON:-$root/.venv/bin/python}
-[ -x "$(command -v "$python")" ] || python=python3
+if [ ! -x "$(command -v "$python")" ]; then
+  [ -z "${PYTHON:-}" ] || { echo "gpu_check: PYTHON=$PYTHON is no program that can be run" >&2; exit 2; }
+  python=python3
+fi
 python=$(command -v "$python") || { echo "gpu_check: no Python was found; name one: PYTHON=python3.12" >&2; exit 2; }
 [[ $python = /* ]] || python=$PWD/$python
 cd "$project" || exit 2
 # shellcheck source=dev/digest.sh
-. "$dev/digest.sh"
+. "$dev/digest.sh" || exit 2
 
 first="load kernels price profile"
 full="load tests bfloat16 tf32 float32 float16 times detector pooling determinism training memory memcheck"
@@ -103,7 +106,8 @@ load() {
   install_wheels
   check_library
   status=$?
-  ((status == 3)) || return "$status"
+  # A library that is cut off ends Python by a signal.
+  ((status == 3 || status >= 128)) || return "$status"
   echo "gpu_check: building the library here"
   unset DCN_LIBRARY
   echo >"$work/built"  # from now on the library of this tree counts
@@ -253,6 +257,10 @@ if [ "${DCN_GPU_CHECK_STAGE:-}" ]; then
 fi
 
 mode=some seconds=480
+case "$# ${1:-}" in
+  *" -h" | *" --help") sed -n '3,/^set /{/^set /!s/^# \{0,1\}//p}' "$script"; exit ;;
+  [2-9]*" first" | [2-9]*" full") echo "gpu_check: the modes first and full take no further stages" >&2; exit 2 ;;
+esac
 case "${1:-}" in
   first) mode=first seconds=240 stages=$first ;;
   full) mode=full stages=$full ;;

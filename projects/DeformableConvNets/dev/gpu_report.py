@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 DTYPES = ("bfloat16", "float16", "tf32", "float32")
 PASSES = ("forward", "forward+backward")
 SHOWN_KERNELS = 9
+TESTS = ("kernels:", "tests:", "determinism:")
 SHOWN_FAILURES = 5
 TO_MICROSECONDS = {"n": 1e-3, "u": 1.0, "m": 1e3, "s": 1e6}  # by a unit's first letter
 
@@ -38,7 +39,7 @@ def read_rows(path: Path) -> Rows:
 def failures(folder: Path) -> Iterator[str]:
     """For every stage that failed, the lines of its output that say why."""
     verdicts = (folder / "verdicts.txt").read_text() if (folder / "verdicts.txt").exists() else ""
-    for stage in re.findall(r"^FAIL (\w+)", verdicts, re.M):
+    for stage, reason in re.findall(r"^FAIL (\w+) \((.*)\)", verdicts, re.M):
         path = folder / f"{stage}.txt"
         lines = (
             [line for line in path.read_text(errors="replace").splitlines() if line.strip()] if path.exists() else []
@@ -46,7 +47,7 @@ def failures(folder: Path) -> Iterator[str]:
         telling = [line for line in lines if re.match(r"(FAILED|ERROR) |\w*(Error|Exception)\b.*:|gpu_check: ", line)]
         chosen = telling[:SHOWN_FAILURES] or lines[-2:]
         more = f" (and {len(telling) - len(chosen)} more)" if len(telling) > len(chosen) else ""
-        yield f"{stage}:{more}"
+        yield f"{stage}: {reason}{more}"
         yield from (f"  {line[:160]}" for line in chosen)
 
 
@@ -148,7 +149,7 @@ def next_steps(folder: Path, failed: bool) -> Iterator[str]:
     import goals_cuda
 
     if failed:
-        yield "the failures above come first: no time counts where a result is wrong"
+        yield "a test failed, see above: no time counts where a result is wrong"
     rows: dict[str, Rows] = {}
     for path in folder.glob("*_cuda*.json"):
         benchmark = path.name.partition("_cuda")[0]
@@ -166,7 +167,7 @@ def next_steps(folder: Path, failed: bool) -> Iterator[str]:
     if answers:
         yield "goals: " + ", ".join(f"{answers.count(answer)} {answer}" for answer in ("yes", "no", "not measured"))
     for by, words in sorted(missed, reverse=True)[:SHOWN_FAILURES]:
-        yield f"missed by {by:.1f} times: {words[:170]}"
+        yield f"missed by {by:.1f} times: {words[:140]}"
 
 
 def main(folder: Path) -> None:
@@ -177,7 +178,7 @@ def main(folder: Path) -> None:
         ("", list(price_table(folder))),
         ("", list(kernel_table(folder))),
         ("", list(counter_table(folder))),
-        ("next", list(next_steps(folder, bool(wrong)))),
+        ("look at first", list(next_steps(folder, any(line.startswith(TESTS) for line in wrong)))),
     ):
         if lines:
             print(*([f"-- {title}"] if title else []), *lines, sep="\n")

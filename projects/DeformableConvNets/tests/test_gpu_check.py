@@ -152,6 +152,24 @@ def test_it_runs_when_called_from_another_folder_with_relative_paths(tree: Path,
     assert run.verdicts() == {"load": "PASS"}, run.output + run.errors
 
 
+def test_it_runs_when_called_through_a_link(tree: Path, tmp_path: Path) -> None:
+    link = tmp_path / "link.sh"
+    link.symlink_to(tree / "dev/gpu_check.sh")
+    run = Run(tree, "load", called=str(link))
+    assert run.verdicts() == {"load": "PASS"} and (tree / "build/gpu_check_some").is_dir(), run.output + run.errors
+
+
+def test_a_python_that_is_not_there_is_an_error(tree: Path) -> None:
+    run = Run(tree, "load", PYTHON="python3.99")
+    assert run.status == 2 and "PYTHON=python3.99 is no program" in run.errors
+
+
+def test_help_is_the_scripts_own_introduction(tree: Path) -> None:
+    run = Run(tree, "--help")
+    assert run.status == 0 and "dev/gpu_check.sh first" in run.output and "#" not in run.output
+    assert not run.calls and "set -uo" not in run.output
+
+
 def path_without_git(folder: Path) -> str:
     """A folder with links to everything that is on the PATH, except git."""
     programs = folder / "programs"
@@ -327,7 +345,12 @@ def test_a_run_in_which_every_test_was_skipped_fails(tree: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"), [(("tests", "bench"), "unknown stage 'bench'"), ((), "say what to run")]
+    ("arguments", "message"),
+    [
+        (("tests", "bench"), "unknown stage 'bench'"),
+        (("first", "full"), "take no further stages"),
+        ((), "say what to run"),
+    ],
 )
 def test_what_it_cannot_run_is_refused(tree: Path, arguments: tuple[str, ...], message: str) -> None:
     run = Run(tree, *arguments)
@@ -367,7 +390,7 @@ def test_the_report_shows_failures_prices_kernels_and_goals(tmp_path: Path, caps
     (tmp_path / "profile_counters.csv").write_text(COUNTERS)
     gpu_report.main(tmp_path)
     text = capsys.readouterr().out
-    assert "tests: (and 2 more)" in text and "test_4" in text and "test_5" not in text
+    assert "tests: 9 s, exit status 1 (and 2 more)" in text and "test_4" in text and "test_5" not in text
     table = [line.split() for line in text.splitlines() if line.startswith("c3 ")]
     assert table == [["c3", "N=2", "20>30", "1.50", "50>200", "4.00"], ["c3", "N=16", "100>250", "2.50", "-"]]
     assert "300.0 us  1.0 x  product_kernel" in text

@@ -39,6 +39,7 @@ inline bool fits_tensor_cores(const DeformConv2dSizes& s, const Device& device, 
   const int64_t most = std::numeric_limits<int32_t>::max() / 2;
   return device.capability >= 80 && s.channels % unit == 0 && s.out_channels > 0 &&
          reinterpret_cast<uintptr_t>(images) % kUnitBytes == 0 &&
+         s.positions() <= std::numeric_limits<int32_t>::max() / PatchOrder::kBand &&
          s.batch * s.pixels() + s.width + 1 <= kMostPackedPixels &&
          s.batch * s.pixels() * (s.channels / unit) <= kMostUnits && s.batch * s.positions() <= most &&
          s.width * s.channels <= most && s.out_channels <= most && s.taps() <= most / s.channels;
