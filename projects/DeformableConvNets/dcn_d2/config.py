@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from detectron2.config import CfgNode as CN
+from detectron2.config import get_cfg
 
 
 def add_dcn_config(cfg: CN) -> None:
@@ -87,3 +89,18 @@ def add_dcn_config(cfg: CN) -> None:
     add(published, "BOX_AP", 0.0)
     # Mask AP of the weights on COCO val2017, in percent; 0 for a model without masks.
     add(published, "MASK_AP", 0.0)
+
+
+def load_config(config_file: str, opts: Sequence[str] = ()) -> CN:
+    """Reads a config with dcn_d2's keys.
+
+    Args:
+        config_file: path of a YAML; "" gives the defaults.
+        opts: KEY VALUE pairs that override it.
+    """
+    cfg = get_cfg()
+    add_dcn_config(cfg)
+    if config_file:
+        cfg.merge_from_file(config_file)
+    cfg.merge_from_list(list(opts))
+    return cfg

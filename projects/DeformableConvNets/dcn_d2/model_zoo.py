@@ -73,13 +73,9 @@ def get_config(name: str, trained: bool = False) -> CfgNode:
         trained: sets MODEL.WEIGHTS to the published weights instead of the ImageNet weights that training starts from.
             Detectron2 fetches, checks and converts them when it loads them.
     """
-    from detectron2.config import get_cfg
+    from .config import load_config
 
-    from .config import add_dcn_config
-
-    cfg = get_cfg()
-    add_dcn_config(cfg)
-    cfg.merge_from_file(get_config_file(name))
+    cfg = load_config(get_config_file(name))
     if trained:
         cfg.MODEL.WEIGHTS = f"mmdet://{get_checkpoint_url(name)}"
     return cfg

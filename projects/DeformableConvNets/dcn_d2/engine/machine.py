@@ -1,0 +1,63 @@
+# Copyright (c) the dcn_d2 authors. SPDX-License-Identifier: Apache-2.0
+"""Fits a config to the machine and to the batch size that it runs with."""
+
+from __future__ import annotations
+
+import logging
+import os
+
+import torch
+from detectron2.config import CfgNode
+
+logger = logging.getLogger(__name__)
+
+
+def fit_to_machine(cfg: CfgNode, processes: int = 1) -> None:
+    """Changes in `cfg` what this machine cannot do, and says so in the log.
+
+    Without a GPU the device becomes the CPU. On CPU, mixed precision is switched off, data loading takes no more
+    workers than there are cores, and each of several processes takes its share of the cores.
+
+    Args:
+        cfg: changed in place.
+        processes: how many processes of this job run on this machine.
+    """
+    if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
+        logger.info(f"MODEL.DEVICE is {cfg.MODEL.DEVICE}, but there is no GPU: running on the CPU")
+        cfg.MODEL.DEVICE = "cpu"
+    if cfg.MODEL.DEVICE != "cpu":
+        return
+    if cfg.SOLVER.AMP.ENABLED:
+        logger.warning("SOLVER.AMP.ENABLED is switched off: mixed precision needs a GPU")
+        cfg.SOLVER.AMP.ENABLED = False
+    if processes > 1 and torch.cuda.is_available():
+        raise ValueError(
+            f"MODEL.DEVICE is cpu with {processes} processes, but Detectron2 connects processes through the GPUs "
+            "where there are any; hide them with CUDA_VISIBLE_DEVICES="
+        )
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    # Several processes load their own data: starting workers there took tens of seconds on 2 cores.
+    workers = cores if processes == 1 else 0
+    if cfg.DATALOADER.NUM_WORKERS > workers:
+        logger.info(
+            f"DATALOADER.NUM_WORKERS goes from {cfg.DATALOADER.NUM_WORKERS} to {workers}: there are {cores} cores "
+            f"for {processes} process(es)"
+        )
+        cfg.DATALOADER.NUM_WORKERS = workers
+    if processes > 1 and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, cores // processes))
+
+
+def scale_learning_rate(cfg: CfgNode) -> None:
+    """Scales BASE_LR to the batch size if SOLVER.REFERENCE_IMS_PER_BATCH says which one it is meant for."""
+    reference, batch_size = cfg.SOLVER.REFERENCE_IMS_PER_BATCH, cfg.SOLVER.IMS_PER_BATCH
+    if reference <= 0 or reference == batch_size:
+        return
+    scaled = cfg.SOLVER.BASE_LR * batch_size / reference
+    logger.info(
+        f"SOLVER.BASE_LR goes from {cfg.SOLVER.BASE_LR:g} to {scaled:g}: it is meant for a batch of {reference}, and "
+        f"SOLVER.IMS_PER_BATCH is {batch_size} (SOLVER.REFERENCE_IMS_PER_BATCH 0 leaves it alone; MAX_ITER and "
+        "STEPS are never scaled)"
+    )
+    cfg.SOLVER.BASE_LR = scaled
+    cfg.SOLVER.REFERENCE_IMS_PER_BATCH = batch_size  # so that the saved config gives the same when it is used again
