@@ -78,6 +78,16 @@ def pair(value: IntPair, name: str) -> list[int]:
     return height_and_width
 
 
+def integer_or_pair(value: IntPair, name: str) -> int | tuple[int, int]:
+    """Gives an integer for an integer, else a pair, of any kind of integers.
+
+    Raises:
+        ValueError: ``value`` is neither.
+    """
+    height, width = pair(value, name)
+    return height if _index(value) is not None else (height, width)
+
+
 def check_types(operator: str, optional: Sequence[str] = (), **operands: Any) -> None:
     """Checks that operands are tensors, or None where that is allowed.
 
