@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from ._arguments import new_empty_in_format_of
+from ._arguments import in_strides_of, new_empty_in_format_of
 from ._library import (
     define,
     needed_gradients,
@@ -56,9 +56,9 @@ def register_roi_pool(
 
     def reference_forward(*values: Any, **keywords: Any) -> Tensor:
         values = tuple(complete(values, keywords))
-        check_operands(*values)
+        promised = fake(*values)
         check_batch(name, values[1], values[0], True)
-        return oracle(*values)
+        return in_strides_of(promised, oracle(*values))
 
     def reference_backward(
         grad: Tensor, input: Tensor, rois: Tensor, offset: Tensor | None, mask: Tensor | None, *rest: Any
@@ -68,7 +68,9 @@ def register_roi_pool(
         def forward(input: Tensor, offset: Tensor | None, mask: Tensor | None) -> Tensor:
             return oracle(input, rois, offset, *geometry, mask)
 
-        return reference.gradients(forward, (input, offset, mask), grad, (need_input, need_offset, need_offset))
+        promised = fake_backward(grad, input, rois, offset, mask, *rest)
+        found = reference.gradients(forward, (input, offset, mask), grad, (need_input, need_offset, need_offset))
+        return tuple(in_strides_of(*each) for each in zip(promised, found))
 
     def fake(*values: Any, **keywords: Any) -> Tensor:
         values = tuple(complete(values, keywords))
@@ -78,9 +80,10 @@ def register_roi_pool(
         grad: Tensor, input: Tensor, rois: Tensor, offset: Tensor | None, mask: Tensor | None, *rest: Any
     ) -> tuple[Tensor, ...]:
         *_, need_input, need_offset, _ = rest
-        none = grad.new_empty(0)
-        grad_input = new_empty_in_format_of(input, input.shape) if need_input else none
-        return grad_input, *(none if t is None or not need_offset else t.new_empty(t.shape) for t in (offset, mask))
+        grad_input = new_empty_in_format_of(input, input.shape) if need_input else grad.new_empty(0)
+        return grad_input, *(
+            grad.new_empty(0) if t is None or not need_offset else t.new_empty(t.shape) for t in (offset, mask)
+        )
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         input, rois, offset, *ctx.geometry, mask = inputs

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._arguments import IntPair, check, check_tensor, new_empty_in_format_of, pair
+from ._arguments import IntPair, check_layout, check_types, in_strides_of, new_empty_in_format_of, pair
 from ._library import (
     LIBRARY,
     define_with_tf32,
@@ -17,6 +17,7 @@ from ._library import (
     register_autocast,
     without_double_backward,
 )
+from .deform_conv2d import check_operands
 
 define_with_tf32(
     "modulated_deform_conv2d(Tensor input, Tensor offset_and_mask, Tensor weight, Tensor? bias=None, "
@@ -58,9 +59,14 @@ def modulated_deform_conv2d(
         (N, out_channels, out_h, out_w), in the memory format of `input`.
 
     Raises:
-        RuntimeError: A tensor's rank, shape, dtype or device does not fit; the message names it and both values.
-        ValueError: stride, padding or dilation is not a number or a pair.
+        RuntimeError: A tensor's rank, shape, dtype, device or layout does not fit; the message names it and both
+            values.
+        TypeError: An operand is no tensor.
+        ValueError: stride, padding or dilation is not an integer, of any kind, or a pair of them.
     """
+    check_types(
+        "modulated_deform_conv2d", ("bias",), input=input, offset_and_mask=offset_and_mask, weight=weight, bias=bias
+    )
     return torch.ops.dcn_d2.modulated_deform_conv2d(
         input,
         offset_and_mask,
@@ -88,19 +94,6 @@ def split_offset_and_mask(offset_and_mask: Tensor) -> tuple[Tensor, Tensor]:
     return offset, mask.sigmoid()
 
 
-def _check_offset_and_mask(offset_and_mask: Tensor, weight: Tensor) -> None:
-    """Checks what `csrc/deform_conv2d.h` checks."""
-    name = "modulated_deform_conv2d"
-    check_tensor(name, "weight", weight, weight, 4)
-    check_tensor(name, "offset_and_mask", offset_and_mask, offset_and_mask, 4)
-    kernel_h, kernel_w = weight.shape[2:]
-    channels, taps = offset_and_mask.shape[1], kernel_h * kernel_w
-    check(
-        taps > 0 and channels > 0 and channels % (3 * taps) == 0,
-        lambda: f"{name}: offset_and_mask has {channels} channels, which is no multiple of 3 * {kernel_h} * {kernel_w}",
-    )
-
-
 def _forward_in_parts(
     input: Tensor,
     offset_and_mask: Tensor,
@@ -111,7 +104,10 @@ def _forward_in_parts(
     dilation: Sequence[int] = (1, 1),
 ) -> Tensor:
     """For devices without a kernel of the whole."""
-    _check_offset_and_mask(offset_and_mask, weight)
+    for name, tensor in (("input", input), ("offset_and_mask", offset_and_mask), ("weight", weight), ("bias", bias)):
+        if tensor is not None:
+            check_layout("modulated_deform_conv2d", name, tensor)
+    check_operands(input, offset_and_mask, weight, bias, stride, padding, dilation, None, joint=True)
     offset, mask = split_offset_and_mask(offset_and_mask)
     return torch.ops.dcn_d2.deform_conv2d(input, offset, weight, bias, stride, padding, dilation, mask)
 
@@ -133,7 +129,8 @@ def _backward_in_parts(
         grad, input, offset, weight, mask, stride, padding, dilation, need_input, need_offset, need_weight
     )
     if need_offset:
-        grad_offset = torch.cat([grad_offset, grad_mask * mask * (1 - mask)], dim=1)
+        joined = torch.cat([grad_offset, grad_mask * mask * (1 - mask)], dim=1)
+        grad_offset = in_strides_of(new_empty_in_format_of(offset_and_mask, joined.shape), joined)
     return grad_input, grad_offset, grad_weight
 
 
@@ -141,7 +138,18 @@ LIBRARY.impl("modulated_deform_conv2d", _forward_in_parts, "CompositeExplicitAut
 LIBRARY.impl("modulated_deform_conv2d_backward", _backward_in_parts, "CompositeExplicitAutograd")
 
 
-torch.library.register_fake("dcn_d2::modulated_deform_conv2d", _forward_in_parts)  # on fake tensors
+@torch.library.register_fake("dcn_d2::modulated_deform_conv2d")
+def _fake(
+    input: Tensor,
+    offset_and_mask: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Sequence[int] = (1, 1),
+    padding: Sequence[int] = (0, 0),
+    dilation: Sequence[int] = (1, 1),
+) -> Tensor:
+    out_h, out_w = check_operands(input, offset_and_mask, weight, bias, stride, padding, dilation, None, joint=True)
+    return new_empty_in_format_of(input, (input.shape[0], weight.shape[0], out_h, out_w))
 
 
 @torch.library.register_fake("dcn_d2::modulated_deform_conv2d_backward")

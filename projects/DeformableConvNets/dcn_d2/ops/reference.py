@@ -151,5 +151,8 @@ def gradients(
         leaves = [None if t is None else t.detach().requires_grad_(need) for t, need in zip(operands, needed)]
         output = forward(*leaves)
         wanted = [leaf for leaf in leaves if leaf is not None and leaf.requires_grad]
-        found = iter(torch.autograd.grad(output, wanted, grad, allow_unused=True, materialize_grads=True))
+        if output.requires_grad:
+            found = iter(torch.autograd.grad(output, wanted, grad, allow_unused=True, materialize_grads=True))
+        else:  # of an empty batch nothing is computed
+            found = iter([torch.zeros_like(leaf) for leaf in wanted])
     return tuple(grad.new_empty(0) if leaf is None or not leaf.requires_grad else next(found) for leaf in leaves)
