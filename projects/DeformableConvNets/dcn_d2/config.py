@@ -12,7 +12,7 @@ from typing import Any
 from detectron2.config import CfgNode as CN
 from detectron2.config import get_cfg
 
-from .config_checks import find_problems, nearest_key, raise_problems, value_of
+from .config_checks import find_problems, nearest_key, raise_problems, shorten, value_of
 from .config_reader import ConfigError, read_config_file
 from .config_rules import RULES
 
@@ -163,6 +163,9 @@ def _merge_file(cfg: CN, file: str) -> tuple[CN, dict[str, str]]:
     values, origins = read_config_file(file)
     if "VERSION" in values and values["VERSION"] not in (1, 2):
         raise ConfigError(f"{origins['VERSION']}: VERSION must be 1 or 2, got {values['VERSION']!r}")
+    for key, value in values.items():
+        if isinstance(cfg.get(key), CN) and not isinstance(value, dict):
+            raise ConfigError(f"{origins[key]}: {_explain(cfg, key, value)}")
     reader = _SafelyReadCfgNode(cfg)
     try:
         reader.merge_from_file(file)  # which also brings old versions up to date
@@ -205,7 +208,7 @@ def _explain(cfg: CN, key: str, value: Any) -> str:
     if expected is absent:
         return f"Non-existent key: {key}{nearest_key(key, cfg)}"
     if isinstance(expected, CN):
-        return f"Type mismatch: {key} is no value but a node with the keys {', '.join(expected)}, got {value!r}"
+        return f"Type mismatch: {key} is no value but a node with the keys {', '.join(expected)}, got {shorten(value)}"
     decoded = value
     if isinstance(value, str):
         try:
@@ -213,10 +216,10 @@ def _explain(cfg: CN, key: str, value: Any) -> str:
         except _ERRORS_OF_MERGING + (SyntaxError,):
             decoded = value
     if isinstance(expected, float) and type(decoded) is int:
-        return f"Type mismatch: {key} must be written with a point, as {decoded}.0, got {decoded}"
+        return f"Type mismatch: {key} must be written with a point, as {shorten(decoded)}.0, got {shorten(decoded)}"
     if isinstance(expected, str) and not isinstance(decoded, str):
-        return f"Type mismatch: {key} must be a string, got {decoded!r} (quotes make it one: \"'{value}'\")"
+        return f"Type mismatch: {key} must be a string, got {shorten(decoded)} (quotes make it one: \"'{value}'\")"
     problem = RULES[key](decoded) if key in RULES else None
     if problem is None:
         problem = f"must be {type(expected).__name__}, as {expected!r}"
-    return f"Type mismatch: {key} {problem}, got {decoded!r}"
+    return f"Type mismatch: {key} {problem}, got {shorten(decoded)}"

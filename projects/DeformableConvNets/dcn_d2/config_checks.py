@@ -1,14 +1,14 @@
 # Copyright (c) the dcn_d2 authors. SPDX-License-Identifier: Apache-2.0
 """Checks a config before anything is built from it: each value, values that must agree, and keys that nothing reads.
 
-The builders of dcn_d2 call `check_model_config`, its trainer and predictor `check_config`, `load_config` the part of it
+The builders of dcn_d2 call `check_part`, its trainer and predictor `check_config`, `load_config` the part of it
 that says what is wrong.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
 from typing import Any
 
@@ -21,6 +21,7 @@ from .config_reader import ConfigError
 from .config_rules import DETECTRON2_POOLERS, RULES, channels_of, listed, nearest
 
 Problem = tuple[str, str]  # a key, and a sentence that begins with it
+Check = Callable[[CfgNode], Iterator[Problem]]
 
 _RESNET_BUILDERS = ("build_resnet_backbone", "build_dcn_resnet_backbone")
 _FPN_BUILDERS = ("build_resnet_fpn_backbone", "build_dcn_resnet_fpn_backbone")
@@ -45,23 +46,44 @@ def check_config(cfg: CfgNode, training: bool = False) -> None:
     warn_of_unread_keys(cfg)
 
 
-def check_model_config(cfg: CfgNode) -> None:
-    """As `check_config`, for the keys below MODEL: what the builders of dcn_d2 call."""
-    raise_problems(find_problems(cfg, model_only=True) + [*_machine_problems(cfg)])
-    warn_of_unread_keys(cfg)
+def check_part(cfg: CfgNode, key: str, name: str) -> None:
+    """What the builders of dcn_d2 call: as `check_config`, for the keys below MODEL.
+
+    Where the config names another part, as for the backbone below an FPN of one's own, only the part is checked.
+
+    Args:
+        cfg: the config.
+        key: which part is built, such as "MODEL.BACKBONE.NAME".
+        name: name of the part.
+    """
+    if value_of(cfg, key) == name:
+        raise_problems(find_problems(cfg, "MODEL.", _MODEL_CHECKS) + [*_machine_problems(cfg)])
+        warn_of_unread_keys(cfg)
+        return
+    copy = cfg.clone()
+    copy.defrost()
+    copy.merge_from_list([key, name])
+    raise_problems(find_problems(copy, "MODEL.", _PART_CHECKS[key]))
 
 
-def find_problems(cfg: CfgNode, model_only: bool = False) -> list[Problem]:
-    """Gives all values that no part of a model can have; only if there are none, those that contradict each other."""
+def find_problems(cfg: CfgNode, below: str = "", checks: Sequence[Check] | None = None) -> list[Problem]:
+    """Gives all values that no part of a model can have; only if there are none, those that contradict each other.
+
+    Args:
+        cfg: the config.
+        below: look only at the values of keys that begin with this.
+        checks: which contradictions to look for; all by default.
+    """
     problems = []
     for key, rule in RULES.items():
-        if model_only and not key.startswith("MODEL."):
+        if not key.startswith(below):
             continue
         value = value_of(cfg, key, missing := object())
         problem = None if value is missing else rule(value)
         if problem is not None:
-            problems.append((key, f"{key} {problem}, got {_shorten(value)}"))
-    checks = _MODEL_CHECKS if model_only else (*_MODEL_CHECKS, _check_images)
+            problems.append((key, f"{key} {problem}, got {shorten(value)}"))
+    if checks is None:
+        checks = (*_MODEL_CHECKS, _check_images)
     return problems or [problem for check in checks for problem in check(cfg)]
 
 
@@ -101,8 +123,12 @@ def nearest_key(key: str, cfg: CfgNode) -> str:
     return nearest(key, same_end) or nearest(key, known) or (f"; did you mean {same_end[0]!r}?" if same_end else "")
 
 
-def _shorten(value: Any) -> str:
-    shown = repr(value)
+def shorten(value: Any) -> str:
+    """Gives the value as a message shows it."""
+    try:
+        shown = repr(value)
+    except ValueError:  # Python writes no whole number of more than 4300 digits
+        return "a huge number"
     return shown if len(shown) <= 200 else f"{shown[:200]}..."
 
 
@@ -362,6 +388,12 @@ def _check_heads(cfg: CfgNode) -> Iterator[Problem]:
             "MODEL.ROI_BOX_HEAD.NUM_FC and NUM_CONV are both 0, but FastRCNNConvFCHead needs a layer",
         )
     mask = [("ROI_MASK_HEAD", cfg.MODEL.ROI_MASK_HEAD)] if cfg.MODEL.MASK_ON else []
+    # Those of Detectron2; others, as PointRend's, may take the feature maps as they are.
+    takers = {"ROI_MASK_HEAD": "MaskRCNNConvUpsampleHead", "ROI_KEYPOINT_HEAD": "KRCNNConvDeconvUpsampleHead"}
+    for name in _heads_with_poolers(cfg):
+        if not cfg.MODEL[name].POOLER_TYPE and cfg.MODEL[name].NAME == takers.get(name):
+            key = f"MODEL.{name}.POOLER_TYPE"
+            yield key, f"{cfg.MODEL[name].NAME} (MODEL.{name}.NAME) needs a pooler, but {key} is empty"
     for name, head in [("ROI_BOX_HEAD", box), *mask]:
         if head.NUM_CONV and head.NORM == "GN" and head.CONV_DIM % 32:
             yield (
@@ -404,7 +436,7 @@ def _check_cascade(cfg: CfgNode) -> Iterator[Problem]:
                 "MODEL.DCN.CASCADE_MASK_HEADS needs MODEL.DCN.CASCADE_RESAMPLE: the boxes that Detectron2 keeps for "
                 "the later stages have no ground-truth masks",
             )
-        if not cfg.MODEL.ROI_MASK_HEAD.POOLER_TYPE:
+        if not cfg.MODEL.ROI_MASK_HEAD.POOLER_TYPE and cfg.MODEL.ROI_MASK_HEAD.NAME != "MaskRCNNConvUpsampleHead":
             yield (
                 "MODEL.ROI_MASK_HEAD.POOLER_TYPE",
                 "MODEL.DCN.CASCADE_MASK_HEADS needs a pooler, but MODEL.ROI_MASK_HEAD.POOLER_TYPE is empty",
@@ -448,12 +480,17 @@ _MODEL_CHECKS = (
     _check_heads,
     _check_cascade,
 )
+_PART_CHECKS: dict[str, tuple[Check, ...]] = {
+    "MODEL.BACKBONE.NAME": (_check_resnet, _check_fpn),
+    "MODEL.PROPOSAL_GENERATOR.NAME": (),
+    "MODEL.ROI_HEADS.NAME": (_check_heads, _check_cascade),
+}
 
 
 def warn_of_unread_keys(cfg: CfgNode) -> None:
     """Says in the log, once in a process, which keys are set away from their defaults though nothing reads them."""
     for key, reason in unread_keys(cfg):
-        message = f"{key} is {_shorten(value_of(cfg, key))}, but nothing reads it: {reason}"
+        message = f"{key} is {shorten(value_of(cfg, key))}, but nothing reads it: {reason}"
         log_first_n(logging.WARNING, message, name=__name__, key="message")
 
 

@@ -85,14 +85,15 @@ def _read_one_file(file: str) -> tuple[dict[str, Any], dict[str, int]]:
         raise ConfigError(f"{file} is no text file: {error}") from error
     loader: Any = None
     try:
-        loader = (yaml.UnsafeLoader if _is_installed_by_detectron2(file) else _DataLoader)(text)
-        node = loader.get_single_node()
+        trusted = _is_installed_by_detectron2(file)
+        loader = (yaml.UnsafeLoader if trusted else _DataLoader)(text)
+        node, lines = loader.get_single_node(), _Lines(file, trusted)
+        if node is not None:
+            lines.note(node)
         if not isinstance(node, yaml.MappingNode):
             found = {yaml.SequenceNode: "a list", yaml.ScalarNode: "a single value", type(None): "nothing"}[type(node)]
             raise ConfigError(f"{file} holds {found}, and no KEY: VALUE lines")
-        lines: dict[str, int] = {}
-        _note_lines(node, (), file, lines, [MAX_VALUES], ())
-        return loader.construct_document(node), lines
+        return loader.construct_document(node), lines.of_keys
     except yaml.YAMLError as error:
         raise ConfigError(_explain(error, file)) from error
     except RecursionError as error:
@@ -110,50 +111,63 @@ def _is_installed_by_detectron2(file: str) -> bool:
     return Path(detectron2.model_zoo.__file__).with_name("configs").resolve() in Path(file).resolve().parents
 
 
-def _note_lines(
-    node: yaml.Node, path: tuple[str, ...], file: str, lines: dict[str, int], left: list[int], above: tuple[int, ...]
-) -> None:
-    """Notes the line of each key, and refuses what PyYAML takes silently or never ends."""
-    line = node.start_mark.line + 1
-    left[0] -= 1
-    if left[0] < 0:
-        raise ConfigError(f"{file}, line {line}: its aliases grow to more than {MAX_VALUES} values")
-    if id(node) in above:
-        raise ConfigError(f"{file}, line {line}: {'.'.join(path)} contains itself")
-    if node.tag.startswith(_PYTHON_TAG) and isinstance(node, yaml.MappingNode):
-        return  # PyYAML refuses it, or it stands in a file of Detectron2
-    if isinstance(node, yaml.SequenceNode):
-        for child in node.value:
-            _note_lines(child, path, file, lines, left, (*above, id(node)))
-    if not isinstance(node, yaml.MappingNode):
-        return
-    seen: dict[str, int] = {}
-    for key_node, child in node.value:
-        line = key_node.start_mark.line + 1
-        if key_node.tag == "tag:yaml.org,2002:merge":
-            _note_lines(child, path, file, lines, left, (*above, id(node)))
-            continue
-        if key_node.tag != "tag:yaml.org,2002:str":
+class _Lines:
+    """Notes the line of each key of a file, and refuses what PyYAML takes silently, never ends, or would run.
+
+    Args:
+        file: for messages.
+        trusted: tags that run code are let through.
+    """
+
+    def __init__(self, file: str, trusted: bool) -> None:
+        self.file, self.trusted = file, trusted
+        self.of_keys: dict[str, int] = {}
+        self._values = 0
+
+    def note(self, node: yaml.Node, path: tuple[str, ...] = (), above: tuple[int, ...] = ()) -> None:
+        """Notes the keys of a node and of all below it; `above` are those around it."""
+        place = f"{self.file}, line {node.start_mark.line + 1}"
+        self._values += 1
+        if self._values > MAX_VALUES:
+            raise ConfigError(f"{place}: its aliases grow to more than {MAX_VALUES} values")
+        if id(node) in above:
+            raise ConfigError(f"{place}: {'.'.join(path)} contains itself")
+        if node.tag.startswith(_PYTHON_TAG) and node.tag != f"{_PYTHON_TAG}tuple":
+            if self.trusted:
+                return
+            tag = node.tag.removeprefix(_PYTHON_TAG)
             raise ConfigError(
-                f"{file}, line {line}: a key must be a name, got {getattr(key_node, 'value', key_node)!r}"
+                f"{place}: the tag !!python/{tag} is refused, it could run code; write out the value that it stands for"
             )
-        key = key_node.value
-        full = ".".join((*path, key))
-        if key in seen:
-            raise ConfigError(
-                f"{file}: {full} stands twice, in lines {seen[key]} and {line}; only the last would count"
-            )
-        seen[key] = line
-        lines[full] = line
-        _note_lines(child, (*path, key), file, lines, left, (*above, id(node)))
+        if isinstance(node, yaml.SequenceNode):
+            for child in node.value:
+                self.note(child, path, (*above, id(node)))
+        if isinstance(node, yaml.MappingNode):
+            self._note_mapping(node, path, (*above, id(node)))
+
+    def _note_mapping(self, node: yaml.MappingNode, path: tuple[str, ...], above: tuple[int, ...]) -> None:
+        seen: dict[str, int] = {}
+        for key_node, child in node.value:
+            line = key_node.start_mark.line + 1
+            if key_node.tag == "tag:yaml.org,2002:merge":
+                self.note(child, path, above)
+                continue
+            if key_node.tag != "tag:yaml.org,2002:str":
+                self.note(key_node, path, above)  # which has a better message if the key is code
+                raise ConfigError(f"{self.file}, line {line}: a key must be a name, got {key_node.value!r}")
+            key = key_node.value
+            full = ".".join((*path, key))
+            if key in seen:
+                raise ConfigError(
+                    f"{self.file}: {full} stands twice, in lines {seen[key]} and {line}; only the last would count"
+                )
+            seen[key] = self.of_keys[full] = line
+            self.note(child, (*path, key), above)
 
 
 def _explain(error: yaml.YAMLError, file: str) -> str:
     mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None) or str(error)
     place = f"{file}, line {mark.line + 1}" if mark is not None else file
-    if _PYTHON_TAG in problem:
-        tag = problem.split(_PYTHON_TAG)[1].split("'")[0]
-        return f"{place}: the tag !!python/{tag} is refused, it could run code; write out the value that it stands for"
     if "'\\t'" in problem:
         problem = "a tab; YAML is indented with spaces"
     return f"{place}: no valid YAML: {' '.join(problem.split())}"

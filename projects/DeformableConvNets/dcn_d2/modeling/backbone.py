@@ -16,7 +16,7 @@ from detectron2.modeling.backbone.resnet import BottleneckBlock
 from torch import Tensor, nn
 
 from ..config import with_dcn_keys
-from ..config_checks import check_model_config
+from ..config_checks import check_part
 from ..layers import DeformConv, ModulatedDeformConv
 from .norm import fix_batch_norm_statistics
 
@@ -118,7 +118,7 @@ def build_dcn_resnet_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> ResNet:
         ConfigError: a key below MODEL has a value that it cannot have.
     """
     cfg = with_dcn_keys(cfg)
-    check_model_config(cfg)
+    check_part(cfg, "MODEL.BACKBONE.NAME", "build_dcn_resnet_backbone")
     resnets = cfg.MODEL.RESNETS
     deform_on_per_stage = list(resnets.DEFORM_ON_PER_STAGE)
     plain_cfg = cfg.clone()
@@ -145,6 +145,7 @@ def build_dcn_resnet_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> ResNet:
 @BACKBONE_REGISTRY.register()
 def build_dcn_resnet_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
     """Builds an FPN on top of `build_dcn_resnet_backbone`, as Detectron2's `build_resnet_fpn_backbone` does."""
+    check_part(cfg, "MODEL.BACKBONE.NAME", "build_dcn_resnet_fpn_backbone")
     return _build_fpn(cfg, build_dcn_resnet_backbone(cfg, input_shape), LastLevelMaxPool())
 
 
@@ -154,6 +155,7 @@ def build_dcn_retinanet_resnet_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec
 
     P6 is a convolution on res5, which must be among MODEL.RESNETS.OUT_FEATURES, and P7 one on P6.
     """
+    check_part(cfg, "MODEL.BACKBONE.NAME", "build_dcn_retinanet_resnet_fpn_backbone")
     bottom_up = build_dcn_resnet_backbone(cfg, input_shape)
     channels = bottom_up.output_shape()["res5"].channels
     return _build_fpn(cfg, bottom_up, LastLevelP6P7(channels, cfg.MODEL.FPN.OUT_CHANNELS))

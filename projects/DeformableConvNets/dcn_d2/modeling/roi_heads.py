@@ -21,7 +21,7 @@ from detectron2.utils.events import get_event_storage
 from torch import Tensor
 
 from ..config import with_dcn_keys
-from ..config_checks import check_model_config
+from ..config_checks import check_part
 from .mask_heads import MaskHeadPerStage
 from .matcher import MinimumIoUMatcher
 from .poolers import ROI_POOLER_REGISTRY, build_roi_pooler
@@ -48,7 +48,7 @@ class DCNROIHeads(StandardROIHeads):
     def from_config(cls, cfg: CfgNode, input_shape: Mapping[str, ShapeSpec]) -> dict[str, Any]:
         """Reads the keys of `StandardROIHeads` and those of MODEL.DCN."""
         cfg = with_dcn_keys(cfg)
-        check_model_config(cfg)
+        check_part(cfg, "MODEL.ROI_HEADS.NAME", cls.__name__)
         arguments = super().from_config(cfg, input_shape)
         heads, minimum = cfg.MODEL.ROI_HEADS, cfg.MODEL.DCN.ROI_LOW_QUALITY_IOU
         if minimum >= 0 and "proposal_matcher" in arguments:
