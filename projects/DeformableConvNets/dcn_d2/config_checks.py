@@ -230,7 +230,7 @@ def _check_names(cfg: CfgNode) -> Iterator[Problem]:
         known = sorted(known for known, _ in registry)
         yield (
             key,
-            f"{key} must be {listed(known)}{nearest(name, known)}, got {name!r} (what a package of one's own adds is "
+            f"{key} must be {listed(known)}{nearest(name, known)}, got {shorten(name)} (what a package of one's own adds is "
             "known once that is imported)",
         )
 

@@ -14,6 +14,7 @@ from typing import Any
 
 Rule = Callable[[Any], "str | None"]
 
+LARGEST_WHOLE = 2**53  # what a float holds exactly; torch takes no larger ones in place of floats
 HUGE = 2**31 - 1  # more iterations, images or boxes than that are a mistake
 WIDEST = 65536  # channels; wider layers are a mistake, and would end as an error of the memory allocator
 
@@ -90,6 +91,8 @@ def number(
         allowed += f", or {besides:g}"
 
     def rule(value: Any) -> str | None:
+        if type(value) is int and abs(value) > LARGEST_WHOLE:
+            return f"{allowed}, and no whole number of more than {LARGEST_WHOLE}"
         right = type(value) in (int, float) and (infinite or math.isfinite(value))
         right = right and (low < value if above else low <= value) and (value < high if below else value <= high)
         return None if right or (type(value) in (int, float) and value == besides) else allowed

@@ -3,7 +3,7 @@
 """Sets every key of a config to wrong, odd and huge values, and looks at what happens.
 
 A value comes through one of three doors: set in code, KEY VALUE of a command line, or a YAML file. It must be refused
-with a `ConfigError` that names key and value, or it must work: a narrow model is built with it and trained for one step,
+with a `ConfigError` that names key and value, or it must work: a narrow model is built with it and trained for a step,
 and an image resized. Everything else is a fault: another exception, a message without the key, a value that was taken
 and fails later. A run is repeated by its seed.
 """
@@ -136,7 +136,7 @@ def all_cases(seed: int) -> list[Case]:
         row, changes = arguments_of(key)
         default = value_of(_base(row, tuple(changes)), key)
         for value in odd_values(default, rng):
-            # A file of today's keys that calls itself one of version 1 is read as such, and its keys are the wrong ones.
+            # Today's keys in a file that calls itself one of version 1 are the wrong ones.
             cases += [Case(door, key, value) for door in DOORS if (door, key, value) != ("file", "VERSION", 1)]
     rng.shuffle(cases)
     return cases
