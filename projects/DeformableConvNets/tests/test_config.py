@@ -1,4 +1,5 @@
 # Copyright (c) the dcn_d2 authors. SPDX-License-Identifier: Apache-2.0
+import pickle
 import re
 import subprocess
 import sys
@@ -13,6 +14,8 @@ from detectron2.utils.file_io import PathManager
 
 import dcn_d2.layers
 from dcn_d2 import add_dcn_config
+
+from .slim import slim_config
 
 
 def test_defaults_leave_detectron2_as_it_is() -> None:
@@ -44,8 +47,8 @@ def test_second_call_changes_nothing() -> None:
 
 def test_everything_is_registered() -> None:
     add_dcn_config(get_cfg())
-    for name in ("build_dcn_resnet_backbone", "build_dcn_resnet_fpn_backbone"):
-        assert name in BACKBONE_REGISTRY
+    for name in ("resnet", "resnet_fpn", "retinanet_resnet_fpn"):
+        assert f"build_dcn_{name}_backbone" in BACKBONE_REGISTRY
     assert {"nuclei_train", "nuclei_val"} <= set(DatasetCatalog)
     assert "DCNRPN" in PROPOSAL_GENERATOR_REGISTRY
     assert "DCNROIHeads" in ROI_HEADS_REGISTRY and "DCNCascadeROIHeads" in ROI_HEADS_REGISTRY
@@ -65,3 +68,26 @@ def test_each_key_has_its_sentence(project: Path) -> None:
 def test_importing_the_package_is_light() -> None:
     code = "import sys, dcn_d2; assert not {'torch', 'detectron2', 'numpy'} & sys.modules.keys()"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+# What `launch` does on another process: the config comes by pickle, and nobody calls add_dcn_config there.
+UNPICKLE = """
+import pickle, sys
+from dcn_d2.config import register
+register()
+register()
+from detectron2.data import DatasetCatalog
+from detectron2.modeling import build_model
+from detectron2.utils.file_io import PathManager
+cfg = pickle.loads(sys.stdin.buffer.read())
+build_model(cfg)
+cfg.MODEL.BACKBONE.NAME = "build_resnet_fpn_backbone"  # Detectron2's own, whose deformable blocks may lack operators
+build_model(cfg)
+assert len(DatasetCatalog.get("nuclei_val")) > 0
+assert any(prefix.startswith("mmdet") for prefix in PathManager._path_handlers)
+"""
+
+
+def test_a_process_that_got_its_config_by_pickle_found_no_backbone() -> None:
+    cfg = slim_config(DEFORM_ON_PER_STAGE=[False, False, False, True])
+    subprocess.run([sys.executable, "-c", UNPICKLE], input=pickle.dumps(cfg), check=True)

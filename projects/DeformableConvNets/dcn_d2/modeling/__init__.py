@@ -5,6 +5,7 @@ from .backbone import (
     DeformBottleneckBlock,
     build_dcn_resnet_backbone,
     build_dcn_resnet_fpn_backbone,
+    build_dcn_retinanet_resnet_fpn_backbone,
     use_dcn_layers_in_detectron2,
 )
 from .mask_heads import MaskHeadPerStage
@@ -26,6 +27,7 @@ __all__ = [
     "ROI_POOLER_REGISTRY",
     "build_dcn_resnet_backbone",
     "build_dcn_resnet_fpn_backbone",
+    "build_dcn_retinanet_resnet_fpn_backbone",
     "build_roi_pooler",
     "fix_batch_norm_statistics",
     "use_dcn_layers_in_detectron2",

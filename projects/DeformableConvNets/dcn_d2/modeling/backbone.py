@@ -11,10 +11,12 @@ from detectron2.config import CfgNode
 from detectron2.layers import CNNBlockBase, Conv2d, ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, FPN, ResNet, build_resnet_backbone
 from detectron2.modeling.backbone import resnet
-from detectron2.modeling.backbone.fpn import LastLevelMaxPool
+from detectron2.modeling.backbone.fpn import LastLevelMaxPool, LastLevelP6P7
 from detectron2.modeling.backbone.resnet import BottleneckBlock
 from torch import Tensor, nn
 
+from ..config import with_dcn_keys
+from ..config_checks import check_part
 from ..layers import DeformConv, ModulatedDeformConv
 from .norm import fix_batch_norm_statistics
 
@@ -94,10 +96,10 @@ def memory_format_of(cfg: CfgNode) -> torch.memory_format:
     Raises:
         ValueError: the key has a value that it cannot have.
     """
-    name = cfg.MODEL.DCN.MEMORY_FORMAT
+    name = with_dcn_keys(cfg).MODEL.DCN.MEMORY_FORMAT
     formats = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
     if name == "auto":
-        name = "channels_last" if cfg.MODEL.DEVICE == "cpu" else "contiguous"
+        name = "channels_last" if torch.device(cfg.MODEL.DEVICE).type == "cpu" else "contiguous"
     if name not in formats:
         raise ValueError(f"MODEL.DCN.MEMORY_FORMAT must be auto, contiguous or channels_last, got {name!r}")
     return formats[name]
@@ -109,19 +111,16 @@ def build_dcn_resnet_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> ResNet:
 
     Reads Detectron2's keys for `build_resnet_backbone`, among them MODEL.RESNETS.DEFORM_ON_PER_STAGE,
     DEFORM_MODULATED and DEFORM_NUM_GROUPS, and of MODEL.DCN NORM_EVAL and MEMORY_FORMAT. Stages below
-    MODEL.BACKBONE.FREEZE_AT are frozen, deformable ones too.
+    MODEL.BACKBONE.FREEZE_AT are frozen, deformable ones too. Images may have any number of channels, as
+    many as MODEL.PIXEL_MEAN has values: 1 for grey ones.
+
+    Raises:
+        ConfigError: a key below MODEL has a value that it cannot have.
     """
+    cfg = with_dcn_keys(cfg)
+    check_part(cfg, "MODEL.BACKBONE.NAME", "build_dcn_resnet_backbone")
     resnets = cfg.MODEL.RESNETS
     deform_on_per_stage = list(resnets.DEFORM_ON_PER_STAGE)
-    if len(deform_on_per_stage) != 4:
-        raise ValueError(
-            f"MODEL.RESNETS.DEFORM_ON_PER_STAGE needs 4 values, for res2 to res5, got {deform_on_per_stage}"
-        )
-    if any(deform_on_per_stage) and resnets.DEPTH in (18, 34):
-        raise ValueError(
-            f"MODEL.RESNETS.DEFORM_ON_PER_STAGE={deform_on_per_stage} needs bottleneck blocks, which "
-            f"MODEL.RESNETS.DEPTH={resnets.DEPTH} does not have; use 50, 101 or 152"
-        )
     plain_cfg = cfg.clone()
     plain_cfg.defrost()
     plain_cfg.MODEL.RESNETS.DEFORM_ON_PER_STAGE = [False] * 4
@@ -146,12 +145,29 @@ def build_dcn_resnet_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> ResNet:
 @BACKBONE_REGISTRY.register()
 def build_dcn_resnet_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
     """Builds an FPN on top of `build_dcn_resnet_backbone`, as Detectron2's `build_resnet_fpn_backbone` does."""
+    check_part(cfg, "MODEL.BACKBONE.NAME", "build_dcn_resnet_fpn_backbone")
+    return _build_fpn(cfg, build_dcn_resnet_backbone(cfg, input_shape), LastLevelMaxPool())
+
+
+@BACKBONE_REGISTRY.register()
+def build_dcn_retinanet_resnet_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
+    """Builds an FPN with P6 and P7 for RetinaNet and FCOS, as Detectron2's `build_retinanet_resnet_fpn_backbone` does.
+
+    P6 is a convolution on res5, which must be among MODEL.RESNETS.OUT_FEATURES, and P7 one on P6.
+    """
+    check_part(cfg, "MODEL.BACKBONE.NAME", "build_dcn_retinanet_resnet_fpn_backbone")
+    bottom_up = build_dcn_resnet_backbone(cfg, input_shape)
+    channels = bottom_up.output_shape()["res5"].channels
+    return _build_fpn(cfg, bottom_up, LastLevelP6P7(channels, cfg.MODEL.FPN.OUT_CHANNELS))
+
+
+def _build_fpn(cfg: CfgNode, bottom_up: ResNet, top_block: nn.Module) -> FPN:
     backbone = FPN(
-        bottom_up=build_dcn_resnet_backbone(cfg, input_shape),
+        bottom_up=bottom_up,
         in_features=cfg.MODEL.FPN.IN_FEATURES,
         out_channels=cfg.MODEL.FPN.OUT_CHANNELS,
         norm=cfg.MODEL.FPN.NORM,
-        top_block=LastLevelMaxPool(),
+        top_block=top_block,
         fuse_type=cfg.MODEL.FPN.FUSE_TYPE,
     )
     return backbone.to(memory_format=memory_format_of(cfg))

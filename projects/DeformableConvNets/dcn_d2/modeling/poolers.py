@@ -13,11 +13,12 @@ from detectron2.structures import Boxes
 from detectron2.utils.registry import Registry
 from torch import Tensor, nn
 
+from ..config import with_dcn_keys
 from ..layers import DeformPSRoIPool, DeformRoIPool, ModulatedDeformPSRoIPool, ModulatedDeformRoIPool
 
 ROI_POOLER_REGISTRY = Registry("ROI_POOLER")
 ROI_POOLER_REGISTRY.__doc__ = """
-Poolers that POOLER_TYPE of MODEL.ROI_BOX_HEAD (and of MODEL.ROI_MASK_HEAD) may name, besides those of Detectron2.
+Poolers that POOLER_TYPE of MODEL.ROI_BOX_HEAD, ROI_MASK_HEAD and ROI_KEYPOINT_HEAD may name, besides Detectron2's.
 
 A registered object is called once for each FPN level, with the keywords
 
@@ -92,14 +93,15 @@ def build_roi_pooler(cfg: CfgNode, head: CfgNode, input_shape: Mapping[str, Shap
 
     Args:
         cfg: the config; reads MODEL.ROI_HEADS.IN_FEATURES, MODEL.DCN.POOLER_FC_DIM and MODEL.DCN.POOLER_MMDET_LEVELS.
-        head: node of the head, MODEL.ROI_BOX_HEAD or MODEL.ROI_MASK_HEAD; reads POOLER_TYPE, POOLER_RESOLUTION and
+        head: node of the head, such as MODEL.ROI_BOX_HEAD; reads POOLER_TYPE, POOLER_RESOLUTION and
             POOLER_SAMPLING_RATIO. A type that is not in `ROI_POOLER_REGISTRY` is left to Detectron2's `ROIPooler`.
         input_shape: what the backbone gives.
     """
+    dcn = with_dcn_keys(cfg).MODEL.DCN
     shapes = [input_shape[name] for name in cfg.MODEL.ROI_HEADS.IN_FEATURES]
     scales = tuple(1.0 / shape.stride for shape in shapes)
     resolution, sampling_ratio = head.POOLER_RESOLUTION, head.POOLER_SAMPLING_RATIO
-    mmdet_levels = cfg.MODEL.DCN.POOLER_MMDET_LEVELS
+    mmdet_levels = dcn.POOLER_MMDET_LEVELS
     if head.POOLER_TYPE not in ROI_POOLER_REGISTRY:
         if not mmdet_levels:
             return ROIPooler(resolution, scales, sampling_ratio, head.POOLER_TYPE)
@@ -111,7 +113,7 @@ def build_roi_pooler(cfg: CfgNode, head: CfgNode, input_shape: Mapping[str, Shap
             output_size=resolution,
             spatial_scale=scale,
             in_channels=shapes[0].channels,
-            deform_fc_channels=cfg.MODEL.DCN.POOLER_FC_DIM,
+            deform_fc_channels=dcn.POOLER_FC_DIM,
             sampling_ratio=sampling_ratio,
         )
 

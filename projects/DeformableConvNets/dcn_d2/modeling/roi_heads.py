@@ -20,6 +20,8 @@ from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import get_event_storage
 from torch import Tensor
 
+from ..config import with_dcn_keys
+from ..config_checks import check_part
 from .mask_heads import MaskHeadPerStage
 from .matcher import MinimumIoUMatcher
 from .poolers import ROI_POOLER_REGISTRY, build_roi_pooler
@@ -45,6 +47,8 @@ class DCNROIHeads(StandardROIHeads):
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: Mapping[str, ShapeSpec]) -> dict[str, Any]:
         """Reads the keys of `StandardROIHeads` and those of MODEL.DCN."""
+        cfg = with_dcn_keys(cfg)
+        check_part(cfg, "MODEL.ROI_HEADS.NAME", cls.__name__)
         arguments = super().from_config(cfg, input_shape)
         heads, minimum = cfg.MODEL.ROI_HEADS, cfg.MODEL.DCN.ROI_LOW_QUALITY_IOU
         if minimum >= 0 and "proposal_matcher" in arguments:
@@ -63,6 +67,13 @@ class DCNROIHeads(StandardROIHeads):
         arguments = super()._init_mask_head(_with_detectron2_pooler(cfg, "ROI_MASK_HEAD"), input_shape)
         if arguments.get("mask_pooler") is not None:
             arguments["mask_pooler"] = build_roi_pooler(cfg, cfg.MODEL.ROI_MASK_HEAD, input_shape)
+        return arguments
+
+    @classmethod
+    def _init_keypoint_head(cls, cfg: CfgNode, input_shape: Mapping[str, ShapeSpec]) -> dict[str, Any]:
+        arguments = super()._init_keypoint_head(_with_detectron2_pooler(cfg, "ROI_KEYPOINT_HEAD"), input_shape)
+        if arguments.get("keypoint_pooler") is not None:
+            arguments["keypoint_pooler"] = build_roi_pooler(cfg, cfg.MODEL.ROI_KEYPOINT_HEAD, input_shape)
         return arguments
 
 
@@ -129,6 +140,7 @@ class DCNCascadeROIHeads(DCNROIHeads, CascadeROIHeads):
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: Mapping[str, ShapeSpec]) -> dict[str, Any]:
         """Reads the keys of `CascadeROIHeads` and those of MODEL.DCN."""
+        cfg = with_dcn_keys(cfg)
         arguments = super().from_config(cfg, input_shape)
         dcn, ious = cfg.MODEL.DCN, cfg.MODEL.ROI_BOX_CASCADE_HEAD.IOUS
         if dcn.ROI_LOW_QUALITY_IOU >= 0:
@@ -151,10 +163,6 @@ class DCNCascadeROIHeads(DCNROIHeads, CascadeROIHeads):
     def _init_mask_head(cls, cfg: CfgNode, input_shape: Mapping[str, ShapeSpec]) -> dict[str, Any]:
         if not (cfg.MODEL.MASK_ON and cfg.MODEL.DCN.CASCADE_MASK_HEADS):
             return super()._init_mask_head(cfg, input_shape)
-        if not cfg.MODEL.ROI_MASK_HEAD.POOLER_TYPE:
-            raise ValueError(
-                "MODEL.DCN.CASCADE_MASK_HEADS needs a pooler, but MODEL.ROI_MASK_HEAD.POOLER_TYPE is empty"
-            )
         arguments = super()._init_mask_head(cfg, input_shape)
         heads = [arguments["mask_head"]]
         while len(heads) < len(cfg.MODEL.ROI_BOX_CASCADE_HEAD.IOUS):

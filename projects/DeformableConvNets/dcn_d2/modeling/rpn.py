@@ -14,6 +14,8 @@ from detectron2.modeling.proposal_generator import PROPOSAL_GENERATOR_REGISTRY, 
 from detectron2.structures import Boxes, Instances
 from torch import Tensor
 
+from ..config import with_dcn_keys
+from ..config_checks import check_part
 from .matcher import MinimumIoUMatcher
 
 
@@ -41,6 +43,8 @@ class DCNRPN(RPN):
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: Mapping[str, ShapeSpec]) -> dict[str, Any]:
         """Reads the keys of `RPN` and those of MODEL.DCN."""
+        cfg = with_dcn_keys(cfg)
+        check_part(cfg, "MODEL.PROPOSAL_GENERATOR.NAME", cls.__name__)
         arguments = super().from_config(cfg, input_shape)
         dcn, rpn = cfg.MODEL.DCN, cfg.MODEL.RPN
         if dcn.RPN_LOW_QUALITY_IOU >= 0:

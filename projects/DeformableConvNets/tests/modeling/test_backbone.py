@@ -9,9 +9,13 @@ from detectron2.config import CfgNode, get_cfg
 from detectron2.layers import FrozenBatchNorm2d, ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, build_backbone, build_model
 from detectron2.modeling.backbone.resnet import DeformBottleneckBlock as TheirDeformBottleneckBlock
+from detectron2.modeling.meta_arch.fcos import FCOS, FCOSHead
+from detectron2.structures import Boxes, Instances
+from detectron2.utils.events import EventStorage
 from torch import nn
 
 from dcn_d2 import add_dcn_config
+from dcn_d2.config import with_dcn_keys
 from dcn_d2.layers import DeformConv, ModulatedDeformConv
 from dcn_d2.modeling import DeformBottleneckBlock
 from dcn_d2.modeling.backbone import memory_format_of
@@ -244,3 +248,96 @@ def test_unknown_memory_format_is_refused() -> None:
         ValueError, match="MODEL.DCN.MEMORY_FORMAT must be auto, contiguous or channels_last, got 'nhwc'"
     ):
         backbone_of(cfg)
+
+
+def retinanet_config(**resnets: Any) -> CfgNode:
+    """A narrow RetinaNet on the backbone with P6 and P7."""
+    cfg = slim_config(DEFORM_ON_PER_STAGE=C3_TO_C5, NORM="BN", **resnets)
+    cfg.MODEL.META_ARCHITECTURE = "RetinaNet"
+    cfg.MODEL.BACKBONE.NAME = "build_dcn_retinanet_resnet_fpn_backbone"
+    cfg.MODEL.FPN.IN_FEATURES = ["res3", "res4", "res5"]
+    cfg.MODEL.RETINANET.NUM_CLASSES, cfg.MODEL.RETINANET.NUM_CONVS = 2, 1
+    cfg.MODEL.ANCHOR_GENERATOR.SIZES = [[16], [32], [64], [128], [256]]
+    return cfg
+
+
+def one_step(model: nn.Module) -> None:
+    """Trains on one image, and wants a gradient for every parameter."""
+    truth = Instances((128, 160), gt_boxes=Boxes(torch.tensor([[8.0, 8, 40, 50]])), gt_classes=torch.tensor([1]))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    with EventStorage():
+        losses = model.train()([{"image": torch.randint(0, 255, (3, 128, 160)).float(), "instances": truth}])
+    sum(losses.values()).backward()
+    optimizer.step()
+    assert all(loss.isfinite() for loss in losses.values())
+    changed = {name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])}
+    for part in ("top_block.p6", "top_block.p7", "res5.0.conv2_offset", "fpn_output3"):
+        assert any(part in name for name in changed), part
+
+
+def test_backbone_with_p7_has_the_names_and_numbers_of_detectron2() -> None:
+    cfg = retinanet_config()
+    mine = backbone_of(cfg, "build_dcn_retinanet_resnet_fpn_backbone").eval()
+    theirs = backbone_of(cfg, "build_retinanet_resnet_fpn_backbone").eval()
+    theirs.load_state_dict(mine.state_dict(), strict=True)
+    assert mine.output_shape() == theirs.output_shape()
+    assert list(mine.output_shape()) == ["p3", "p4", "p5", "p6", "p7"]
+    mine, theirs, images = mine.double(), theirs.double(), torch.randn(1, 3, 128, 128).double()
+    with torch.no_grad():
+        for name, features in theirs(images).items():
+            torch.testing.assert_close(mine(images)[name], features)
+
+
+def test_retinanet_had_no_backbone_with_p7() -> None:
+    model = build_model(retinanet_config())
+    one_step(model)
+    with torch.no_grad():
+        (result,) = model.eval()([{"image": torch.zeros(3, 64, 96)}])
+    assert result["instances"].image_size == (64, 96)
+
+
+def test_fcos_trains_on_the_backbone_with_p7() -> None:
+    cfg = retinanet_config()
+    backbone = build_backbone(cfg)
+    head = FCOSHead(input_shape=list(backbone.output_shape().values()), num_classes=2, conv_dims=[32], norm="GN")
+    levels = list(backbone.output_shape())
+    mean, std = cfg.MODEL.PIXEL_MEAN, [57.0] * 3
+    one_step(FCOS(backbone=backbone, head=head, head_in_features=levels, num_classes=2, pixel_mean=mean, pixel_std=std))
+
+
+@pytest.mark.parametrize("channels", [1, 2, 4, 8])
+def test_images_may_have_any_number_of_channels(channels: int) -> None:
+    cfg = slim_config(DEFORM_ON_PER_STAGE=C3_TO_C5)
+    cfg.MODEL.PIXEL_MEAN, cfg.MODEL.PIXEL_STD = [34.0] * channels, [25.0] * channels
+    cfg.INPUT.FORMAT = {1: "L", 4: "RGBA"}.get(channels, "BGR")  # which says nothing where others read the images
+    model = build_model(cfg).eval()
+    assert model.backbone.bottom_up.stem.conv1.weight.shape[1] == channels
+    with torch.no_grad():
+        (result,) = model([{"image": torch.zeros(channels, 64, 96)}])
+    assert result["instances"].image_size == (64, 96)
+
+
+@pytest.mark.parametrize("lacking", ["MODEL.DCN", "MODEL.DCN.NORM_EVAL", "MODEL.DCN.MEMORY_FORMAT"])
+@pytest.mark.parametrize("heads", ["StandardROIHeads", "DCNROIHeads", "DCNCascadeROIHeads"])
+def test_a_config_without_our_keys_was_refused(lacking: str, heads: str) -> None:
+    cfg = slim_config(DEFORM_ON_PER_STAGE=C3_TO_C5)
+    cfg.MODEL.PROPOSAL_GENERATOR.NAME, cfg.MODEL.ROI_HEADS.NAME = "DCNRPN", heads
+    cfg.MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG = "Cascade" in heads
+    cfg.MODEL.ROI_BOX_HEAD.POOLER_TYPE = "ROIAlignV2" if heads == "StandardROIHeads" else "DeformRoIPool"
+    del cfg["PUBLISHED"], cfg.SOLVER["OFFSET_LR_FACTOR"], cfg.INPUT["RESIZE_WITH"]
+    del (cfg.MODEL if lacking == "MODEL.DCN" else cfg.MODEL.DCN)[lacking.rpartition(".")[2]]
+    cfg.freeze()
+    before = cfg.dump()
+    model = build_model(cfg).eval()
+    assert cfg.dump() == before and cfg.is_frozen()
+    images = torch.randn(1, 3, 64, 96)
+    with torch.no_grad():
+        assert model.backbone(images)["p2"].is_contiguous(memory_format=torch.channels_last)
+    if lacking == "MODEL.DCN" and heads != "StandardROIHeads":
+        assert model.roi_heads.box_pooler.level_poolers[0].offset_fc[0].out_features == 1024
+
+
+def test_a_config_with_all_our_keys_is_taken_as_it_is() -> None:
+    cfg = slim_config()
+    assert with_dcn_keys(cfg) is cfg

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from detectron2.layers import ShapeSpec
 from detectron2.modeling.roi_heads import ROI_HEADS_REGISTRY, ROIHeads
-from detectron2.structures import BitMasks, Boxes, ImageList, Instances
+from detectron2.structures import BitMasks, Boxes, ImageList, Instances, Keypoints
 from detectron2.utils.events import EventStorage
 from torch import Tensor, nn
 
@@ -134,6 +134,29 @@ def test_pooler_is_what_the_config_names(name: str) -> None:
     heads = ROI_HEADS_REGISTRY.get(name)(cfg, SHAPES)
     for pooler in (heads.box_pooler, heads.mask_pooler):
         assert isinstance(pooler, DCNROIPooler) and pooler.mmdet_levels
+
+
+@pytest.mark.parametrize("name", ["DCNROIHeads", "DCNCascadeROIHeads"])
+def test_keypoint_heads_did_not_know_deformable_poolers(name: str) -> None:
+    cfg = slim_config()
+    cfg.MODEL.KEYPOINT_ON, cfg.MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG = True, "Cascade" in name
+    cfg.MODEL.ROI_KEYPOINT_HEAD.POOLER_TYPE, cfg.MODEL.ROI_KEYPOINT_HEAD.CONV_DIMS = "ModulatedDeformRoIPool", (8,)
+    cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS, cfg.MODEL.ROI_HEADS.NUM_CLASSES = 3, CLASSES
+    cfg.MODEL.DCN.POOLER_FC_DIM = 8
+    heads = ROI_HEADS_REGISTRY.get(name)(cfg, SHAPES)
+    learnt = [key for key in heads.state_dict() if key.startswith("keypoint_pooler.level_poolers.0.")]
+    assert "keypoint_pooler.level_poolers.0.offset_fc.0.weight" in learnt
+    assert not any(key.startswith("box_pooler") for key in heads.state_dict())
+    truth = targets()
+    for one_image in truth:
+        one_image.gt_keypoints = Keypoints(torch.tensor([[[20.0, 30, 2], [40, 50, 2], [30, 60, 2]]] * 2) + 30)
+        one_image.gt_keypoints.tensor[..., 2] = 2
+    with EventStorage():
+        found = heads(ImageList(torch.zeros(2, 3, *SIZE), [SIZE, SIZE]), features(), proposals(), truth)[1]
+    found["loss_keypoint"].backward()
+    assert found["loss_keypoint"] > 0
+    assert heads.keypoint_pooler.level_poolers[0].offset_fc[-1].bias.grad.abs().sum() > 0
+    assert all(one_image.pred_keypoints.shape[1:] == (3, 3) for one_image in detect(heads))
 
 
 @pytest.mark.parametrize("name", ["DCNROIHeads", "DCNCascadeROIHeads"])
