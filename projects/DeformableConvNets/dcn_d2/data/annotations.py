@@ -153,16 +153,23 @@ def _check_place(annotations: _Annotations, where: np.ndarray, boxes: np.ndarray
         ]
         for key in ("width", "height")
     )
-    flat = (x1 <= x0) | (y1 <= y0)
-    outside = ~flat & ((x1 <= 0) | (y1 <= 0) | (x0 >= width) | (y0 >= height))
+    mirrored = (x1 < x0) | (y1 < y0)
+    flat = ~mirrored & ((x1 == x0) | (y1 == y0))
+    outside = ~mirrored & ~flat & ((x1 <= 0) | (y1 <= 0) | (x0 >= width) | (y0 >= height))
     over = (x0 < -EDGE) | (y0 < -EDGE) | (x1 > width + EDGE) | (y1 > height + EDGE)
     train = annotations.needs.train
     lost = "The training leaves them out" if train else "The evaluation counts them as not found"
+    corners = (
+        "The training takes what lies between their corners, or leaves them out of images that it does not resize"
+        if train
+        else lost
+    )
     cut = "The training cuts them there" if train else "The evaluation takes them as they are"
     for found, what, then in (
-        (flat, "have a 'bbox' of no width or height, or a negative one", lost),
+        (mirrored, "have a 'bbox' of negative width or height", corners),
+        (flat, "have a 'bbox' of no width or height", lost),
         (outside, "have a 'bbox' outside their image", lost),
-        (over & ~outside & ~flat, "have a 'bbox' that reaches over the edge of their image", cut),
+        (over & ~outside & ~flat & ~mirrored, "have a 'bbox' that reaches over the edge of their image", cut),
     ):
         # Where nothing is left, this is no matter of a few bad boxes: a wrong bbox_mode, say.
         warn = then == cut or int(found.sum()) < len(annotations.all)

@@ -14,8 +14,9 @@ import numpy as np
 import pycocotools.mask
 import pytest
 from detectron2.config import CfgNode
-from detectron2.data import DatasetCatalog, MetadataCatalog, get_detection_dataset_dicts
+from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog, get_detection_dataset_dicts
 from detectron2.data.datasets import register_coco_instances
+from detectron2.data.transforms import ResizeShortestEdge
 from detectron2.structures import BoxMode
 from detectron2.utils import comm
 from PIL import Image
@@ -198,8 +199,8 @@ def test_boxes_that_are_not_four_numbers_are_refused(data: Data, box: Any) -> No
 @pytest.mark.parametrize(
     ("box", "what"),
     [
-        ([10, 10, -5, 5], "no width or height, or a negative one"),
-        ([10, 10, 0, 5], "no width or height, or a negative one"),
+        ([10, 10, -5, 5], "negative width or height"),
+        ([10, 10, 0, 5], "no width or height"),
         ([100, 10, 5, 5], "outside their image"),
         ([-20, 10, 5, 5], "outside their image"),
         ([70, 10, 20, 5], "over the edge"),
@@ -222,7 +223,7 @@ def test_boxes_of_which_none_is_left_are_refused(data: Data) -> None:
     for record in records:  # x, y, width, height, said to be two corners
         record["annotations"][0] |= {"bbox": [30, 40, 20, 10], "bbox_mode": BoxMode.XYXY_ABS}
     data.register("my_train", records)
-    assert "3 of 3 annotations have a 'bbox' of no width" in error_of(config("my_train"))
+    assert "3 of 3 annotations have a 'bbox' of negative width" in error_of(config("my_train"))
 
 
 def test_boxes_need_a_mode_that_detectron2_can_convert(data: Data) -> None:
@@ -374,6 +375,24 @@ def test_annotation_0_which_the_evaluation_never_finds_is_told(data: Data, warni
     data.register_file("my_val", coco)
     check_data(config("", "my_val"), train=False)
     assert len(warnings()) == 1 and "have the id 0" in warnings()[0]
+
+
+def test_annotations_of_a_test_set_have_numbers_as_ids(data: Data) -> None:
+    data.register_file("my_val", change(data.coco(), "annotations", 0, "id", to="a"))
+    assert "have no 'id' that is a whole number: id 'a' of image 1" in error_of(config("", "my_val"), train=False)
+    check_data(config("my_val"), train=True)
+
+
+@pytest.mark.parametrize("box", [[10, 10, 0, 5], [100, 10, 5, 5], [-20, 10, 5, 5]])
+def test_what_is_said_of_odd_boxes_is_what_detectron2_does(data: Data, box: list[int]) -> None:
+    record = data.records()[0]
+    mapper = DatasetMapper(is_train=True, augmentations=[ResizeShortestEdge(120, 200)], image_format="BGR")
+    record["annotations"][0]["bbox"] = box
+    assert len(mapper(record)["instances"]) == 0
+    record["annotations"][0]["bbox"] = [10, 10, -5, 5]
+    assert mapper(record)["instances"].gt_boxes.tensor.tolist() == [[10, 20, 20, 30]]
+    record["annotations"][0]["bbox"] = [70, 10, 20, 5]
+    assert mapper(record)["instances"].gt_boxes.tensor.tolist() == [[140, 20, 160, 30]]
 
 
 def test_a_test_set_without_annotations_is_only_predicted(data: Data, warnings: Callable) -> None:
