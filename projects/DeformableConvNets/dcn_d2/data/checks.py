@@ -55,7 +55,7 @@ def check_data_sets(names: Iterable[str]) -> None:
                 )
 
 
-def check_data(cfg: CfgNode, train: bool) -> None:
+def check_data(cfg: CfgNode, train: bool, test: bool = True, coco_evaluation: bool = True) -> None:
     """Checks the data sets of a config against its model, before anything runs.
 
     Looked at are annotation files, images (their headers: all of a small data set, a sample of a large one), boxes,
@@ -67,7 +67,9 @@ def check_data(cfg: CfgNode, train: bool) -> None:
 
     Args:
         cfg: with DATASETS.TRAIN and DATASETS.TEST.
-        train: check both; otherwise those of DATASETS.TEST.
+        train: check those of DATASETS.TRAIN.
+        test: check those of DATASETS.TEST.
+        coco_evaluation: they must have what COCO's evaluation reads.
 
     Raises:
         FileNotFoundError: annotations or images are not there.
@@ -76,7 +78,7 @@ def check_data(cfg: CfgNode, train: bool) -> None:
     problem: Exception | None = None
     if comm.is_main_process():
         try:
-            _check(cfg, train)
+            _check(cfg, train, test, coco_evaluation)
         except Exception as error:  # of any kind: the other processes wait to hear of it
             problem = error
     # The text, as an error of any kind may not arrive whole.
@@ -87,8 +89,8 @@ def check_data(cfg: CfgNode, train: bool) -> None:
         raise ValueError(f"the main process found this in the data: {told}")
 
 
-def _check(cfg: CfgNode, train: bool) -> None:
-    train_sets, test_sets = tuple(cfg.DATASETS.TRAIN), tuple(cfg.DATASETS.TEST)
+def _check(cfg: CfgNode, train: bool, test: bool, coco_evaluation: bool) -> None:
+    train_sets, test_sets = tuple(cfg.DATASETS.TRAIN), tuple(cfg.DATASETS.TEST) if test else ()
     if train and not train_sets:
         raise ValueError("DATASETS.TRAIN names no data set")
     check_data_sets([*(train_sets if train else ()), *test_sets])
@@ -101,7 +103,7 @@ def _check(cfg: CfgNode, train: bool) -> None:
     elif train_sets and train_sets[0] in DatasetCatalog:
         reference = train_sets[0]  # the weights are taken to be from there
     for name in test_sets:
-        _check_one(name, read_needs(cfg, train=False), reference, hand_on=not train)
+        _check_one(name, read_needs(cfg, train=False, coco_evaluation=coco_evaluation), reference, hand_on=not train)
 
 
 def _check_one(name: str, needs: Needs, reference: str, hand_on: bool) -> None:
@@ -122,7 +124,7 @@ def _check_one(name: str, needs: Needs, reference: str, hand_on: bool) -> None:
         if isinstance(records, Sequence):
             names = metadata.get("thing_classes", None)
             check_records(records, needs, names, findings)
-            if not needs.train and names is None:
+            if needs.coco_evaluation and names is None:
                 way = f"MetadataCatalog.get({name!r}).thing_classes = [...]"
                 findings.errors.append(f"it has no names of categories, which evaluation needs: {way}")
             if needs.train and needs.keypoints:

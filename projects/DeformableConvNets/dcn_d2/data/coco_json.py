@@ -49,7 +49,9 @@ def check_coco_json(path: str, image_root: str, needs: Needs, findings: Findings
     images, annotations, categories = (
         _get_list(data, key, findings) for key in ("images", "annotations", "categories")
     )
-    if "annotations" not in data and not needs.train:  # as COCO's test sets; Detectron2 then writes predictions only
+    if (
+        "annotations" not in data and not needs.train
+    ):  # such are COCO's test sets; Detectron2 then writes predictions only
         findings.warnings.append("the file has no 'annotations': predictions will be written and not evaluated")
     elif annotations is None:
         findings.errors.append("the file has no list 'annotations'")
@@ -158,7 +160,7 @@ def _check_annotations(
         return findings.count(where, annotations, f"annotations {what}", describe, then=then, warn=warn)
 
     # COCO's evaluation puts them into an array of numbers.
-    _check_ids(annotations, "annotations", describe, findings, only=(int, str) if needs.train else (int,))
+    _check_ids(annotations, "annotations", describe, findings, only=(int,) if needs.coco_evaluation else (int, str))
     if not report(_without(annotations, "image_id", (int, str)), "have no 'image_id'"):
         known = {image.get("id") for image in images if isinstance(image.get("id"), (int, str))}
         lost = [i for i, annotation in enumerate(annotations) if annotation["image_id"] not in known]
@@ -178,7 +180,7 @@ def _check_annotations(
         "have a 'segmentation' that is neither a list of polygons, each [x0, y0, x1, y1, …], nor run lengths "
         "with 'size' and 'counts'",
     )
-    if not needs.train:
+    if needs.coco_evaluation:
         _check_for_evaluation(annotations, needs, report)
 
 

@@ -23,7 +23,8 @@ CLASSES = {
 class Needs(NamedTuple):
     """What a config asks of one data set. The same needs of the same data give the same findings."""
 
-    train: bool  # it is for training and not for evaluation
+    train: bool  # it is for training and not for tests
+    coco_evaluation: bool  # it is for tests whose results COCO's evaluation measures
     classes: tuple[tuple[str, int, str], ...]  # (config key, its value, key of the metadata)
     annotations: bool  # objects with boxes
     masks: bool
@@ -38,8 +39,8 @@ class Needs(NamedTuple):
         return next(((key, number) for key, number, field in self.classes if field == "thing_classes"), None)
 
 
-def read_needs(cfg: CfgNode, train: bool) -> Needs:
-    """What `cfg` asks of its data sets."""
+def read_needs(cfg: CfgNode, train: bool, coco_evaluation: bool = True) -> Needs:
+    """What `cfg` asks of its data sets for training, or for tests."""
     model = cfg.MODEL.META_ARCHITECTURE
     heads = CLASSES.get(model, {model.upper(): "thing_classes"})
     classes = tuple(
@@ -51,6 +52,7 @@ def read_needs(cfg: CfgNode, train: bool) -> Needs:
     keypoints = cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS if with_heads and cfg.MODEL.KEYPOINT_ON else 0
     return Needs(
         train=train,
+        coco_evaluation=coco_evaluation and not train,
         classes=classes,
         annotations=model != "SemanticSegmentor",
         masks=with_heads and cfg.MODEL.MASK_ON,

@@ -41,7 +41,7 @@ def _check_images(records: Sequence[Record], needs: Needs, findings: Findings) -
 
     nameless = [i for i, record in enumerate(records) if not isinstance(record.get("file_name"), (str, os.PathLike))]
     usable = not report(nameless, "images have no 'file_name'")
-    if not needs.train:
+    if needs.coco_evaluation:
         for key in ("image_id", "width", "height"):
             missing = [index for index, record in enumerate(records) if record.get(key) is None]
             usable &= not report(missing, f"images have no '{key}', which evaluation needs")
