@@ -102,6 +102,7 @@ def test_all_stages_run_at_full_size_and_leave_one_summary(tree: Path, project: 
     assert run.summary["findings"] == 0 and run.summary["seed"] == 5 and run.summary["size"] == "full"
     assert {"commit", "device", "versions"} <= run.summary["environment"].keys()
     assert list(run.summary["stages"]) == STAGES
+    assert run.summary["stages"]["configs"]["command"] == "python dev/campaign/configs.py --seed 5"
     for stage in run.summary["stages"].values():
         assert stage["cases"] == 40 and stage["slowest"] == 1.5 and stage["status"] == 0
     assert [line.split()[0] for line in run.verdicts()] == ["PASS"] * 5

@@ -2,7 +2,7 @@
 """Checks of data sets before anything runs.
 
 `check_data` is the one that trainers call. It knows which data sets a config names and what its model reads of them;
-`coco_json`, `records`, `image_files` and `needs` look at one data set each in their own respect.
+`coco_json`, `records`, `annotations`, `image_files` and `needs` look at one data set each in their own respect.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from .coco_json import check_coco_json, read_json
 from .findings import Findings
 from .image_files import check_image_files
 from .needs import Needs, check_number_of_classes, compare_names, read_needs
+from .proposals import check_proposals
 from .records import check_records
 
 logger = logging.getLogger(__name__)
@@ -94,6 +95,9 @@ def _check(cfg: CfgNode, train: bool, test: bool, coco_evaluation: bool) -> None
     if train and not train_sets:
         raise ValueError("DATASETS.TRAIN names no data set")
     check_data_sets([*(train_sets if train else ()), *test_sets])
+    for split, needed in (("TRAIN", train), ("TEST", bool(test_sets))):
+        if needed:
+            check_proposals(cfg, split)
     reference = ""
     if train:
         needs = read_needs(cfg, train=True)

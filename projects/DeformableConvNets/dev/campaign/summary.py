@@ -108,7 +108,9 @@ def main(argv: list[str] | None = None) -> int:
         "stages": stages,
     }
     part = args.output.with_name(f".{args.output.name}.part")
-    part.write_text(json.dumps(summary, indent=1, default=str) + "\n")
+    # What is tried again elsewhere shall not name the places of this machine.
+    text = json.dumps(summary, indent=1, default=str).replace(sys.executable, "python").replace(f"{PROJECT}/", "")
+    part.write_text(text + "\n")
     os.replace(part, args.output)
     print(*lines(stages), f"summary: {args.output}", sep="\n")
     return int(found > 0 or all("skipped" in stage for stage in stages.values()))

@@ -6,6 +6,8 @@ from __future__ import annotations
 import copy
 import json
 import logging
+import os
+import pickle
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -592,6 +594,52 @@ def test_of_many_images_a_sample_is_looked_at(data: Data, monkeypatch: pytest.Mo
     assert len(opened) == 7
     check_data(config("small"), train=True)
     assert len(opened) == 7 + 20
+
+
+# Proposals
+
+
+class _RunsCode:
+    def __reduce__(self) -> tuple[Any, tuple[str]]:
+        return os.mkdir, ("victim",)
+
+
+def test_files_of_proposals_cannot_run_code(data: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    data.register("my_train", data.records())
+    path = tmp_path / "proposals.pkl"
+    boxes = [np.array([[1, 2, 3, 4.0]])] * 3
+    good = {"ids": [1, 2, 3], "boxes": boxes, "objectness_logits": [np.zeros(1)] * 3, "bbox_mode": BoxMode.XYXY_ABS}
+    path.write_bytes(pickle.dumps(good | {"more": _RunsCode()}))
+    proposals = ("MODEL.LOAD_PROPOSALS", True, "DATASETS.PROPOSAL_FILES_TRAIN")
+    cfg = config("my_train", "", *proposals, (str(path),))
+    told = error_of(cfg)
+    assert "DATASETS.PROPOSAL_FILES_TRAIN" in told and f"{path} is refused: it names posix.mkdir" in told
+    assert not (tmp_path / "victim").exists()
+    for protocol in range(pickle.HIGHEST_PROTOCOL + 1):
+        path.write_bytes(pickle.dumps(good, protocol=protocol))
+        check_data(cfg, train=True)
+    dicts = get_detection_dataset_dicts("my_train", proposal_files=cfg.DATASETS.PROPOSAL_FILES_TRAIN)
+    assert dicts[0]["proposal_boxes"].shape == (1, 4)
+
+
+def test_files_of_proposals_that_are_none_are_named(data: Data, tmp_path: Path) -> None:
+    data.register("my_train", data.records())
+    path = tmp_path / "proposals.pkl"
+    proposals = ("MODEL.LOAD_PROPOSALS", True, "DATASETS.PROPOSAL_FILES_TRAIN")
+    cfg = config("my_train", "", *proposals, (str(path),))
+    with pytest.raises(FileNotFoundError, match="PROPOSAL_FILES_TRAIN: there is no file .*proposals.pkl"):
+        check_data(cfg, train=True)
+    lists = {"indexes": [1], "boxes": [1], "scores": [1, 2]}
+    for content, message in (
+        (b"", "is refused"),
+        (pickle.dumps([1]), "holds a list"),
+        (pickle.dumps({"ids": [1]}), "has no list 'boxes'"),
+        (pickle.dumps(lists), "has lists of different lengths: {'indexes': 1, 'boxes': 1, 'scores': 2}"),
+    ):
+        path.write_bytes(content)
+        assert f"{path} {message}" in error_of(cfg)
+    assert "names 0 files, but DATASETS.TRAIN 1 data sets" in error_of(config("my_train", "", *proposals, ()))
 
 
 # Once
