@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import re
@@ -99,7 +100,9 @@ def test_make_targets_in_the_readme_exist(repository: Path) -> None:
 
 def test_files_and_links_in_the_documents_exist(repository: Path, project: Path) -> None:
     missing = []
-    for document in (repository / "README.md", project / "README.md", project / "CONTRIBUTING.md"):
+    documents = [repository / "README.md", repository / "SECURITY.md", *(repository / "docs").glob("*.md")]
+    assert len(documents) > 2
+    for document in (*documents, project / "README.md", project / "CONTRIBUTING.md"):
         text = document.read_text()
         links = re.findall(r"\]\((?!https?:|#|mailto:)([^)#\s]+)", text)
         missing += [f"{document}: {link}" for link in links if not (document.parent / link).exists()]
@@ -107,6 +110,17 @@ def test_files_and_links_in_the_documents_exist(repository: Path, project: Path)
         named = re.findall(r"(?<![\w/.])projects/DeformableConvNets(?:/[\w./-]*\w)?", text)
         missing += [f"{document}: {name}" for name in named if not (repository / name).exists()]
     assert not missing
+
+
+def test_the_security_page_is_linked_and_its_commands_exist(repository: Path, project: Path) -> None:
+    page = "docs/security.md"
+    assert all(f"({page})" in (repository / name).read_text() for name in ("README.md", "SECURITY.md"))
+    text = (repository / page).read_text()
+    scripts = re.findall(r"`((?:dev/)?\w+\.(?:py|sh))`", text)
+    assert {"train_net.py", "demo.py"} <= set(scripts)
+    assert not [name for name in scripts if not (project / name).exists()]
+    for name in re.findall(r"`dcn_d2\.([\w.]+)\.(\w+)\(", text):
+        assert hasattr(importlib.import_module(f"dcn_d2.{name[0]}"), name[1]), name
 
 
 def test_python_in_the_readme_runs(repository: Path) -> None:

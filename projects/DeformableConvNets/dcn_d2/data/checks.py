@@ -1,17 +1,40 @@
 # Copyright (c) the dcn_d2 authors. SPDX-License-Identifier: Apache-2.0
-"""Checks of data sets before anything runs."""
+"""Checks of data sets before anything runs.
+
+`check_data` is the one that trainers call. It knows which data sets a config names and what its model reads of them;
+`coco_json`, `records`, `annotations`, `image_files` and `needs` look at one data set each in their own respect.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import gc
+import logging
 import os
-from collections.abc import Iterable
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
+from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
+
+from .coco_json import check_coco_json, read_json
+from .findings import Findings
+from .image_files import check_image_files
+from .needs import Needs, check_number_of_classes, compare_names, read_needs
+from .proposals import check_proposals
+from .records import check_records
+
+logger = logging.getLogger(__name__)
+# Evaluators whose data sets have COCO's annotations of objects in `json_file`.
+COCO_EVALUATORS = (None, "coco", "coco_panoptic_seg")
+_checked: dict[tuple[str, Needs], tuple[Any, ...]] = {}  # and found to be good: see `_fingerprint`
 
 
 def check_data_sets(names: Iterable[str]) -> None:
-    """Checks that the annotations and images of data sets are where Detectron2 looks for them.
+    """Checks that the annotations and images of data sets are where Detectron2 looks for them. Opens nothing.
 
     Raises:
         FileNotFoundError: One is missing; the message says where it is expected and how to say where it is.
@@ -31,3 +54,170 @@ def check_data_sets(names: Iterable[str]) -> None:
                     f"DETECTRON2_DATASETS names (now {root if root else 'not set, so ./datasets'}); "
                     "COCO, for example, as coco/annotations, coco/train2017 and coco/val2017 in that folder"
                 )
+
+
+def check_data(cfg: CfgNode, train: bool, test: bool = True, coco_evaluation: bool = True) -> None:
+    """Checks the data sets of a config against its model, before anything runs.
+
+    Looked at are annotation files, images (their headers: all of a small data set, a sample of a large one), boxes,
+    masks, keypoints and categories. Warnings are logged, a line each. The data sets that are loaded next, those of the
+    training if `train`, are loaded once: what was loaded here is what the next `DatasetCatalog.get` of them gives.
+    A data set that was found good is not looked at again while its file stays the same.
+
+    In a distributed job the main process checks and speaks; the others wait, and stop as it does. All must call it.
+
+    Args:
+        cfg: with DATASETS.TRAIN and DATASETS.TEST.
+        train: check those of DATASETS.TRAIN.
+        test: check those of DATASETS.TEST.
+        coco_evaluation: they must have what COCO's evaluation reads.
+
+    Raises:
+        FileNotFoundError: annotations or images are not there.
+        ValueError: the data cannot be used with this model; the message names file, image, field and the way out.
+    """
+    problem: Exception | None = None
+    if comm.is_main_process():
+        try:
+            _check(cfg, train, test, coco_evaluation)
+        except Exception as error:  # of any kind: the other processes wait to hear of it
+            problem = error
+    # The text, as an error of any kind may not arrive whole.
+    told = comm.all_gather(f"{type(problem).__name__}: {problem}" if problem else "")[0]
+    if problem:
+        raise problem
+    if told:
+        raise ValueError(f"the main process found this in the data: {told}")
+
+
+def _check(cfg: CfgNode, train: bool, test: bool, coco_evaluation: bool) -> None:
+    train_sets, test_sets = tuple(cfg.DATASETS.TRAIN), tuple(cfg.DATASETS.TEST) if test else ()
+    if train and not train_sets:
+        raise ValueError("DATASETS.TRAIN names no data set")
+    check_data_sets([*(train_sets if train else ()), *test_sets])
+    for split, needed in (("TRAIN", train), ("TEST", bool(test_sets))):
+        if needed:
+            check_proposals(cfg, split)
+    reference = ""
+    if train:
+        needs = read_needs(cfg, train=True)
+        for name in train_sets:
+            _check_one(name, needs, reference, hand_on=True)
+            reference = reference or name
+    elif train_sets and train_sets[0] in DatasetCatalog:
+        reference = train_sets[0]  # the weights are taken to be from there
+    for name in test_sets:
+        _check_one(name, read_needs(cfg, train=False, coco_evaluation=coco_evaluation), reference, hand_on=not train)
+
+
+def _check_one(name: str, needs: Needs, reference: str, hand_on: bool) -> None:
+    """Checks one data set, and its names of categories against those of the data set `reference`, unless that is ""."""
+    metadata = MetadataCatalog.get(name)
+    path, image_root = metadata.get("json_file", None), str(metadata.get("image_root", None) or "")
+    findings = Findings(f"data set {name}{f' ({path})' if path else ''}")
+    fingerprint = _fingerprint(name, path, reference)
+    if _checked.get((name, needs)) == fingerprint:
+        return
+    begin = time.perf_counter()
+    with _without_garbage_collection():
+        if path and metadata.get("evaluator_type", None) in COCO_EVALUATORS:
+            check_coco_json(PathManager.get_local_path(path), image_root, needs, findings)
+            findings.refuse()
+        records = _load(name, findings)
+        summary = f"{len(records)} images"
+        if isinstance(records, Sequence):
+            names = metadata.get("thing_classes", None)
+            check_records(records, needs, names, findings)
+            if needs.coco_evaluation and names is None:
+                way = f"MetadataCatalog.get({name!r}).thing_classes = [...]"
+                findings.errors.append(f"it has no names of categories, which evaluation needs: {way}")
+            if needs.train and needs.keypoints:
+                _check_keypoint_names(metadata, needs, findings)
+            stuff = metadata.get("stuff_classes", None)
+            check_number_of_classes(needs, {"thing_classes": names, "stuff_classes": stuff}, findings)
+            expected = _get_names(reference) if reference else None
+            if names and expected:
+                compare_names(reference, expected, names, needs.train, findings)
+            findings.refuse()
+            looked = check_image_files(records, findings)
+            summary += f", {sum(len(record.get('annotations', ())) for record in records)} annotations"
+            summary += f", {looked} image files looked at"
+    findings.warn(logger)
+    findings.refuse()
+    logger.info(f"{findings.subject}: checked in {time.perf_counter() - begin:.1f} s: {summary}")
+    _checked[name, needs] = fingerprint
+    if hand_on and isinstance(records, list):
+        DatasetCatalog[name] = _HandOn(name, _get_function(name), records)
+
+
+def _load(name: str, findings: Findings) -> Any:
+    """Loads a data set; an error of its loader gets the data set's name."""
+    try:
+        return DatasetCatalog.get(name)
+    except Exception as error:  # the loader may be anyone's
+        text = f"{type(error).__name__}: {error}".strip().rstrip(":")
+        raise ValueError(f"{findings.subject} cannot be loaded: {text}") from error
+
+
+def _get_names(name: str) -> Sequence[str] | None:
+    """The categories of a data set that may not have been loaded; None if that is not known without loading it."""
+    metadata = MetadataCatalog.get(name)
+    names = metadata.get("thing_classes", None)
+    path = metadata.get("json_file", None)
+    if names or not path or not PathManager.exists(path):
+        return names
+    categories = read_json(PathManager.get_local_path(path)).get("categories", ())
+    return [category["name"] for category in sorted(categories, key=lambda category: category["id"])]
+
+
+def _check_keypoint_names(metadata: Any, needs: Needs, findings: Findings) -> None:
+    for key in ("keypoint_names", "keypoint_flip_map"):
+        if metadata.get(key, None) is None:
+            findings.errors.append(
+                f"its metadata have no {key}, which MODEL.KEYPOINT_ON needs: "
+                f"MetadataCatalog.get({metadata.name!r}).{key} = [...]"
+            )
+    names = metadata.get("keypoint_names", None)
+    if names is not None and len(names) != needs.keypoints:
+        findings.errors.append(
+            f"it has {len(names)} names of keypoints, but MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS is {needs.keypoints}"
+        )
+
+
+def _get_function(name: str) -> Callable[[], Any]:
+    """What a data set was registered with."""
+    function = DatasetCatalog[name]
+    return function.function if isinstance(function, _HandOn) else function
+
+
+def _fingerprint(name: str, path: str | None, reference: str) -> tuple[Any, ...]:
+    """Changes when a data set is another one."""
+    stamp = None
+    if path:
+        status = os.stat(PathManager.get_local_path(path))
+        stamp = status.st_mtime_ns, status.st_size
+    return _get_function(name), stamp, reference
+
+
+class _HandOn:
+    """Stands in for the function that loads a data set: gives what was loaded once, and puts the function back."""
+
+    def __init__(self, name: str, function: Callable[[], Any], records: list[Any]) -> None:
+        self.name, self.function, self.records = name, function, records
+
+    def __call__(self) -> list[Any]:
+        if DatasetCatalog.data.get(self.name) is self:
+            DatasetCatalog[self.name] = self.function
+        return self.records
+
+
+@contextlib.contextmanager
+def _without_garbage_collection() -> Iterator[None]:
+    """Millions of small objects are made, none of them garbage: looking through them doubles the time."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()

@@ -11,11 +11,13 @@ are those of the visible part. A smaller rest is left unannotated: it can hardly
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import shutil
 import tempfile
+import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,6 +34,7 @@ SCHEME = "nuclei://"  # nuclei://val.json is the annotation file; reading it cut
 CATEGORY = "nucleus"
 SCALE = 2  # a nucleus of about 25 pixels becomes one of about 50, which Faster R-CNN's usual strides suit
 MIN_VISIBLE = 0.25  # of a nucleus' area in the whole image
+LEFT_OVER_AGE = 3600  # seconds after which an unfinished folder is taken for one that nobody works on
 
 
 class Split(NamedTuple):
@@ -72,8 +75,16 @@ def ensure_nuclei() -> Path:
     folder = _cache_root() / f"nuclei-{_digest()}"
     if _is_complete(folder):
         return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        work = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    except OSError as error:
+        raise OSError(
+            error.errno,
+            f"the tiles of the data set nuclei are to be written to {folder}, which cannot be done ({error.strerror}). "
+            "Name a folder that can be written to in the environment variable XDG_CACHE_HOME",
+        ) from error
+    _remove_left_overs(folder)
     try:
         _write_all(work / "new")
         if folder.exists() and not _is_complete(folder):
@@ -86,6 +97,14 @@ def ensure_nuclei() -> Path:
     finally:
         shutil.rmtree(work, ignore_errors=True)
     return folder
+
+
+def _remove_left_overs(folder: Path) -> None:
+    """Removes what processes left behind that were killed while they made the tiles, which takes seconds."""
+    for left in folder.parent.glob(".nuclei-*"):
+        with contextlib.suppress(OSError):  # another process may be doing the same
+            if left.stat().st_mtime < time.time() - LEFT_OVER_AGE:
+                shutil.rmtree(left, ignore_errors=True)
 
 
 def _cache_root() -> Path:
@@ -190,7 +209,10 @@ class _NucleiPathHandler(PathHandler):
         return [SCHEME]
 
     def _get_local_path(self, path: str, force: bool = False, **kwargs: Any) -> str:
-        return str(ensure_nuclei() / path[len(SCHEME) :])
+        name = path[len(SCHEME) :]
+        if os.path.isabs(name) or ".." in name.split("/"):  # an address from a file of others shall open nothing else
+            raise ValueError(f"{path} is no file of the data set: {SCHEME} takes names of files in its folder")
+        return str(ensure_nuclei() / name)
 
     def _open(self, path: str, mode: str = "r", buffering: int = -1, **kwargs: Any) -> Any:
         if set(mode) & set("wax+"):

@@ -195,6 +195,33 @@ def test_detectron2_datasets_decides_where(tmp_path: Path, monkeypatch: pytest.M
     assert nuclei.ensure_nuclei().parent == datasets
 
 
+@pytest.mark.parametrize("name", ["../../victim.json", "train/../../victim.json", "{folder}/victim.json"])
+def test_addresses_do_not_lead_out_of_the_cache(tmp_path: Path, name: str) -> None:
+    (tmp_path / "victim.json").write_text("{}")
+    address = "nuclei://" + name.format(folder=tmp_path)
+    for ask in (PathManager.get_local_path, PathManager.open, PathManager.exists, PathManager.isfile):
+        with pytest.raises(ValueError, match="is no file of the data set"):
+            ask(address)
+
+
+def test_a_cache_that_cannot_be_written_is_named_with_the_way_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    with pytest.raises(OSError, match=f"{tmp_path}/file/dcn_d2/nuclei-.* which cannot be done .*XDG_CACHE_HOME"):
+        nuclei.ensure_nuclei()
+
+
+def test_what_a_killed_process_left_is_removed_later(cache: Path) -> None:
+    folders = [cache / "dcn_d2" / f".nuclei-0123-{name}" for name in ("old", "new")]
+    for folder in folders:
+        (folder / "new").mkdir(parents=True)
+    os.utime(folders[0], (0, 0))
+    nuclei.ensure_nuclei()
+    assert [folder.exists() for folder in folders] == [False, True]
+
+
 def test_unreadable_source_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     broken = tmp_path / "broken"
     broken.mkdir()

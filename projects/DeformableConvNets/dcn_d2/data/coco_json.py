@@ -1,0 +1,212 @@
+# Copyright (c) the dcn_d2 authors. SPDX-License-Identifier: Apache-2.0
+"""Annotation files in COCO's format: what Detectron2's loader and COCO's evaluation stop at, or pass over in silence.
+
+They are data from strangers. Nothing here opens a file that they name.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import posixpath
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from .findings import Findings, shorten
+from .needs import Needs
+
+
+def read_json(path: str) -> Any:
+    """Reads a JSON file; ValueError names the file and what is wrong with it."""
+    with open(path, "rb") as file:
+        text = file.read()
+    if not text.strip():
+        raise ValueError(f"{path} is empty ({len(text)} bytes)")
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        end = "; the file ends there, it may have been cut off" if error.pos >= len(error.doc.rstrip()) - 1 else ""
+        raise ValueError(
+            f"{path} ({len(text)} bytes) is not JSON: {error.msg} at line {error.lineno}, column {error.colno}{end}"
+        ) from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not JSON: byte {error.start} is no {error.encoding} text") from error
+    except RecursionError as error:
+        raise ValueError(f"{path} is nested too deeply to be an annotation file") from error
+
+
+def check_coco_json(path: str, image_root: str, needs: Needs, findings: Findings) -> list[str]:
+    """Checks a file; see `Findings` for where the result goes.
+
+    Returns:
+        The names of its categories in the order of their ids.
+    """
+    data = read_json(path)
+    if not isinstance(data, dict):
+        findings.errors.append(f"the file holds a {type(data).__name__}, not COCO's object with images and annotations")
+        return []
+    images, annotations, categories = (
+        _get_list(data, key, findings) for key in ("images", "annotations", "categories")
+    )
+    if (
+        "annotations" not in data and not needs.train
+    ):  # such are COCO's test sets; Detectron2 then writes predictions only
+        findings.warnings.append("the file has no 'annotations': predictions will be written and not evaluated")
+    elif annotations is None:
+        findings.errors.append("the file has no list 'annotations'")
+    for key, entries in (("images", images), ("categories", categories)):
+        if not entries:
+            findings.errors.append(
+                f"the file has no {key}: its list {key!r} is {'missing' if entries is None else 'empty'}"
+            )
+    if findings.errors:
+        return []
+    assert images and categories  # for the type checker
+    _check_images(images, image_root, findings)
+    _check_ids(categories, "categories", lambda i: shorten(categories[i]), findings, only=(int,))
+    unnamed = _without(categories, "name", (str,))
+    findings.count(unnamed, categories, "categories have no 'name'", lambda i: shorten(categories[i]))
+    if findings.errors:
+        return []
+    if annotations:
+        _check_annotations(annotations, images, categories, needs, findings)
+    return [category["name"] for category in sorted(categories, key=lambda category: category["id"])]
+
+
+def _get_list(data: dict[str, Any], key: str, findings: Findings) -> list[dict[str, Any]] | None:
+    """A list of the file, or None where there is none; entries that are no objects are an error."""
+    entries = data.get(key)
+    if not isinstance(entries, list):
+        return None
+    others = [index for index, entry in enumerate(entries) if type(entry) is not dict]
+    findings.count(others, entries, f"entries of {key!r} are no objects", lambda i: f"[{i}] is {shorten(entries[i])}")
+    return entries
+
+
+def _without(entries: Sequence[dict[str, Any]], key: str, types: tuple[type, ...]) -> list[int]:
+    """The entries whose value for a key is missing or of another type than these. A bool is no int."""
+    kinds = [type(entry.get(key)) for entry in entries]
+    return [] if set(kinds) <= set(types) else [index for index, kind in enumerate(kinds) if kind not in types]
+
+
+def _check_ids(
+    entries: Sequence[dict[str, Any]],
+    noun: str,
+    describe: Callable[[int], str],
+    findings: Findings,
+    only: tuple[type, ...] = (int, str),
+) -> None:
+    """Ids are there and differ."""
+    kinds = " or ".join("a whole number" if kind is int else "a text" for kind in only)
+    if findings.count(_without(entries, "id", only), entries, f"{noun} have no 'id' that is {kinds}", describe):
+        return
+    ids = [entry["id"] for entry in entries]
+    if len(set(ids)) < len(ids):
+        seen = Counter(ids)
+        twice = [index for index, key in enumerate(ids) if seen[key] > 1]
+        findings.count(twice, entries, f"{noun} share their 'id' with another", describe)
+
+
+def _check_images(images: Sequence[dict[str, Any]], image_root: str, findings: Findings) -> None:
+    def describe(index: int) -> str:
+        image = images[index]
+        return f"id {shorten(image.get('id'))}, file_name {shorten(image.get('file_name'), 200)}"
+
+    _check_ids(images, "images", describe, findings)
+    nameless = _without(images, "file_name", (str,)) or [i for i, image in enumerate(images) if not image["file_name"]]
+    if not findings.count(nameless, images, "images have no 'file_name'", describe):
+        addresses = [i for i, image in enumerate(images) if not image_root and "://" in image["file_name"]]
+        asked = "Reading the images asks these servers; check the file if it is from a stranger"
+        findings.count(addresses, images, "file names are addresses", describe, then=asked, warn=True)
+        outside = [index for index, image in enumerate(images) if image_root and _leaves(image["file_name"])]
+        findings.count(
+            outside,
+            images,
+            f"file names lead out of the data set's folder {image_root}",
+            describe,
+            then="The files there will be read as images, and only read; check the file if it is from a stranger",
+            warn=True,
+        )
+    for key in ("width", "height"):
+        bad = [i for i, image in enumerate(images) if not _is_size(image.get(key))]
+        findings.count(
+            bad, images, f"images have no '{key}' above 0", lambda i: f"{describe(i)}, {key} {images[i].get(key)!r}"
+        )
+
+
+def _is_size(value: Any) -> bool:
+    return type(value) in (int, float) and value > 0 and value == value // 1
+
+
+def _leaves(name: str) -> bool:
+    """True if a file name leads out of the folder that it is looked for in."""
+    path = posixpath.normpath(name)
+    return os.path.isabs(name) or path == ".." or path.startswith("../")
+
+
+def _check_annotations(
+    annotations: Sequence[dict[str, Any]],
+    images: Sequence[dict[str, Any]],
+    categories: Sequence[dict[str, Any]],
+    needs: Needs,
+    findings: Findings,
+) -> None:
+    def describe(index: int) -> str:
+        annotation = annotations[index]
+        return f"id {shorten(annotation.get('id'))} of image {shorten(annotation.get('image_id'))}"
+
+    def report(where: Iterable[int], what: str, then: str = "", warn: bool = False) -> bool:
+        return findings.count(where, annotations, f"annotations {what}", describe, then=then, warn=warn)
+
+    # COCO's evaluation puts them into an array of numbers.
+    _check_ids(annotations, "annotations", describe, findings, only=(int,) if needs.coco_evaluation else (int, str))
+    if not report(_without(annotations, "image_id", (int, str)), "have no 'image_id'"):
+        known = {image.get("id") for image in images if isinstance(image.get("id"), (int, str))}
+        lost = [i for i, annotation in enumerate(annotations) if annotation["image_id"] not in known]
+        then = "Detectron2 leaves such annotations out"
+        if len(lost) == len(annotations):
+            then = f"The ids of images are like {shorten(images[0].get('id'))}, and none fits"
+        report(lost, "are of an image that the file does not have", then, warn=len(lost) < len(annotations))
+    if not report(_without(annotations, "category_id", (int,)), "have no 'category_id' that is a whole number"):
+        ids = {category["id"] for category in categories}
+        wrong = [i for i, annotation in enumerate(annotations) if annotation["category_id"] not in ids]
+        report(wrong, f"have a 'category_id' that no category has (there are {shorten(sorted(ids))})")
+    ignored = [i for i, annotation in enumerate(annotations) if annotation.get("ignore", 0)]
+    report(ignored, "have 'ignore' set, which Detectron2 refuses", "Use 'iscrowd', or take them out")
+    segmentations = [annotation.get("segmentation") for annotation in annotations]
+    report(
+        [i for i, value in enumerate(segmentations) if value and not _is_segmentation(value)],
+        "have a 'segmentation' that is neither a list of polygons, each [x0, y0, x1, y1, …], nor run lengths "
+        "with 'size' and 'counts'",
+    )
+    if needs.coco_evaluation:
+        _check_for_evaluation(annotations, needs, report)
+
+
+def _is_segmentation(value: Any) -> bool:
+    if type(value) is dict:
+        return "size" in value and "counts" in value
+    return type(value) is list and all(type(polygon) is list for polygon in value)
+
+
+def _check_for_evaluation(annotations: Sequence[dict[str, Any]], needs: Needs, report: Callable[..., bool]) -> None:
+    """What COCO's evaluation reads, at the end of all."""
+    numbers = (int, float)
+    fields: dict[str, tuple[type, ...]] = {"bbox": (list,), "area": numbers, "iscrowd": (int, bool)}
+    if needs.masks:
+        fields["segmentation"] = (list, dict)
+    if needs.keypoints:
+        fields |= {"keypoints": (list,), "num_keypoints": (int,)}
+    for key, types in fields.items():
+        report(_without(annotations, key, types), f"have no '{key}', which COCO's evaluation reads")
+    if needs.masks:
+        empty = [i for i, annotation in enumerate(annotations) if annotation.get("segmentation") == []]
+        report(empty, "have an empty 'segmentation', which COCO's evaluation of masks cannot read")
+    zero = [i for i, annotation in enumerate(annotations) if annotation.get("id") == 0]
+    report(
+        zero,
+        "have the id 0, which COCO's evaluation takes for 'not found', so that AP is too low",
+        "Count from 1",
+        warn=True,
+    )

@@ -1,0 +1,120 @@
+# Copyright (c) the dcn_d2 authors. SPDX-License-Identifier: Apache-2.0
+"""Makes one file and one screen of what the stages of dev/campaign.sh left.
+
+python dev/campaign/summary.py FOLDER --size full --seed 0 --output results/campaign.json --stages operators kills
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+PROJECT = Path(__file__).resolve().parent.parent.parent
+sys.path.insert(0, str(PROJECT / "benchmarks"))
+
+NOT_HERE = 77  # exit status of a stage that cannot run here
+SHOWN = 10  # findings of a stage on the screen; the file has all
+SHOWN_LINES = 5  # of what a stage printed last
+
+
+def read_stage(folder: Path, name: str) -> dict[str, Any]:
+    """What a stage of that name did: command, status, seconds, cases, findings."""
+    command = _read(folder / f"{name}.command").strip()
+    status_line = _read(folder / f"{name}.status").split()
+    status, seconds, limit = (int(word) for word in status_line) if len(status_line) == 3 else (None, 0, 0)
+    stage: dict[str, Any] = {"command": command, "status": status, "seconds": seconds, "cases": 0}
+    log = [line for line in _read(folder / f"{name}.txt").splitlines() if line.strip()]
+    if status == NOT_HERE:
+        return stage | {"skipped": log[-1] if log else "it cannot run here", "findings": []}
+    text = _read(folder / f"{name}.json")
+    findings: list[dict[str, str]] = []
+    try:
+        result = json.loads(text)
+        stage["cases"] = result["cases"] if "cases" in result else result["kills"]
+        stage |= {key: value for key, value in result.items() if key not in ("findings", "kills")}
+        findings = [_as_finding(finding, command) for finding in result["findings"]]
+    except (ValueError, KeyError, TypeError) as error:
+        what = "it left no result" if not text else f"its result cannot be read: {type(error).__name__}: {error}"
+        findings = [{"what": f"{what}; {_describe_end(status, limit)}", "replay": command}]
+        findings[0]["printed"] = "\n".join(log[-SHOWN_LINES:])
+    if status != 0 and not findings:
+        printed = "\n".join(log[-SHOWN_LINES:])
+        findings = [
+            {"what": f"it found nothing, but {_describe_end(status, limit)}", "replay": command, "printed": printed}
+        ]
+    return stage | {"findings": findings}
+
+
+def _read(path: Path) -> str:
+    return path.read_text(errors="replace") if path.exists() else ""
+
+
+def _as_finding(finding: Any, command: str) -> dict[str, Any]:
+    """A finding with its two fields; one that does not say how to see it again is seen again by the whole stage."""
+    if not isinstance(finding, dict):
+        finding = {"what": str(finding)}
+    return {"what": json.dumps(finding, default=str), "replay": command} | finding
+
+
+def _describe_end(status: int | None, limit: int) -> str:
+    if status is None:
+        return "it did not end"
+    if status in (124, 137):
+        return f"it was stopped after {limit} seconds"
+    if status > 128:
+        return f"it was ended by {signal.Signals(status - 128).name}"
+    return f"it ended with exit status {status}"
+
+
+def lines(stages: dict[str, dict[str, Any]]) -> Iterator[str]:
+    """A line for each stage, and two for each finding."""
+    for name, stage in stages.items():
+        found = len(stage["findings"])
+        verdict = "SKIP" if "skipped" in stage else "FAIL" if found else "PASS"
+        what = stage["skipped"] if "skipped" in stage else f"{stage['cases']} cases, {found} findings"
+        yield f"{verdict} {name}: {what}, {stage['seconds']} s"
+        for finding in stage["findings"][:SHOWN]:
+            yield f"  {finding['what']}"
+            yield from (f"  | {line}" for line in finding.get("printed", "").splitlines())
+            yield f"    again: {finding['replay']}"
+        if found > SHOWN:
+            yield f"  and {found - SHOWN} more, see the file"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Writes the file; returns 1 if anything was found or nothing was tried."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("folder", type=Path, help="where the stages left their files")
+    parser.add_argument("--size", required=True)
+    parser.add_argument("--seed", type=int, required=True)
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--stages", nargs="+", required=True)
+    args = parser.parse_args(argv)
+    from measure import environment  # imports torch
+
+    stages = {name: read_stage(args.folder, name) for name in args.stages}
+    found = sum(len(stage["findings"]) for stage in stages.values())
+    summary = {
+        "environment": environment("cpu"),
+        "size": args.size,
+        "seed": args.seed,
+        "findings": found,
+        "stages": stages,
+    }
+    part = args.output.with_name(f".{args.output.name}.part")
+    # What is tried again elsewhere shall not name the places of this machine.
+    text = json.dumps(summary, indent=1, default=str).replace(sys.executable, "python").replace(f"{PROJECT}/", "")
+    part.write_text(text + "\n")
+    os.replace(part, args.output)
+    print(*lines(stages), f"summary: {args.output}", sep="\n")
+    return int(found > 0 or all("skipped" in stage for stage in stages.values()))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
