@@ -1,8 +1,8 @@
 # Copyright (c) the dcn_d2 authors. SPDX-License-Identifier: Apache-2.0
 """Reads images: the one way in for training, evaluation, prediction and the demo.
 
-Images of 8 bits a channel become what Detectron2's `read_image` makes of them: rotated as their EXIF data says, palettes
-looked up, alpha left out, CMYK and grey converted. What differs:
+Images of 8 bits a channel become what Detectron2's `read_image` makes of them: rotated as their EXIF data says,
+palettes looked up, alpha left out, CMYK and grey converted. What differs:
 
 - Of 16 bits a channel the upper 8 are taken, value // 256, so that 65535 becomes 255. Pillow and OpenCV do the same to
   16-bit colour files. The rule looks at one value and never at its neighbours: a grey level means the same in every

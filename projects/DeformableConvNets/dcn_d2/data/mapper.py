@@ -35,6 +35,8 @@ class DCNDatasetMapper(DatasetMapper):
         utils.check_image_size(sample, image)
         try:
             return self._convert(sample, image)
+        except (ImportError, MemoryError):  # not the image's fault
+            raise
         except Exception as error:  # resizing, cropping and annotations fail in many ways, and none says where
             reason = f"{type(error).__name__}: {error}"
             raise ValueError(f"{sample['file_name']}: cannot be prepared for the model: {reason}") from error

@@ -11,6 +11,7 @@ import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
+from detectron2.data.transforms import ResizeTransform
 from detectron2.engine import DefaultPredictor
 from detectron2.modeling import build_model
 from PIL import Image
@@ -51,8 +52,8 @@ class DCNPredictor(DefaultPredictor):
         pixels = pixels_of(original_image, self.input_format)
         height, width = pixels.shape[:2]
         transform = self.aug.get_transform(pixels)
-        size = getattr(transform, "new_h", height), getattr(transform, "new_w", width)
-        if min(size) < 1:
-            raise ImageError(f"an image of {height} x {width} pixels would be resized to {size[0]} x {size[1]}")
+        if isinstance(transform, ResizeTransform) and not (transform.new_h and transform.new_w):
+            size = f"{transform.new_h} x {transform.new_w}"
+            raise ImageError(f"an image of {height} x {width} pixels would be resized to {size}: it is too narrow")
         image = torch.as_tensor(transform.apply_image(pixels).astype("float32").transpose(2, 0, 1))
         return self.model([{"image": image, "height": height, "width": width}])[0]
