@@ -14,6 +14,7 @@ wrote are replaced. An image that cannot be read is left out and named at the en
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -259,12 +260,13 @@ def compose(columns: list[list[np.ndarray]], titles: list[str]) -> Image.Image:
     """Makes one picture of titled columns of panels, all panels of one size."""
     from PIL import Image, ImageDraw, ImageFont
 
-    gap, bar, (height, width) = 12, 34, columns[0][0].shape[:2]
+    gap, bar, font, (height, width) = 12, 34, ImageFont.load_default(18), columns[0][0].shape[:2]
+    width = max(width, *(math.ceil(font.getlength(title)) for title in titles))
     rows = max(len(column) for column in columns)
     picture = Image.new("RGB", (len(columns) * (width + gap) + gap, bar + rows * (height + gap)), "white")
     for i, (column, title) in enumerate(zip(columns, titles, strict=True)):
         left = gap + i * (width + gap)
-        ImageDraw.Draw(picture).text((left, bar / 2), title, "black", ImageFont.load_default(18), anchor="lm")
+        ImageDraw.Draw(picture).text((left, bar / 2), title, "black", font, anchor="lm")
         for j, panel in enumerate(column):
             picture.paste(Image.fromarray(panel), (left, bar + j * (height + gap)))
     return picture
@@ -322,6 +324,13 @@ def prepare(args: argparse.Namespace) -> tuple[list[dict[str, Any]], PictureFold
     return samples, folder, DCNPredictor(cfg), class_names(args, cfg)
 
 
+def in_one_line(error: Exception) -> str:
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
+    text = error.args[0] if isinstance(error, KeyError) and error.args else error  # a KeyError puts it in quotes
+    return " ".join(str(text).split()) or type(error).__name__
+
+
 def main(arguments: list[str] | None = None) -> None:
     args = parse_arguments(arguments)
     import yaml
@@ -331,15 +340,17 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         samples, folder, predictor, names = prepare(args)
     except (AssertionError, KeyError, OSError, RuntimeError, ValueError, yaml.YAMLError) as error:
-        message = error.args[0] if isinstance(error, KeyError) and error.args else error
-        sys.exit(f"demo.py: {message}")
+        sys.exit(f"demo.py: {in_one_line(error)}")
     problems = []
     files = [sample["file_name"] for sample in samples]
     for sample, file, stem in zip(samples, files, unique_stems(files)):
+        if stem != Path(file).stem:
+            print(f"{file}: another image has the same name, the pictures of this one begin with {stem}")
         try:
             draw_image(sample, stem, predictor, folder, names, args)
         except (OSError, ValueError) as error:
-            problems.append(str(error) if file in str(error) else f"{file}: {error}")
+            reason = in_one_line(error)
+            problems.append(reason if file in reason else f"{file}: {reason}")
     if problems:
         sys.exit("\n".join([f"demo.py: {len(problems)} of {len(files)} image(s) not drawn:", *problems]))
 

@@ -200,7 +200,7 @@ def test_arrays_are_bgr_or_grey() -> None:
     for one in (grey, grey[:, :, None]):
         assert np.array_equal(pixels_of(one), np.dstack([grey] * 3))
         assert np.array_equal(pixels_of(one, "L"), grey[:, :, None])
-    assert np.array_equal(pixels_of((bgr.astype(">u2") * 256)), bgr)
+    assert np.array_equal(pixels_of(bgr.astype(">u2") * 256), bgr)
 
 
 REFUSED = {
