@@ -14,6 +14,7 @@ wrote are replaced. An image that cannot be read is left out and named at the en
 from __future__ import annotations
 
 import argparse
+import io
 import math
 import sys
 from collections.abc import Callable
@@ -326,13 +327,15 @@ def prepare(args: argparse.Namespace) -> tuple[list[dict[str, Any]], PictureFold
 
 def in_one_line(error: Exception) -> str:
     if isinstance(error, OSError) and error.filename is not None:
-        return f"{error.filename}: {error.strerror}"
+        return f"{error.filename2 or error.filename}: {error.strerror}"
     text = error.args[0] if isinstance(error, KeyError) and error.args else error  # a KeyError puts it in quotes
     return " ".join(str(text).split()) or type(error).__name__
 
 
 def main(arguments: list[str] | None = None) -> None:
     args = parse_arguments(arguments)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be text
     import yaml
 
     from dcn_d2.outputs import unique_stems

@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import importlib.util
+import io
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -142,6 +144,14 @@ def test_images_of_one_name_do_not_overwrite_each_other(
     assert {path.name: path.read_bytes() for path in output.iterdir()} == written, "the same command works again"
 
 
+def test_names_that_are_no_text_are_drawn_too(
+    draw: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), "utf-8"))  # strict, as in most languages
+    output = draw(noise(tmp_path / os.fsdecode(b"latin \xe4.png")), options=("--points", "1"))
+    assert names_in(output) == [os.fsdecode(b"latin \xe4")]
+
+
 def test_inputs_and_files_of_others_are_not_overwritten(draw: Callable[..., Path], tmp_path: Path) -> None:
     a, other, b = (noise(tmp_path / name) for name in ("a.png", "a_detections.png", "b.png"))
     foreign = noise(tmp_path / "b_sampling.png", seed=1)
@@ -191,7 +201,7 @@ def test_numbers_out_of_range_are_usage_errors(
         (["--config-file", CONFIG, "--dataset", "nosuch"], "there is no data set 'nosuch'"),
         (["--config-file", CONFIG, "--output", CONFIG], f"{CONFIG.name} is a file; a folder"),
         (["--config-file", CONFIG, "DATASETS.TEST", "()"], "with --input or --dataset"),
-        (["--config-file", CONFIG, "INPUT.FORMAT", "GREY"], "INPUT.FORMAT is 'GREY'"),
+        (["--config-file", CONFIG, "INPUT.FORMAT", "GREY"], "INPUT.FORMAT"),
     ],
 )
 def test_what_cannot_work_is_said_in_one_line(

@@ -67,18 +67,28 @@ def read_image(file_name: str | os.PathLike[str], format: str = "BGR") -> np.nda
 
 def convert_image(image: Image.Image, format: str, name: str = "the image") -> np.ndarray:
     """Gives the pixels of a Pillow image by the rules of this module; arguments and result as in `read_image`."""
-    if image.format != "MPO" and (pages := getattr(image, "n_frames", 1)) > 1:  # an MPO is a photograph and a preview
-        raise ImageError(f"{name} holds {pages} pages or frames; only single images are read: save them one by one")
+    if fault := fault_of(image):
+        raise ImageError(f"{name} {fault}")
     image.load()  # also finds out that a file is cut off
+    sixteen = _has_16_bits(image)
     image = _apply_exif_orientation(image)
-    if image.mode in _MODES_16 or (image.mode == "I" and image.format in _FORMATS_16):
+    if sixteen:
         image = Image.fromarray(_upper_8_bits(np.asarray(image), name))
-    elif image.mode not in _MODES_8:
-        raise ImageError(
-            f"{name} has the mode {image.mode}{_range(np.asarray(image))}: only 8 bits a channel, and 16 bits without "
-            "a sign, are read; convert it to one of them"
-        )
     return convert_PIL_to_numpy(image, format)
+
+
+def fault_of(image: Image.Image) -> str:
+    """Says why images of this kind are refused, from the header alone; "" if they are read."""
+    pages = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)  # an MPO is a photograph and its preview
+    if pages > 1:
+        return f"holds {pages} pages or frames; only single images are read: save them one by one"
+    if image.mode in _MODES_8 or _has_16_bits(image):
+        return ""
+    return f"has the mode {image.mode}: only 8 bits a channel, and 16 bits without a sign, are read; convert it to them"
+
+
+def _has_16_bits(image: Image.Image) -> bool:
+    return image.mode in _MODES_16 or (image.mode == "I" and image.format in _FORMATS_16)
 
 
 def pixels_of(image: object, format: str = "BGR") -> np.ndarray:
@@ -130,7 +140,7 @@ def check_input_format(cfg: CfgNode) -> None:
             f"INPUT.FORMAT {key} has {channels[0] if channels else 'no'} channels, but MODEL.PIXEL_MEAN has {means} "
             "values: it needs one for each channel"
         )
-    if deviations not in (1, means):
+    if deviations != means:
         raise ValueError(f"MODEL.PIXEL_STD has {deviations} values and MODEL.PIXEL_MEAN {means}: give both the same")
 
 

@@ -44,6 +44,11 @@ def config(format: str = "BGR", **keys: Any) -> CfgNode:
     return cfg
 
 
+def untrained(cfg: CfgNode) -> DCNPredictor:
+    torch.manual_seed(0)
+    return DCNPredictor(cfg)
+
+
 def photo(mode: str) -> Image.Image:
     if mode == "P":
         return Image.fromarray(pixels(48, 64, 3)).quantize(200)
@@ -111,7 +116,7 @@ def test_16_bit_training_evaluation_and_prediction_see_the_same(tmp_path: Path) 
     file = tmp_path / "a.tif"
     Image.fromarray(pixels(48, 64, high=65536, dtype=np.uint16)).save(file)
     cfg = config()
-    predictor = DCNPredictor(cfg)
+    predictor = untrained(cfg)
     seen: list[dict] = []
     predictor.model = lambda inputs: seen.extend(inputs) or [{}]
     predictor(file)
@@ -140,9 +145,9 @@ def test_16_bit_is_said_once_and_dark_data_are_named(
 def test_files_without_a_rule_are_refused_with_name_and_mode(tmp_path: Path) -> None:
     Image.fromarray(np.linspace(0, 1, 48 * 64, dtype=np.float32).reshape(48, 64)).save(tmp_path / "float.tif")
     Image.fromarray(np.full((48, 64), 70000, np.int32)).save(tmp_path / "int.tif")
-    with pytest.raises(ImageError, match=r"float\.tif has the mode F with values from 0\.0 to 1\.0: only 8 bits"):
+    with pytest.raises(ImageError, match=r"float\.tif has the mode F: only 8 bits"):
         read_image(tmp_path / "float.tif")
-    with pytest.raises(ImageError, match=r"int\.tif has the mode I with values from 70000 to 70000"):
+    with pytest.raises(ImageError, match=r"int\.tif has the mode I: only 8 bits"):
         read_image(tmp_path / "int.tif")
 
 
@@ -222,7 +227,7 @@ REFUSED = {
 
 @pytest.fixture(scope="module")
 def predictor() -> DCNPredictor:
-    return DCNPredictor(config(RESIZE_WITH="cv2"))
+    return untrained(config(RESIZE_WITH="cv2"))
 
 
 @pytest.mark.parametrize("image, message", REFUSED.values(), ids=REFUSED)
@@ -245,7 +250,7 @@ def test_predictor_finds_the_same_in_every_kind_of_image(predictor: DCNPredictor
 
 @pytest.mark.parametrize("library", ["PIL", "cv2"])
 def test_predictor_refuses_what_resizing_would_leave_nothing_of(library: str) -> None:
-    predictor = DCNPredictor(config(RESIZE_WITH=library))
+    predictor = untrained(config(RESIZE_WITH=library))
     with pytest.raises(ImageError, match="an image of 1 x 4000 pixels would be resized to 0 x 1333"):
         predictor(np.zeros((1, 4000, 3), np.uint8))
 
@@ -253,7 +258,7 @@ def test_predictor_refuses_what_resizing_would_leave_nothing_of(library: str) ->
 @pytest.mark.parametrize("library", ["PIL", "cv2"])
 def test_grey_models_predict_what_they_were_trained_on(tmp_path: Path, library: str) -> None:
     cfg = config("L", RESIZE_WITH=library)
-    predictor = DCNPredictor(cfg)
+    predictor = untrained(cfg)
     photo("RGB").save(tmp_path / "a.png")
     bgr = read_image(tmp_path / "a.png")
     with torch.no_grad():
@@ -271,8 +276,8 @@ def test_channels_that_do_not_fit_the_means_are_refused() -> None:
     cfg.MODEL.PIXEL_MEAN, cfg.MODEL.PIXEL_STD = [1.0] * 3, [1.0] * 3
     check_input_format(cfg)  # grey, repeated: weights for colour images fit it
     cfg.INPUT.FORMAT, cfg.MODEL.PIXEL_MEAN = "BGR", [1.0]
-    for use in (DCNPredictor, lambda cfg: DCNDatasetMapper(cfg, True)):
-        with pytest.raises(ValueError, match=r"INPUT\.FORMAT BGR has 3 channels, but MODEL\.PIXEL_MEAN has 1 values"):
+    for use in (untrained, lambda cfg: DCNDatasetMapper(cfg, True)):
+        with pytest.raises(ValueError, match=r"MODEL\.PIXEL_MEAN .*\b1\b"):
             use(cfg)
     cfg.MODEL.PIXEL_MEAN, cfg.MODEL.PIXEL_STD = [1.0] * 3, [1.0] * 2
     with pytest.raises(ValueError, match=r"MODEL\.PIXEL_STD has 2 values and MODEL\.PIXEL_MEAN 3"):
