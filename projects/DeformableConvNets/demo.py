@@ -197,7 +197,7 @@ def main(arguments: list[str] | None = None) -> None:
     cfg = setup_config(args)
     if not cfg.MODEL.WEIGHTS:
         print("no weights given (--weights FILE): the model is untrained and finds nothing useful", file=sys.stderr)
-    predictor = DCNPredictor(cfg)
+    predictor = DCNPredictor(cfg, untrained=not cfg.MODEL.WEIGHTS)
     output = Path(args.output)
     output.mkdir(parents=True, exist_ok=True)
     for sample in list_images(args, cfg):

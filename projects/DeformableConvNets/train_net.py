@@ -102,6 +102,8 @@ def check_job(args: argparse.Namespace) -> None:
     if args.published:
         use_published_weights(args)
     cfg = load_config(args.config_file, args.opts)
+    if args.eval_only and not args.resume and not cfg.MODEL.WEIGHTS:
+        raise ValueError("--eval-only: the heads are not trained: give trained weights, MODEL.WEIGHTS model_final.pth")
     check_data_sets([*(() if args.eval_only else cfg.DATASETS.TRAIN), *cfg.DATASETS.TEST])
     gpus = torch.cuda.device_count()
     if torch.cuda.is_available() and args.num_gpus > gpus:
@@ -161,7 +163,7 @@ def main(args: argparse.Namespace) -> Any:
         trainer.resume_or_load(resume=args.resume)
         return trainer.train()
     model = DCNTrainer.build_model(cfg)
-    DCNCheckpointer(model, save_dir=cfg.OUTPUT_DIR).resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
+    DCNCheckpointer(model, save_dir=cfg.OUTPUT_DIR).load_trained(cfg.MODEL.WEIGHTS, resume=args.resume)
     results = DCNTrainer.test(cfg, model)
     if comm.is_main_process():
         verify_results(cfg, results)
