@@ -19,7 +19,7 @@ import torch
 
 # A training checkpoint of ResNet-101 needs some 50,000 operations. They bound the time, and with some 200 bytes for
 # each also the memory, that a hostile file can take.
-MAX_OPERATIONS = 1_000_000
+MAX_OPERATIONS = 400_000
 MAX_DEPTH = 64
 # Tensors may share values, so that together they hold more than the file; this many times more, and bytes beyond that.
 MAX_SHARING, FREE_SHARING = 8, 64 << 20
@@ -221,6 +221,8 @@ _TABLE: dict[str, Any] = {
     "builtins.bytearray": _Maker(lambda value=b"", *rest: bytearray(value if isinstance(value, bytes) else b"")),
     "builtins.complex": _Maker(lambda real=0.0, imaginary=0.0: complex(float(real), float(imaginary))),
     "_codecs.encode": _Maker(_encode),
+    "torch.serialization._get_layout": _Maker(lambda *args: None),  # of sparse tensors
+    **{str(value): None for value in vars(torch).values() if isinstance(value, torch.qscheme)},
     "torch.Size": _Maker(lambda values=(): _numbers(values)),
     "torch.device": _Maker(lambda *args: ":".join(str(arg) for arg in args if isinstance(arg, (str, int)))),
     **{f"torch.{name}": storage for name, storage in _STORAGES.items()},
