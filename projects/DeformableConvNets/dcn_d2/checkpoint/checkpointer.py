@@ -153,7 +153,7 @@ class DCNCheckpointer(DetectionCheckpointer):
         problems = []
         try:
             name = tag.read_text(errors="replace").strip()
-            if not name or os.path.basename(name) != name:
+            if not name or os.path.basename(name) != name or not name.isprintable():
                 problems.append(f"{tag} names no file")
             elif problem := self._problem_of(str(folder / name)):
                 problems.append(f"{tag} names {name}, and {problem}")
