@@ -160,10 +160,16 @@ def main(args: argparse.Namespace) -> Any:
     cfg = setup(args)
     if not args.eval_only:
         trainer = DCNTrainer(cfg)
-        trainer.resume_or_load(resume=args.resume)
+        try:
+            trainer.resume_or_load(resume=args.resume)
+        except (OSError, ValueError) as error:
+            sys.exit(f"train_net.py: {error}")
         return trainer.train()
     model = DCNTrainer.build_model(cfg)
-    DCNCheckpointer(model, save_dir=cfg.OUTPUT_DIR).load_trained(cfg.MODEL.WEIGHTS, resume=args.resume)
+    try:
+        DCNCheckpointer(model, save_dir=cfg.OUTPUT_DIR).load_trained(cfg.MODEL.WEIGHTS, resume=args.resume)
+    except (OSError, ValueError) as error:
+        sys.exit(f"train_net.py: {error}")
     results = DCNTrainer.test(cfg, model)
     if comm.is_main_process():
         verify_results(cfg, results)
