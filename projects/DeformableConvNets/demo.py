@@ -321,7 +321,7 @@ def prepare(args: argparse.Namespace) -> tuple[list[dict[str, Any]], PictureFold
     read = [*(sample["file_name"] for sample in samples), args.config_file, cfg.MODEL.WEIGHTS]
     folder = PictureFolder(args.output, read)
     if not cfg.MODEL.WEIGHTS:
-        print("no weights given (--weights FILE): the model is untrained and finds nothing useful", file=sys.stderr)
+        raise ValueError("no weights are given: --weights FILE names those of a trained model")
     return samples, folder, DCNPredictor(cfg), class_names(args, cfg)
 
 

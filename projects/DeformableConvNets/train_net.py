@@ -102,6 +102,8 @@ def check_job(args: argparse.Namespace) -> None:
     if args.published:
         use_published_weights(args)
     cfg = load_config(args.config_file, args.opts)
+    if args.eval_only and not args.resume and not cfg.MODEL.WEIGHTS:
+        raise ValueError("--eval-only: the heads are not trained: give trained weights, MODEL.WEIGHTS model_final.pth")
     check_data_sets([*(() if args.eval_only else cfg.DATASETS.TRAIN), *cfg.DATASETS.TEST])
     gpus = torch.cuda.device_count()
     if torch.cuda.is_available() and args.num_gpus > gpus:
@@ -158,10 +160,16 @@ def main(args: argparse.Namespace) -> Any:
     cfg = setup(args)
     if not args.eval_only:
         trainer = DCNTrainer(cfg)
-        trainer.resume_or_load(resume=args.resume)
+        try:
+            trainer.resume_or_load(resume=args.resume)
+        except (OSError, ValueError) as error:
+            sys.exit(f"train_net.py: {error}")
         return trainer.train()
     model = DCNTrainer.build_model(cfg)
-    DCNCheckpointer(model, save_dir=cfg.OUTPUT_DIR).resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
+    try:
+        DCNCheckpointer(model, save_dir=cfg.OUTPUT_DIR).load_trained(cfg.MODEL.WEIGHTS, resume=args.resume)
+    except (OSError, ValueError) as error:
+        sys.exit(f"train_net.py: {error}")
     results = DCNTrainer.test(cfg, model)
     if comm.is_main_process():
         verify_results(cfg, results)

@@ -72,14 +72,20 @@ def test_a_held_out_tile(demo: ModuleType, weights: Path, tmp_path: Path, capsys
         assert np.asarray(picture).std() > 10
 
 
-def test_image_files(demo: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_without_weights_nothing_is_drawn(demo: ModuleType, tmp_path: Path) -> None:
+    output = tmp_path / "pictures"
+    with pytest.raises(SystemExit, match="no weights are given: --weights FILE names those of a trained model"):
+        demo.main(["--config-file", str(CONFIG), "--output", str(output), *QUICK])
+    assert not list(output.glob("*.png"))
+
+
+def test_image_files(demo: ModuleType, weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     image = tmp_path / "grey.png"
     Image.fromarray(np.random.default_rng(0).integers(0, 255, (90, 60, 3), dtype=np.uint8)).save(image)
     output = tmp_path / "pictures"
-    files = ["--input", str(image), str(image)]
+    files = ["--weights", str(weights), "--input", str(image), str(image)]
     demo.main(["--config-file", str(CONFIG), *files, "--confidence", "1", "--output", str(output), *QUICK])
     printed = capsys.readouterr()
-    assert "no weights given" in printed.err
     assert f"wrote {output / 'grey_detections.png'}" in printed.out
     assert "grey: no sampling to draw (13 deformable layers, 0 detections)" in printed.out
     assert Image.open(output / "grey_detections.png").width < 2 * demo.PANEL, "there is no ground truth to draw"

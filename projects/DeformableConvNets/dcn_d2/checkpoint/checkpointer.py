@@ -7,17 +7,20 @@ import logging
 import os
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.layers import FrozenBatchNorm2d
+from fvcore.common.checkpoint import Checkpointer
 from torch import nn
 
-from .conversion import convert_checkpoint, is_foreign, warn_of_v1
-from .mmdet import unwrap_state_dict
-from .path_handlers import register_path_handlers
-from .reader import check_pickle, read_checkpoint, write_atomically
+from .download import SCHEMES
+from .mmdet import unwrap_name
+from .path_handlers import PUBLISHERS, fetch_weights, register_path_handlers
+from .reader import CorruptCheckpointError, peek, read_checkpoint, remove_leftovers, write_atomically
+from .weights import as_data, check_weights, read_weights
 
 logger = logging.getLogger(__name__)
 
@@ -32,51 +35,197 @@ class DCNCheckpointer(DetectionCheckpointer):
     of torchvision, as `train_net.py`, a path or an address may give them. Detectron2's loads what fits and warns; here
     entries that are missing, unknown or of another shape are an error that lists them all, and nothing is loaded. A
     ResNet alone, as training starts from, has to cover the model's ResNet, offset branches aside. Checkpoints are
-    written in one step: an interruption leaves no part of one. Files that hold more than weights are refused.
+    written in one step: an interruption leaves no part of one. Files that hold more than data, or weights that are NaN,
+    infinite or no floating-point numbers, are refused; no file is ever executed.
+
+    Names are those of the model itself: what DistributedDataParallel, torch.compile and FSDP add is taken off.
 
     Args:
         model: see `DetectionCheckpointer`, as for the rest.
         save_dir: where `save` writes.
         fine_tune: allows that heads, neck and offset branches differ, for example because the number of classes does.
             They keep their initial values, and the log lists them. Resuming is always exact.
+
+    Attributes:
+        initial: names of the model's entries that the last `load` left at their initial values.
     """
 
     def __init__(self, model: nn.Module, save_dir: str = "", *, fine_tune: bool = False, **others: Any) -> None:
-        super().__init__(model, save_dir, **others)
+        super().__init__(unwrap_module(model), save_dir, **others)
         register_path_handlers()
         self.fine_tune = fine_tune
+        self.initial: list[str] = []
         self._path = ""
+        self._heuristics = False
+        self._whole: dict[str, tuple[tuple[int, int], str]] = {}  # path: what it looked like, what is wrong with it
 
     def load(self, path: str, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Loads a file; see `DetectionCheckpointer`."""
+        """Loads a file; see `DetectionCheckpointer`. Then `initial` names what it left at initial values."""
+        path = os.fspath(path) if path else ""
         self._path = path  # for messages
-        try:
-            return super().load(path, *args, **kwargs)
-        finally:
-            self._parsed_url_during_load = None  # Detectron2 forgets it after an error and then refuses to load again
+        self.initial = [name for name in self._model_state() if not _OPTIONAL.fullmatch(name)]
+        if path:
+            self.logger.info(f"[DCNCheckpointer] Loading from {path} ...")
+            path = self._find(path)
+        # Not DetectionCheckpointer's, which takes "?" and "#" in the name of a file for parts of an address.
+        return Checkpointer.load(self, path, *args, **kwargs)
+
+    def load_trained(self, path: str, *, resume: bool = False) -> dict[str, Any]:
+        """Loads weights for evaluation or prediction, and refuses those that leave a part of the model untrained.
+
+        Args:
+            path: as MODEL.WEIGHTS.
+            resume: prefers the last checkpoint of `save_dir`.
+
+        Raises:
+            ValueError: There are none, or they are those of a ResNet alone, as training starts from.
+        """
+        rest = self.resume_or_load(path, resume=resume)
+        if self.initial:
+            what = (
+                f"{self._path} holds weights for"
+                if self._path
+                else "MODEL.WEIGHTS is empty, so that there are weights for"
+            )
+            total = len([name for name in self._model_state() if not _OPTIONAL.fullmatch(name)])
+            raise ValueError(
+                f"the heads are not trained: {what} {total - len(self.initial)} of the model's {total} entries, and "
+                f"{self.initial[-1]} is not among them. Load trained weights: MODEL.WEIGHTS output/model_final.pth, or "
+                "for a row of the zoo, model_zoo.get_config(name, trained=True) or train_net.py --published"
+            )
+        return rest
+
+    def _find(self, path: str) -> str:
+        """Local file for a path or an address."""
+        self._heuristics = False
+        if os.path.isfile(path):
+            return path
+        address = path.removesuffix("?matching_heuristics=True")
+        self._heuristics = address != path
+        if address.startswith(SCHEMES) and not address.startswith(PUBLISHERS):
+            return fetch_weights(address)
+        file = self.path_manager.get_local_path(address)
+        if not os.path.isfile(file):
+            raise FileNotFoundError(f"there is {'only a folder' if os.path.isdir(file) else 'no file'} {file}")
+        return file
 
     def resume_or_load(self, path: str, *, resume: bool = True) -> dict[str, Any]:
-        """Loads the last checkpoint of `save_dir` if `resume` asks for it and there is one, else `path`."""
-        fine_tune = self.fine_tune
-        self.fine_tune = fine_tune and not (resume and self.has_checkpoint())
+        """Loads the newest whole checkpoint of `save_dir` if `resume` asks for it and there is one, else `path`.
+
+        Raises:
+            CorruptCheckpointError: There are checkpoints to resume from, but none is whole.
+        """
+        if self.save_dir and self.save_to_disk and "://" not in self.save_dir:
+            for name in remove_leftovers(self.save_dir):
+                self.logger.info(f"removed {name}, which a killed process has left in {self.save_dir}")
+        file, problems = self._last_checkpoint() if resume else ("", [])
+        if not file:
+            if problems:
+                listed = "\n  ".join(problems)
+                raise CorruptCheckpointError(
+                    f"{self.save_dir} has no whole checkpoint to resume from:\n  {listed}\nTo start afresh, choose "
+                    "another OUTPUT_DIR or leave out --resume"
+                )
+            return self.load(path, checkpointables=[])
+        for problem in problems:
+            self.logger.warning(f"{problem}: resuming from {file} instead")
+        fine_tune, self.fine_tune = self.fine_tune, False
         try:
-            return super().resume_or_load(path, resume=resume)
+            return self.load(file)
         finally:
             self.fine_tune = fine_tune
 
+    def has_checkpoint(self) -> bool:
+        """Whether `save_dir` has a whole checkpoint to resume from."""
+        return bool(self.get_checkpoint_file())
+
+    def get_checkpoint_file(self) -> str:
+        """The checkpoint that `last_checkpoint` names, else the whole one of most iterations; "" if there is none."""
+        return self._last_checkpoint()[0]
+
+    def _last_checkpoint(self) -> tuple[str, list[str]]:
+        """The file to resume from, "" if there is none, and what is wrong with those that would have come before it."""
+        if "://" in self.save_dir:
+            return (super().get_checkpoint_file() if super().has_checkpoint() else ""), []
+        folder, tag = Path(self.save_dir), Path(self.save_dir, "last_checkpoint")
+        if not self.save_dir or not folder.is_dir():
+            return "", []
+        problems = []
+        try:
+            name = tag.read_text(errors="replace").strip()
+            if not name or os.path.basename(name) != name or not name.isprintable():
+                problems.append(f"{tag} names no file")
+            elif problem := self._problem_of(str(folder / name)):
+                problems.append(f"{tag} names {name}, and {problem}")
+            else:
+                return str(folder / name), []
+        except FileNotFoundError:
+            name = ""
+            problems.append(f"{tag} is missing")
+        candidates, tagged = [], name
+        for file in folder.glob("*.pth"):
+            try:
+                iteration = peek(file).get("iteration")
+            except (OSError, ValueError) as error:
+                if file.name != tagged:
+                    problems.append(str(error))
+                continue
+            if type(iteration) is int:  # not only weights
+                candidates.append((iteration, file.stat().st_mtime_ns, str(file)))
+        for _, _, file_name in sorted(candidates, reverse=True):
+            if not (problem := self._problem_of(file_name)):
+                return file_name, problems
+            if Path(file_name).name != tagged:
+                problems.append(problem)
+        return "", problems if candidates or len(problems) > 1 or tagged else []
+
+    def _problem_of(self, path: str) -> str:
+        """What is wrong with a checkpoint; "" if it is whole."""
+        try:
+            stat = os.stat(path)
+            seen = (stat.st_mtime_ns, stat.st_size)
+            if path not in self._whole or self._whole[path][0] != seen:
+                self._whole[path] = seen, ""
+                if not isinstance(read_checkpoint(path).get("model"), Mapping):
+                    self._whole[path] = seen, f"{path} holds no model"
+        except FileNotFoundError:
+            return f"{path} does not exist"
+        except (OSError, ValueError) as error:
+            self._whole[path] = seen, str(error)
+        return self._whole[path][1]
+
     def save(self, name: str, **kwargs: Any) -> None:
-        """Writes model, checkpointables and `kwargs` to `name`.pth in `save_dir`, in one step."""
+        """Writes model, checkpointables and `kwargs` to `name`.pth in `save_dir`, in one step.
+
+        Numbers and arrays of NumPy become those of Python and PyTorch; names are those of the model without wrappers.
+
+        Raises:
+            ValueError: Something is no data, or a weight is NaN or infinite, so that `load` would refuse the file.
+            OSError: The file could not be written; the message says which checkpoint is whole.
+        """
         if not self.save_dir or not self.save_to_disk:
             return
-        if "://" in self.save_dir:  # no local folder; how its files are replaced is not known here
-            super().save(name, **kwargs)
-            return
-        data = {"model": self.model.state_dict()}
+        if os.path.basename(name) != name:
+            raise ValueError(f"a checkpoint is called {name!r}, which is no name of a file")
+        data: dict[str, Any] = {"model": self._model_state()}
         data |= {key: value.state_dict() for key, value in self.checkpointables.items()}
+        data = {key: as_data(value, key) for key, value in (data | kwargs).items()}
+        check_weights(data["model"], f"the checkpoint {name}", self._may_be_integer)
         path = os.path.join(self.save_dir, f"{name}.pth")
         self.logger.info(f"Saving checkpoint to {path}")
-        with write_atomically(path) as file:
-            torch.save(data | kwargs, file)
+        if "://" in self.save_dir:  # no local folder; how its files are replaced is not known here
+            with self.path_manager.open(path, "wb") as file:
+                torch.save(data, file)
+        else:
+            try:
+                with write_atomically(path) as file:
+                    torch.save(data, file)
+            except OSError as error:
+                last = self.get_checkpoint_file()
+                whole = f"the last whole checkpoint is {last}" if last else f"{self.save_dir} has no whole checkpoint"
+                raise type(error)(*error.args[:-1], f"{error.args[-1] if error.args else error}; {whole}") from error
+            stat = os.stat(path)
+            self._whole[path] = (stat.st_mtime_ns, stat.st_size), ""
         self.tag_last_checkpoint(os.path.basename(path))
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
@@ -88,21 +237,27 @@ class DCNCheckpointer(DetectionCheckpointer):
             file.write(last_filename_basename.encode())
 
     def _load_file(self, filename: str) -> dict[str, Any]:
-        if filename.endswith(".pkl"):
-            check_pickle(filename)
-        return super()._load_file(filename)
+        checkpoint = read_weights(filename)
+        if self._heuristics:
+            checkpoint["matching_heuristics"] = True
+        heuristics = bool(checkpoint.get("matching_heuristics"))
+        check_weights(checkpoint["model"], self._path, lambda name: heuristics or self._may_be_integer(name))
+        return checkpoint
 
-    def _torch_load(self, filename: str) -> dict[str, Any]:
-        """Reads a file that is no pickle of Detectron2's zoo, which `_load_file` reads."""
-        checkpoint = read_checkpoint(filename)
-        weights = unwrap_state_dict(checkpoint)
-        if is_foreign(weights):
-            converted = convert_checkpoint(weights, filename)
-            warn_of_v1(converted, filename)
-            return converted
-        if isinstance(checkpoint.get("model"), Mapping):
-            return checkpoint | {"model": dict(weights)}
-        return {"model": dict(weights)}
+    def _may_be_integer(self, name: str) -> bool:
+        """Whether a weight may be an integer: where the model's is one, and where nothing reads it."""
+        value = self._model_state().get(name)
+        return (
+            bool(_OPTIONAL.fullmatch(name)) if value is None else not (value.is_floating_point() or value.is_complex())
+        )
+
+    def _model_state(self) -> dict[str, torch.Tensor]:
+        """The model's entries by their names without wrappers."""
+        state = self.model.state_dict()
+        names = {name: unwrap_name(name) for name in state}
+        if all(name == short for name, short in names.items()):
+            return state  # with the versions of its layers
+        return {short: state[name] for name, short in names.items()}
 
     def _load_model(self, checkpoint: dict[str, Any]) -> Any:
         weights = checkpoint["model"]
@@ -110,14 +265,19 @@ class DCNCheckpointer(DetectionCheckpointer):
             checkpoint = {"model": self._fit_resnet(weights)}
         elif not checkpoint.get("matching_heuristics"):  # with them only Detectron2 knows what goes where
             self._check_fit(weights)
+        wrapped = {unwrap_name(name): name for name in self.model.state_dict()}
+        if not checkpoint.get("matching_heuristics"):
+            checkpoint["model"] = {wrapped.get(name, name): value for name, value in checkpoint["model"].items()}
         incompatible = super()._load_model(checkpoint)
         for names in (incompatible.missing_keys, incompatible.unexpected_keys):  # what Detectron2 goes on to report
             names[:] = [name for name in names if not _OPTIONAL.fullmatch(name)]
+        left = {*incompatible.missing_keys, *(name for name, *_ in incompatible.incorrect_shapes)}
+        self.initial = [unwrap_name(name) for name in self.model.state_dict() if name in left]
         return incompatible
 
     def _fit_resnet(self, weights: Mapping[str, Any]) -> dict[str, Any]:
         """Puts the model's prefix before the names of a ResNet, and checks that it covers the model's."""
-        model = self.model.state_dict()
+        model = self._model_state()
         stems = [name for name in model if name.endswith("stem.conv1.weight")]
         if len(stems) != 1:
             raise ValueError(f"{self._path} holds a ResNet, but the model has {len(stems)} ResNets and not one")
@@ -134,7 +294,7 @@ class DCNCheckpointer(DetectionCheckpointer):
         return found
 
     def _check_fit(self, weights: Mapping[str, Any]) -> None:
-        problems = _differences(self.model.state_dict(), weights)
+        problems = _differences(self._model_state(), weights)
         if not any(name.endswith(".running_mean") for name in weights):
             # Detectron2's oldest models have the statistics folded into weight and bias, as FrozenBatchNorm2d expects.
             frozen = [name for name, module in self.model.named_modules() if isinstance(module, FrozenBatchNorm2d)]
@@ -149,6 +309,16 @@ class DCNCheckpointer(DetectionCheckpointer):
         if problems:
             fate = "what does not fit is left out, and the model's entries keep their initial values"
             logger.warning(_listed(f"fine-tuning from {self._path}: {fate}", problems))
+
+
+def unwrap_module(model: nn.Module) -> nn.Module:
+    """The module inside of DistributedDataParallel, DataParallel and torch.compile, in whatever order."""
+    wrappers = (nn.parallel.DistributedDataParallel, nn.DataParallel)
+    while isinstance(
+        inner := getattr(model, "module" if isinstance(model, wrappers) else "_orig_mod", None), nn.Module
+    ):
+        model = inner
+    return model
 
 
 def _may_start_afresh(name: str) -> bool:

@@ -30,8 +30,8 @@ def convert_checkpoint(checkpoint: Mapping[str, Any], origin: str) -> dict[str, 
     Raises:
         ValueError: It is neither, or has entries that are unknown.
     """
-    weights = unwrap_state_dict(checkpoint)
     try:
+        weights = unwrap_state_dict(checkpoint)
         if is_mmdet_detector(weights):
             # With the counters of BatchNorm, which the zoo's rows have too: Detectron2 would report them as missing.
             return {

@@ -57,13 +57,43 @@ _V1_HEADS = ("bbox_head.", "mask_head.", "bbox_roi_extractor.", "mask_roi_extrac
 _MMDET_PREFIXES = ("backbone.conv1.", "backbone.layer", "neck.", "rpn_head.", "roi_head.", *_V1_HEADS)
 
 
+# What torch.compile, FSDP and activation checkpointing put into names, wherever they wrap a module.
+_WRAPPERS = re.compile(r"(?:(?<=\.)|^)(?:_orig_mod|_fsdp_wrapped_module|_fpw_module|_checkpoint_wrapped_module)\.")
+
+
+def unwrap_name(name: str) -> str:
+    """Takes off what wrappers other than DistributedDataParallel put into a name: `a._orig_mod.b` is `a.b`."""
+    return _WRAPPERS.sub("", name)
+
+
 def unwrap_state_dict(checkpoint: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Takes off what training puts around a state dict: {"state_dict": …}, {"model": …} and the prefix "module."."""
-    while wrapped := [key for key in ("state_dict", "model") if isinstance(checkpoint.get(key), Mapping)]:
+    """Takes off what training puts around a state dict: {"state_dict": …}, {"model": …} and the prefix "module.".
+
+    And what `unwrap_name` takes off.
+
+    Raises:
+        ValueError: A name is no text, or two are the same without wrappers.
+    """
+    for _ in range(100):  # a dictionary may contain itself
+        wrapped = [key for key in ("state_dict", "model") if isinstance(checkpoint.get(key), Mapping)]
+        if not wrapped:
+            break
         checkpoint = checkpoint[wrapped[0]]
-    while checkpoint and all(name.startswith("module.") for name in checkpoint):
-        checkpoint = {name.removeprefix("module."): value for name, value in checkpoint.items()}
-    return checkpoint
+    else:
+        raise ValueError(f"{wrapped[0]!r} contains itself")
+    for name in checkpoint:
+        if not isinstance(name, str):
+            raise ValueError(f"an entry is called {name!r}, which is a {type(name).__name__} and no text")
+    while True:
+        names = {name: unwrap_name(name) for name in checkpoint}
+        if names and all(name.startswith("module.") for name in names.values()):
+            names = {name: short.removeprefix("module.") for name, short in names.items()}
+        if all(name == short for name, short in names.items()):
+            return checkpoint
+        if len(set(names.values())) < len(names):
+            twice = [name for name, short in names.items() if name != short and short in checkpoint]
+            raise ValueError(f"without the names of wrappers, {', '.join(twice) or 'entries'} are there twice")
+        checkpoint = {short: checkpoint[name] for name, short in names.items()}
 
 
 def is_mmdet_detector(state_dict: Mapping[str, Any]) -> bool:

@@ -7,20 +7,26 @@ What the rest of Detectron2 sees is the path of a file in Detectron2's own forma
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import hashlib
 import logging
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
 
 import torch
+from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.utils.file_io import PathHandler, PathManager
-from iopath.common.file_io import HTTPURLHandler, file_lock, get_cache_dir
-from iopath.common.file_io import PathManager as PathManagerBase
+from iopath.common.file_io import get_cache_dir
 
-from . import conversion, mmdet, torchvision
-from .conversion import convert_checkpoint, warn_of_v1
-from .reader import CorruptCheckpointError, digest_in_name, read_checkpoint, sha256_of, write_atomically
+from . import conversion, download, mmdet, torchvision
+from .conversion import convert_checkpoint, is_foreign, warn_of_v1
+from .download import locked, read_note, write_note
+from .mmdet import unwrap_state_dict
+from .reader import CorruptCheckpointError, check_digest, read_checkpoint, sha256_of, write_atomically
+from .weights import check_weights
 
 logger = logging.getLogger(__name__)
 
@@ -44,16 +50,13 @@ PUBLISHERS = (
     *(f"https://download.pytorch.org/models/{name}" for name in ("resnet", "resnext")),
 )
 
-# Not Detectron2's PathManager, which would come back here for the publishers' addresses.
-_downloads = PathManagerBase()
-_downloads.register_handler(HTTPURLHandler())
-
 
 class ForeignWeightsHandler(PathHandler):
     """Resolves `mmdet://` followed by a path below MMDetection's download folder, an address, or a local file.
 
     Also resolves MMDetection's names of ImageNet weights and plain addresses of what MMDetection and torchvision
-    publish. Downloads and converted files are kept in the cache of Detectron2's downloads.
+    publish. The cache of Detectron2's downloads keeps both the download and what it was converted to, some 170 MB each
+    for a row of the zoo: below "dcn_d2/downloads" and "dcn_d2". Either may be deleted at any time, and is made again.
     """
 
     def _get_supported_prefixes(self) -> list[str]:
@@ -64,16 +67,18 @@ class ForeignWeightsHandler(PathHandler):
         source, downloaded = _fetch(path, force)
         if not path.startswith((PREFIX, *IMAGENET)) and not source.endswith((".pth", ".pt")):
             return source  # a log or a picture of the publisher
-        digest = _verify(source, downloaded)
-        target = _cache_dir() / f"{Path(source).stem[:150]}-{digest[:16]}-{_version()}.pth"
-        with file_lock(str(target)):  # of several processes one converts, the others wait
-            converted = None if force else _read_converted(target)
-            if converted is None:
+        check_digest(source)
+        target = _cache_dir() / f"{Path(source).stem[-120:]}-{sha256_of(source)[:16]}-v{_version()}.pth"
+        with locked(target, get_cache()):  # of several processes one converts, the others wait
+            note = read_note(target)
+            if force or not target.is_file() or note.get("sha256") != sha256_of(target):
                 converted = _convert(source, downloaded)
                 with write_atomically(target) as file:
                     torch.save(converted, file)
+                note = {"sha256": sha256_of(target), "author": converted["__author__"]}
+                write_note(target, note)
                 logger.info(f"{source} converted to {target}")
-        warn_of_v1(converted, source)
+        warn_of_v1({"__author__": note.get("author")}, source)
         return str(target)
 
     def _open(self, path: str, mode: str = "r", buffering: int = -1, **kwargs: Any) -> IO[Any]:
@@ -83,15 +88,44 @@ class ForeignWeightsHandler(PathHandler):
 
 
 def register_path_handlers() -> None:
-    """Makes Detectron2's PathManager resolve the addresses; a second call changes nothing."""
+    """Makes Detectron2's PathManager resolve the addresses; a second call changes nothing.
+
+    Detectron2's own checkpointer, which takes foreign files without a prefix for its own, then says what they are.
+    """
     PathManager.register_handler(ForeignWeightsHandler())
+    if not hasattr(DetectionCheckpointer._load_file, "tells_foreign_files"):
+        DetectionCheckpointer._load_file = _telling_foreign_files(DetectionCheckpointer._load_file)
+
+
+def _telling_foreign_files(original: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
+    @functools.wraps(original)
+    def load_file(self: DetectionCheckpointer, filename: str) -> dict[str, Any]:
+        loaded = original(self, filename)
+        with contextlib.suppress(ValueError):  # names that are no text: Detectron2 will say so
+            if not loaded.get("matching_heuristics") and is_foreign(loaded):
+                logger.error(
+                    f"{filename} has the names of MMDetection or torchvision, of which Detectron2 knows NONE: the "
+                    f"model keeps its initial weights. Write {PREFIX}// before the path, and the file is converted: "
+                    f"MODEL.WEIGHTS {PREFIX}//{os.path.abspath(filename)}"
+                )
+        return loaded
+
+    load_file.tells_foreign_files = True  # type: ignore[attr-defined]
+    return load_file
+
+
+def fetch_weights(address: str) -> str:
+    """Gives the local copy of any address of http, https or ftp; see `download`."""
+    return _download(address, address, force=False)[0]
 
 
 def _fetch(path: str, force: bool) -> tuple[str, bool]:
-    """Local file for a path that the handler takes, and whether it is our download, which may be deleted."""
+    """Local file for a path that the handler takes, and whether this call has downloaded it and may delete it."""
     # Detectron2's checkpointer passes a path through urlparse, which makes "mmdet:/file" of "mmdet:///file".
     place = path.removeprefix(PREFIX).removeprefix("//") if path.startswith(PREFIX) else path
     place = IMAGENET.get(place, place)
+    if "\0" in place or place.startswith(PREFIX):
+        raise ValueError(f"{path!r} is refused: it names neither a file nor an address")
     if "://" not in place:
         file = os.path.expanduser(place)
         if os.path.isfile(file):
@@ -99,34 +133,41 @@ def _fetch(path: str, force: bool) -> tuple[str, bool]:
         if os.path.isabs(file):
             raise FileNotFoundError(f"there is no file {file}, which {path} asks for")
         place = ROOT + place
-    manager = _downloads if place.startswith(("http://", "https://", "ftp://")) else PathManager
+    if place.startswith(download.SCHEMES):
+        return _download(place, path, force)
     try:
-        return manager.get_local_path(place, force=force), manager is _downloads
+        return PathManager.get_local_path(place, force=force), False
     except OSError as error:
-        raise OSError(
-            f"{place} could not be fetched: {error}. Without a network, copy the file here by other means and give "
-            f"its path: MODEL.WEIGHTS {PREFIX}///path/to/{place.rpartition('/')[2]}"
-        ) from error
+        raise _unfetched(place, error) from error
 
 
-def _verify(source: str, downloaded: bool) -> str:
-    """Digest of a file, which has to begin as the file's name says."""
-    digest, expected = sha256_of(source), digest_in_name(os.path.basename(source))
-    if expected is None or digest.startswith(expected):
-        return digest
-    if downloaded:
-        Path(source).unlink(missing_ok=True)
-        advice = "It is truncated or corrupted and was deleted; the next attempt downloads it again"
-    else:
-        advice = "It is truncated or corrupted; if it is another file on purpose, rename it"
-    raise CorruptCheckpointError(
-        f"{source}: its SHA-256 digest begins with {digest[:8]}, but with {expected} according to its name. {advice}"
+def _download(place: str, path: str, force: bool) -> tuple[str, bool]:
+    try:
+        download.file_name(place)
+    except ValueError as error:
+        also = "" if "://" in path.removeprefix(f"{PREFIX}//") else f", and there is no such file in {os.getcwd()}"
+        raise ValueError(f"{error}{also}") from None
+    try:
+        file, fresh = download.fetch(place, get_cache(), force)
+    except OSError as error:
+        raise _unfetched(place, error) from error
+    return str(file), fresh
+
+
+def _unfetched(place: str, error: OSError) -> OSError:
+    name = place.rpartition("/")[2]
+    return OSError(
+        f"{place} could not be fetched: {error}. Without a network, copy the file here by other means and give its "
+        f"path: MODEL.WEIGHTS {PREFIX}///path/to/{name}, or with --published PUBLISHED.WEIGHTS /path/to/{name}"
     )
 
 
 def _convert(source: str, downloaded: bool) -> dict[str, Any]:
+    """Reads and converts a file; what this call has downloaded for nothing is deleted."""
     try:
-        return convert_checkpoint(read_checkpoint(source), source)
+        checkpoint = read_checkpoint(source)
+        check_weights(unwrap_state_dict(checkpoint), source)
+        return convert_checkpoint(checkpoint, source)
     except CorruptCheckpointError as error:
         if not downloaded:
             raise
@@ -134,16 +175,13 @@ def _convert(source: str, downloaded: bool) -> dict[str, Any]:
         raise CorruptCheckpointError(f"{error}. It was deleted; the next attempt downloads it again") from error
 
 
-def _read_converted(path: Path) -> dict[str, Any] | None:
-    """Content of a converted file, whose tensors stay on disk; None if there is none or a part of it is missing."""
-    try:
-        return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    except (OSError, RuntimeError, ValueError):
-        return None
+def get_cache() -> Path:
+    """The folder of Detectron2's downloads, which the variable FVCORE_CACHE may name."""
+    return Path(get_cache_dir())
 
 
 def _cache_dir() -> Path:
-    return Path(get_cache_dir()) / "dcn_d2"
+    return get_cache() / "dcn_d2"
 
 
 def _version() -> str:

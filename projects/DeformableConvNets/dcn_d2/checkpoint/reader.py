@@ -5,131 +5,112 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import io
 import os
-import pickle
 import re
 import tempfile
-from collections import OrderedDict
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
-import torch
+from .formats import read_file
+from .unpickler import Ignored, NotDataError, Unusable
 
 
 class CorruptCheckpointError(ValueError):
     """A file that is no checkpoint, or only a part of one."""
 
 
-class _Ignored:
-    """Stands in for an object of a training run that is left in a checkpoint; holds nothing and does nothing."""
+def read_checkpoint(path: str | os.PathLike[str]) -> dict[Any, Any]:
+    """Reads a checkpoint as data, onto the CPU: tensors, arrays, containers, text and numbers, and never code.
 
-    def __init__(self, *args: object, **kwargs: object) -> None:
-        pass
-
-    def __setstate__(self, state: object) -> None:
-        pass
-
-
-# What pickles of NumPy's arrays and numbers name.
-_ARRAYS = [
-    *(f"numpy.{core}.multiarray.{name}" for core in ("core", "_core") for name in ("_reconstruct", "scalar")),
-    *(f"numpy.{core}.numeric._frombuffer" for core in ("core", "_core")),
-    *("numpy.ndarray", "numpy.dtype", "_codecs.encode"),
-]
-# MMDetection 3.x leaves the history of the losses in its training checkpoints. None of these classes and functions is
-# imported or called, the stand-in takes their place.
-_LEFT_BY_TRAINING = ["mmengine.logging.history_buffer.HistoryBuffer", "builtins.getattr", *_ARRAYS]
-
-
-def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Reads a checkpoint of PyTorch, old or new format, onto the CPU: tensors, containers, text and numbers only.
+    Takes both formats of PyTorch and the pickles of Detectron2's zoo, whatever the file is called. The checksums of
+    PyTorch's newer format are compared, and so is the digest that a file may have at the end of its name. Reading
+    takes neither much longer nor much more memory than the size of the file asks for, whatever the file claims.
 
     Raises:
         CorruptCheckpointError: The file is truncated, corrupted, or no checkpoint.
         ValueError: It holds objects of other types, which could run code when they are read.
         OSError: It cannot be opened.
     """
-    stand_ins: list[Any] = [(_Ignored, name) for name in _LEFT_BY_TRAINING]
-    with open(path, "rb") as file, torch.serialization.safe_globals(stand_ins):
+    check_digest(path)
+    return _read(path, values=True)
+
+
+def peek(path: str | os.PathLike[str]) -> dict[Any, Any]:
+    """Reads a checkpoint without the values of its tensors, which are on the device "meta": a matter of milliseconds.
+
+    Raises:
+        ValueError, OSError: As `read_checkpoint`, but damaged values are not found.
+    """
+    return _read(path, values=False)
+
+
+def _read(path: str | os.PathLike[str], values: bool) -> dict[Any, Any]:
+    with open(path, "rb") as file:
         try:
-            checkpoint = torch.load(file, map_location="cpu", weights_only=True)
-        except Exception as error:  # damaged files make torch.load raise errors of a dozen types, OSError too
-            raise _explain(path, error) from error
+            checkpoint = read_file(file, values)
+        except NotDataError as refused:
+            raise ValueError(_refusal(path, str(refused))) from None
+        except Exception as error:  # damaged files make pickle, zipfile and torch raise errors of a dozen types
+            raise CorruptCheckpointError(_damage(path, error)) from error
     if not isinstance(checkpoint, Mapping) or not checkpoint:
         what = "nothing" if isinstance(checkpoint, Mapping) else f"a {type(checkpoint).__name__}"
         raise CorruptCheckpointError(f"{path} is no checkpoint: it holds {what} instead of named weights")
-    left_over = {key for key, value in checkpoint.items() if _holds_stand_in(value)}
+    left_over = {key: what for key, value in checkpoint.items() if (what := _left_over(key, value))}
     if left_over and ("state_dict" in left_over or "state_dict" not in checkpoint):
         raise ValueError(
-            f"{path} is refused: below {', '.join(map(repr, sorted(left_over)))} it holds objects of NumPy or MMEngine "
-            "and not only tensors, text and numbers"
+            f"{path} is refused: {'; '.join(left_over.values())}. Only tensors, arrays, text, numbers and containers "
+            "of them are read"
         )
     return {key: value for key, value in checkpoint.items() if key not in left_over}
 
 
-def check_pickle(path: str | os.PathLike[str]) -> None:
-    """Checks that a pickle, as Detectron2's zoo has them, holds arrays, containers, text and numbers only.
-
-    Raises:
-        CorruptCheckpointError: The file is truncated, corrupted, or no pickle.
-        ValueError: It holds objects of other types, which could run code when they are read.
-        OSError: It cannot be opened.
-    """
-    with open(path, "rb") as file:
-        try:
-            _Scanner(file, encoding="latin1").load()  # Detectron2 reads the text of Python 2 in this encoding
-        except _RefusedError as refused:
-            raise ValueError(_refusal(path, str(refused), "detectron2.checkpoint.DetectionCheckpointer")) from None
-        except Exception as error:  # damaged files make pickle raise errors of many types
-            raise CorruptCheckpointError(_damage(path, "pickle of weights", error)) from error
+def _left_over(name: object, value: object) -> str:
+    """Names what is neither tensor nor array, text or number at or below an entry; "" if nothing is."""
+    seen: set[int] = set()
+    waiting = [(str(name), value)]
+    while waiting:
+        place, item = waiting.pop()
+        if isinstance(item, (Unusable, Ignored)):
+            return f"{place} is {item.kind}"
+        if isinstance(item, (Mapping, list, tuple)) and id(item) not in seen:
+            seen.add(id(item))
+            pairs = item.items() if isinstance(item, Mapping) else enumerate(item)
+            waiting += [(f"{place}.{key}", below) for key, below in pairs]
+    return ""
 
 
-class _RefusedError(Exception):
-    pass
-
-
-class _Scanner(pickle.Unpickler):
-    """Goes through a pickle without importing or calling anything that it names."""
-
-    def find_class(self, module: str, name: str) -> type:
-        if (module, name) == ("collections", "OrderedDict"):
-            return OrderedDict
-        if f"{module}.{name}" in _ARRAYS:
-            return _Ignored
-        raise _RefusedError(f"{module}.{name}")
-
-
-def _refusal(path: str | os.PathLike[str], what: str, reader: str) -> str:
+def _refusal(path: str | os.PathLike[str], what: str) -> str:
     return (
         f"{path} is refused: it holds more than weights, namely {what}, and reading that could run code of whoever "
-        f"wrote the file. If you trust its origin, read it with {reader} yourself and save its state dict alone"
+        "wrote the file. If you trust its origin, read it with torch.load(..., weights_only=False) or pickle.load "
+        "yourself and save its state dict alone"
     )
 
 
-def _damage(path: str | os.PathLike[str], what: str, error: Exception) -> str:
-    reason = str(error).strip().splitlines() or [type(error).__name__]
-    return f"{path} ({os.path.getsize(path)} bytes) is truncated, corrupted, or no {what}: {reason[-1]}"
+def _damage(path: str | os.PathLike[str], error: Exception) -> str:
+    if isinstance(error, RecursionError):
+        reason = "its containers are nested too deep"
+    else:
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+    size = os.path.getsize(path)
+    return f"{path} ({size} bytes) is truncated, corrupted, or no checkpoint of PyTorch or Detectron2: {reason}"
 
 
-def _explain(path: str | os.PathLike[str], error: Exception) -> ValueError:
-    """What an error of torch.load says about the file."""
-    message = str(error)
-    found = re.search(r"GLOBAL (\S+) (?:was not an allowed|whose module)", message)
-    with open(path, "rb") as file:
-        is_pickle = file.read(1) == b"\x80" and "Unsupported operand" in message
-    if found or is_pickle:
-        what = found[1] if found else "Python objects"
-        return ValueError(_refusal(path, what, "torch.load(..., weights_only=False)"))
-    return CorruptCheckpointError(_damage(path, "checkpoint of PyTorch", error))
+def check_digest(path: str | os.PathLike[str]) -> None:
+    """Compares a file with the digest in its name, if there is one: one rule for all ways to a file.
 
-
-def _holds_stand_in(value: object) -> bool:
-    if isinstance(value, Mapping):
-        return any(map(_holds_stand_in, value.values()))
-    if isinstance(value, (list, tuple)):
-        return any(map(_holds_stand_in, value))
-    return isinstance(value, _Ignored)
+    Raises:
+        CorruptCheckpointError: They differ.
+    """
+    expected = digest_in_name(os.path.basename(path))
+    if expected is not None and not (digest := sha256_of(path)).startswith(expected):
+        raise CorruptCheckpointError(
+            f"{path}: its SHA-256 digest begins with {digest[:8]}, but with {expected} according to its name. It is "
+            "truncated or corrupted; if it is another file on purpose, rename it"
+        )
 
 
 def sha256_of(path: str | os.PathLike[str]) -> str:
@@ -150,23 +131,79 @@ def digest_in_name(name: str) -> str | None:
     return found[1] if found and not re.fullmatch(r"20[0-3]\d[01]\d[0-3]\d", found[1]) else None
 
 
+class _Part(io.FileIO):
+    """A file that remembers why it could not be written: what torch.save raises then does not say so."""
+
+    error: OSError | None = None
+
+    def write(self, content: Any) -> int:
+        try:
+            return super().write(content)
+        except OSError as error:
+            self.error = error
+            raise
+
+
 @contextlib.contextmanager
 def write_atomically(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
-    """Opens a file for writing that takes its name when it is complete, so that nobody ever sees a part of it."""
+    """Opens a file for writing that takes its name when it is complete, so that nobody ever sees a part of it.
+
+    Raises:
+        OSError: It could not be written, for example because the disk is full; what had its name before is untouched.
+    """
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, part = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".part", dir=target.parent)
+    descriptor, part = tempfile.mkstemp(prefix=f".{target.name[-200:]}.", suffix=".part", dir=target.parent)
+    raw = _Part(descriptor, "wb")
+    _lock(raw)  # says that it is in use, see remove_leftovers
     try:
-        with os.fdopen(descriptor, "wb") as file:
+        with io.BufferedWriter(raw) as file:
             yield file
             file.flush()
-            os.fsync(file.fileno())
-        os.chmod(part, 0o666 & ~_umask())  # mkstemp lets only the owner read
-        os.replace(part, target)
-    except BaseException:
+            os.fsync(descriptor)
+            os.chmod(part, 0o666 & ~_umask())  # mkstemp lets only the owner read
+            os.replace(part, target)
+    except BaseException as error:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(part)
+        reason = raw.error or error
+        if isinstance(reason, OSError) and reason.errno:
+            message = f"{target} could not be written: {os.strerror(reason.errno)}"
+            raise OSError(reason.errno, f"{message}; a file that had this name before is untouched") from error
         raise
+
+
+def remove_leftovers(folder: str | os.PathLike[str], min_age: float = 60) -> list[str]:
+    """Removes what `write_atomically` left in a folder when its process was killed.
+
+    Files that a process is still writing are locked by it, and stay, as do those younger than `min_age` seconds.
+
+    Returns:
+        The names of the removed files.
+    """
+    removed = []
+    for path in sorted(Path(folder).glob(".*.part")) if os.path.isdir(folder) else []:
+        if not re.fullmatch(r"\..+\.(pth|json)\.[a-z0-9_]{8}\.part|\.last_checkpoint\.[a-z0-9_]{8}\.part", path.name):
+            continue
+        with contextlib.suppress(FileNotFoundError, PermissionError):  # another process removes it, or it is not ours
+            if path.is_symlink() or time.time() - path.stat().st_mtime < min_age:
+                continue
+            with path.open("rb") as file:
+                if _lock(file):
+                    path.unlink()
+                    removed.append(path.name)
+    return removed
+
+
+def _lock(file: IO[bytes] | io.FileIO) -> bool:
+    """Takes the lock of an open file, without waiting; tells whether it was free. It is let go with the file."""
+    try:
+        import fcntl
+
+        fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (ImportError, OSError):  # another system, another process, or a file system without locks
+        return False
+    return True
 
 
 def _umask() -> int:

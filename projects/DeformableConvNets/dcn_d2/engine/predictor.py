@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 from detectron2.data.transforms import ResizeTransform
@@ -16,6 +15,8 @@ from detectron2.engine import DefaultPredictor
 from detectron2.modeling import build_model
 from PIL import Image
 
+from ..checkpoint import DCNCheckpointer
+from ..config_checks import check_config
 from ..data.images import ImageError, check_input_format, pixels_of
 from ..data.transforms import build_augmentation
 
@@ -25,16 +26,25 @@ class DCNPredictor(DefaultPredictor):
 
     It resizes with what INPUT.RESIZE_WITH names, where `DefaultPredictor` always takes PIL, knows every INPUT.FORMAT
     that training knows, "L" (grey) too, and refuses what is no image instead of predicting nonsense.
+
+    MODEL.WEIGHTS is read by `DCNCheckpointer`: as data only, converted if it is a file of MMDetection, and refused with
+    a list if it does not fit the model.
+
+    Args:
+        cfg: of the model, as for `DefaultPredictor`.
+        untrained: allows weights that leave heads at their initial values, or none: such a model finds nothing useful.
     """
 
-    def __init__(self, cfg: CfgNode) -> None:
-        # Not DefaultPredictor's, which takes no INPUT.FORMAT but RGB and BGR.
+    def __init__(self, cfg: CfgNode, *, untrained: bool = False) -> None:
+        # Not DefaultPredictor's, which takes no INPUT.FORMAT but RGB and BGR, and whose checkpointer runs pickles.
+        check_config(cfg)
         check_input_format(cfg)
         self.cfg = cfg.clone()  # building the model may change it
         self.model = build_model(self.cfg).eval()
         if cfg.DATASETS.TEST:
             self.metadata = MetadataCatalog.get(cfg.DATASETS.TEST[0])
-        DetectionCheckpointer(self.model).load(cfg.MODEL.WEIGHTS)
+        checkpointer = DCNCheckpointer(self.model)
+        (checkpointer.load if untrained else checkpointer.load_trained)(cfg.MODEL.WEIGHTS)
         (self.aug,) = build_augmentation(cfg, is_train=False)
         self.input_format = cfg.INPUT.FORMAT
 

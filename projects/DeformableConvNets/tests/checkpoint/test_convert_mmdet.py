@@ -39,3 +39,41 @@ def test_what_cannot_be_converted_is_told_in_a_line(tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match="No such file"):
         convert_mmdet.main([str(tmp_path / "nothing.pth"), str(out)])
     assert not out.exists()
+
+
+@pytest.mark.parametrize("name", ["same", "relative", "symlink", "hardlink", "dot"])
+def test_the_original_is_never_overwritten(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "theirs.pth"
+    torch.save({"state_dict": WEIGHTS}, path)
+    before = path.read_bytes()
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "symlink").symlink_to(path)
+    (tmp_path / "hardlink").hardlink_to(path)
+    out = {"same": str(path), "relative": "theirs.pth", "dot": f"{tmp_path}/./theirs.pth"}.get(name, name)
+    for options in ([], ["--overwrite"]):
+        with pytest.raises(SystemExit, match="convert_mmdet.py: OUT is IN"):
+            convert_mmdet.main([*options, str(path), out])
+        with pytest.raises(SystemExit, match="convert_mmdet.py: OUT is IN"):
+            convert_mmdet.main([*options, out, str(path)])
+    assert path.read_bytes() == before
+
+
+def test_another_file_is_overwritten_only_on_request(tmp_path: Path) -> None:
+    path, out = str(tmp_path / "theirs.pth"), tmp_path / "out.pth"
+    torch.save({"state_dict": WEIGHTS}, path)
+    out.write_text("mine")
+    with pytest.raises(SystemExit, match="out.pth exists; give another name, or --overwrite"):
+        convert_mmdet.main([path, str(out)])
+    assert out.read_text() == "mine"
+    with pytest.raises(SystemExit, match="is no file, and is not replaced"):
+        convert_mmdet.main(["--overwrite", path, str(tmp_path)])
+    convert_mmdet.main(["--overwrite", path, str(out)])
+    assert torch.load(out)["model"]
+
+
+def test_a_wrong_digest_and_weights_that_are_none_are_refused(tmp_path: Path) -> None:
+    torch.save({"state_dict": WEIGHTS}, tmp_path / "a-12345678.pth")
+    torch.save({"state_dict": WEIGHTS | {"rpn_head.rpn_cls.bias": torch.full((3,), float("nan"))}}, tmp_path / "b.pth")
+    for name, message in (("a-12345678", "but with 12345678 according"), ("b", "rpn_head.rpn_cls.bias holds NaN")):
+        with pytest.raises(SystemExit, match=rf"convert_mmdet.py: (?s:.*){message}"):
+            convert_mmdet.main([str(tmp_path / f"{name}.pth"), str(tmp_path / "out.pth")])

@@ -147,7 +147,10 @@ def test_wrong_digest_is_deleted_and_named(server: Server, cache: Path) -> None:
     good = publish(SMALL, server.folder)
     bad = good.rename(good.with_name("model-00000000.pth"))
     digest = sha256_of(bad)[:8]
-    with pytest.raises(CorruptCheckpointError, match=f"{cache}/{bad.name}: .* begins with {digest}, but with 00000000"):
+    with pytest.raises(
+        CorruptCheckpointError,
+        match=f"{cache}/dcn_d2/downloads/[0-9a-f]+/{bad.name}: .* begins with {digest}, but with 00000000",
+    ):
         PathManager.get_local_path(f"mmdet://{server.url}/{bad.name}")
     assert not list(cache.rglob("*.pth"))
     # Once the publisher has mended the file it is fetched again.
@@ -165,7 +168,7 @@ def test_connection_that_breaks_leaves_nothing(server: Server, cache: Path) -> N
 
 def test_download_without_digest_that_cannot_be_read_is_deleted(server: Server, cache: Path) -> None:
     (server.folder / "model.pth").write_bytes(b"<html>Please log in</html>")
-    with pytest.raises(CorruptCheckpointError, match=f"{cache}/model.pth .* It was deleted"):
+    with pytest.raises(CorruptCheckpointError, match=f"{cache}/dcn_d2/downloads/[0-9a-f]+/model.pth .* It was deleted"):
         PathManager.get_local_path(f"mmdet://{server.url}/model.pth")
     assert not list(cache.rglob("*.pth"))
 
@@ -296,11 +299,11 @@ def test_stock_checkpointer_starts_from_imagenet_weights(
 def test_addresses_of_imagenet_weights_are_known(monkeypatch: pytest.MonkeyPatch) -> None:
     fetched = []
 
-    def fetch(url: str, force: bool) -> str:
+    def fetch(url: str, cache: Path, force: bool) -> tuple[Path, bool]:
         fetched.append(url)
         raise OSError("no network in tests")
 
-    monkeypatch.setattr(path_handlers._downloads, "get_local_path", fetch)
+    monkeypatch.setattr(path_handlers.download, "fetch", fetch)
     resnext = "https://download.openmmlab.com/pretrain/third_party/resnext101_32x4d-a5af3160.pth"
     assert model_zoo.get_config("faster_rcnn_X_101_32x4d_FPN_1x_dconv_c3-c5").MODEL.WEIGHTS.endswith(resnext)
     for path in ("open-mmlab://resnext101_32x4d", resnext, f"mmdet://{resnext}", "torchvision://resnet50"):

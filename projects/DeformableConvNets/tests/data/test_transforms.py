@@ -145,7 +145,7 @@ def test_loaders_resize_with_opencv() -> None:
 @pytest.mark.parametrize("library", ["PIL", "cv2"])
 def test_predictor_resizes_with_what_the_key_names(library: str) -> None:
     cfg = config(RESIZE_WITH=library, MIN_SIZE_TEST=32, FORMAT="RGB")
-    predictor = DCNPredictor(cfg)
+    predictor = DCNPredictor(cfg, untrained=True)
     seen = []
     predictor.model = lambda inputs: seen.extend(inputs) or [{}]
     predictor(image())
