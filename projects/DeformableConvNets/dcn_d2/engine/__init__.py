@@ -1,18 +1,43 @@
 # Copyright (c) the dcn_d2 authors. SPDX-License-Identifier: Apache-2.0
-"""What train_net.py is made of: a config that suits the machine, a trainer that runs on CPU too, and a predictor."""
+"""What train_net.py is made of: a config that suits the machine, a trainer that runs on CPU too, and a predictor.
 
+Importing it registers all that dcn_d2 has with Detectron2, as `add_dcn_config` does: a process that gets a ready config
+from another one needs no more.
+"""
+
+from .. import checkpoint, data, modeling  # noqa: F401  the last two register what they have when imported
 from ..config import load_config
 from ..data.checks import check_data_sets
+from .checks import MISTAKES, TrainedCheck, one_line
+from .folder import check_free, check_unlocked, lock_folder, unlock_folder
+from .launch import ProcessFailedError, check_single_start, launch
+from .logs import log_traceback
 from .machine import fit_to_machine, scale_learning_rate
 from .predictor import DCNPredictor
+from .stopping import TrainingStopped
 from .trainer import DCNTrainer, setup
 
+modeling.use_dcn_layers_in_detectron2()
+checkpoint.register_path_handlers()
+
 __all__ = [
+    "MISTAKES",
     "DCNPredictor",
     "DCNTrainer",
+    "ProcessFailedError",
+    "TrainedCheck",
+    "TrainingStopped",
     "check_data_sets",
+    "check_free",
+    "check_single_start",
+    "check_unlocked",
     "fit_to_machine",
+    "launch",
     "load_config",
+    "lock_folder",
+    "log_traceback",
+    "one_line",
     "scale_learning_rate",
     "setup",
+    "unlock_folder",
 ]
