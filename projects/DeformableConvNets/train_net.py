@@ -105,7 +105,9 @@ def check_job(args: argparse.Namespace) -> None:
     """Finds what cannot work before processes are started: config, data sets, number of GPUs, published weights."""
     import torch
 
-    from dcn_d2.engine import DCNTrainer, check_free, check_single_start, check_unlocked, load_config
+    from dcn_d2.engine import DCNTrainer, check_single_start, load_config
+    from dcn_d2.engine.checks import check_weights_exist
+    from dcn_d2.engine.folder import check_free, check_unlocked, describe_earlier_run
 
     check_single_start(args.num_machines)
     if args.published:
@@ -116,6 +118,8 @@ def check_job(args: argparse.Namespace) -> None:
         if not args.resume and not args.overwrite:
             check_free(cfg.OUTPUT_DIR)
     DCNTrainer.check(cfg, train=not args.eval_only)
+    if not (args.resume and describe_earlier_run(cfg.OUTPUT_DIR)) and not args.published:
+        check_weights_exist(cfg, needed=args.eval_only)
     gpus = torch.cuda.device_count()
     if torch.cuda.is_available() and args.num_gpus > gpus:
         raise ValueError(f"--num-gpus is {args.num_gpus}, but this machine has {gpus}")
@@ -162,7 +166,8 @@ def compare_with_published(published: dict[str, float], results: dict[str, Any])
 
 def train(args: argparse.Namespace) -> Any:
     """Trains; returns the results of the last evaluation in the main process."""
-    from dcn_d2.engine import DCNTrainer, one_line, setup, unlock_folder
+    from dcn_d2.engine import DCNTrainer, one_line, setup
+    from dcn_d2.engine.folder import unlock_folder
 
     cfg = setup(args)
     try:

@@ -9,11 +9,10 @@ from .. import checkpoint, data, modeling  # noqa: F401  the last two register w
 from ..config import load_config
 from ..data.checks import check_data_sets
 from .checks import MISTAKES, TrainedCheck, one_line
-from .folder import check_free, check_unlocked, lock_folder, unlock_folder
-from .launch import ProcessFailedError, check_single_start, launch
 from .logs import log_traceback
 from .machine import fit_to_machine, scale_learning_rate
 from .predictor import DCNPredictor
+from .processes import ProcessFailedError, check_single_start, launch
 from .stopping import TrainingStopped
 from .trainer import DCNTrainer, setup
 
@@ -28,16 +27,12 @@ __all__ = [
     "TrainedCheck",
     "TrainingStopped",
     "check_data_sets",
-    "check_free",
     "check_single_start",
-    "check_unlocked",
     "fit_to_machine",
     "launch",
     "load_config",
-    "lock_folder",
     "log_traceback",
     "one_line",
     "scale_learning_rate",
     "setup",
-    "unlock_folder",
 ]

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import numbers
+import os
 from collections.abc import Iterable
 from typing import Any
 
@@ -22,6 +23,8 @@ MISTAKES = (AssertionError, KeyError, OSError, ValueError, RecursionError, yaml.
 def one_line(error: BaseException) -> str:
     """The message of an error without line breaks; its class where it has no message."""
     message = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
+    if isinstance(error, OSError) and error.strerror and error.filename is None:  # without "[Errno 28] "
+        message = str(error.strerror)
     lines = [line.strip() for line in message.splitlines() if line.strip()]
     if any("Traceback (most recent call last)" in line for line in lines):  # an error in a process that loads data
         lines = lines[-1:]
@@ -88,6 +91,27 @@ def check_no_augmentation(cfg: CfgNode) -> None:
         )
 
 
+def check_weights_exist(cfg: CfgNode, needed: bool) -> None:
+    """Refuses a MODEL.WEIGHTS that names no file; whether addresses lead to one shows when they are fetched.
+
+    Args:
+        cfg: of the run.
+        needed: refuses an empty one as well.
+    """
+    weights = cfg.MODEL.WEIGHTS
+    if not weights and needed:
+        raise ValueError(UNTRAINED.format(reason="MODEL.WEIGHTS is empty"))
+    path = weights.partition("?")[0]  # Detectron2 takes options after it
+    if weights and "://" not in weights and not os.path.isfile(path):
+        raise FileNotFoundError(f"MODEL.WEIGHTS: there is no file {path} (now in {os.getcwd()})")
+
+
+UNTRAINED = (
+    "the model's heads are not trained ({reason}), so that an evaluation would give an AP of 0. Name a trained model "
+    "in MODEL.WEIGHTS, as OUTPUT_DIR/model_final.pth, or take the last checkpoint in OUTPUT_DIR by --resume"
+)
+
+
 class TrainedCheck:
     """Finds out whether loading weights reached the heads of a model; made before loading, called afterwards."""
 
@@ -104,11 +128,7 @@ class TrainedCheck:
         after = self._heads()
         if after and all(torch.equal(value, after[name]) for name, value in self.before.items()):
             what = f"MODEL.WEIGHTS {weights} holds no weights of them" if weights else "MODEL.WEIGHTS is empty"
-            raise ValueError(
-                f"the model's heads are not trained ({what}), so that an evaluation would give an AP of 0. Name a "
-                "trained model in MODEL.WEIGHTS, as OUTPUT_DIR/model_final.pth, or take the last checkpoint in "
-                "OUTPUT_DIR by --resume"
-            )
+            raise ValueError(UNTRAINED.format(reason=what))
 
 
 def check_same_iteration(iteration: int) -> None:

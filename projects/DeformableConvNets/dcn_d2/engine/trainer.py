@@ -28,10 +28,10 @@ from ..config import load_config
 from ..data.checks import check_data_sets
 from ..data.transforms import build_augmentation
 from . import checks, folder
-from .launch import check_single_start
 from .logs import log_to
 from .machine import fit_to_machine, scale_learning_rate
 from .optimizer import apply_rates, fit_saved_state, hyperparameters, split_offset_branches
+from .processes import check_single_start
 from .stopping import StopRequest, TrainingStopped
 
 logger = logging.getLogger(__name__)
@@ -74,12 +74,14 @@ class DCNTrainer(DefaultTrainer):
         if comm.get_world_size() == 1:
             check_single_start()
         if comm.is_main_process():
+            folder.check_writable(cfg.OUTPUT_DIR)
             folder.check_unlocked(cfg.OUTPUT_DIR)
         log_to(cfg.OUTPUT_DIR)
         cfg = self._fit_config(cfg)
         self.check(cfg)
         self.stop = StopRequest()
         self._resumed = self._overwrite = self._may_start = False
+        self._failed = False
         self._phase = ""
         model = self.build_model(cfg)
         optimizer = self.build_optimizer(cfg, model)
@@ -112,7 +114,8 @@ class DCNTrainer(DefaultTrainer):
         """
 
         def is_own(name: str) -> bool:  # what a subclass does its own way is not ours to check
-            return getattr(getattr(cls, name), "__func__", None) is getattr(DCNTrainer, name).__func__
+            mine, theirs = (getattr(owner, name) for owner in (DCNTrainer, cls))
+            return getattr(theirs, "__func__", theirs) is getattr(mine, "__func__", mine)
 
         names = list(cfg.DATASETS.TEST)
         if train:
@@ -242,6 +245,7 @@ class DCNTrainer(DefaultTrainer):
     def after_train(self) -> None:
         """Calls the hooks; an error of theirs does not take the place of the one that ended training."""
         reason = sys.exc_info()[1]
+        self._failed = reason is not None
         try:
             super().after_train()
         except OSError as error:
@@ -302,7 +306,7 @@ class DCNTrainer(DefaultTrainer):
     def test(cls, cfg: CfgNode, model: nn.Module, evaluators: Any = None) -> dict[str, Any]:
         """Evaluates a model, as `DefaultTrainer.test` does."""
         checks.check_no_augmentation(cfg)
-        if evaluators is None:
+        if evaluators is None and cfg.DATASETS.TEST:
             cls.check(cfg, train=False)
         return super().test(cfg, model, evaluators)
 
@@ -366,6 +370,6 @@ class _EvalHook(hooks.EvalHook):
         self.trainer.save_and_stop()
 
     def after_train(self) -> None:
-        if self.trainer.stop.signal:  # training was complete, or Detectron2 takes the last iteration for that
+        if self.trainer._failed:  # Detectron2 would evaluate if that happened in the last iteration
             self._eval_after_train = False
         super().after_train()

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import multiprocessing
 import multiprocessing.connection
@@ -162,18 +163,23 @@ def _run(local_rank: int, parent: int, report: Any, job: tuple) -> None:
     except SystemExit as error:
         code = error.code
         if isinstance(code, str):  # printed once, by the launcher
-            report.send(SystemExit(code))
+            _tell(report, SystemExit(code))
             sys.exit(1)
         if code:
-            report.send(SystemExit(code))
+            _tell(report, SystemExit(code))
         raise
     except KeyboardInterrupt:
         os._exit(128 + signal.SIGINT)
     except Exception:
-        report.send(traceback.format_exc())
+        _tell(report, traceback.format_exc())
         sys.exit(1)
     finally:
         report.close()
+
+
+def _tell(report: Any, what: Any) -> None:
+    with contextlib.suppress(BrokenPipeError):  # the launcher was killed
+        report.send(what)
 
 
 class _Joined:
