@@ -325,25 +325,17 @@ def prepare(args: argparse.Namespace) -> tuple[list[dict[str, Any]], PictureFold
     return samples, folder, DCNPredictor(cfg), class_names(args, cfg)
 
 
-def in_one_line(error: Exception) -> str:
-    if isinstance(error, OSError) and error.filename is not None:
-        return f"{error.filename2 or error.filename}: {error.strerror}"
-    text = error.args[0] if isinstance(error, KeyError) and error.args else error  # a KeyError puts it in quotes
-    return " ".join(str(text).split()) or type(error).__name__
-
-
 def main(arguments: list[str] | None = None) -> None:
     args = parse_arguments(arguments)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be text
-    import yaml
-
+    from dcn_d2.engine import MISTAKES, one_line
     from dcn_d2.outputs import unique_stems
 
     try:
         samples, folder, predictor, names = prepare(args)
-    except (AssertionError, KeyError, OSError, RuntimeError, ValueError, yaml.YAMLError) as error:
-        sys.exit(f"demo.py: {in_one_line(error)}")
+    except (*MISTAKES, RuntimeError) as error:
+        sys.exit(f"demo.py: {one_line(error)}")
     problems = []
     files = [sample["file_name"] for sample in samples]
     for sample, file, stem in zip(samples, files, unique_stems(files)):
@@ -352,7 +344,7 @@ def main(arguments: list[str] | None = None) -> None:
         try:
             draw_image(sample, stem, predictor, folder, names, args)
         except (OSError, ValueError) as error:
-            reason = in_one_line(error)
+            reason = one_line(error)
             problems.append(reason if file in reason else f"{file}: {reason}")
     if problems:
         sys.exit("\n".join([f"demo.py: {len(problems)} of {len(files)} image(s) not drawn:", *problems]))

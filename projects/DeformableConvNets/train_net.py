@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import argparse
 import logging
+import signal
 import sys
-from typing import Any
+from typing import Any, NoReturn
 
 from dcn_d2.quiet import silence_detectron2_warnings
 
@@ -25,7 +26,7 @@ EXAMPLES = """
 examples:
   train a row of the zoo on COCO, on 8 GPUs (COCO lies in the folder that DETECTRON2_DATASETS names):
     train_net.py --num-gpus 8 --config-file configs/faster_rcnn_R_50_FPN_1x_mdconv_c3-c5.yaml
-  go on after an interruption:
+  go on after an interruption (Ctrl-C and SIGTERM leave a checkpoint):
     train_net.py --num-gpus 8 --config-file ... --resume
   evaluate a model:
     train_net.py --eval-only --config-file ... MODEL.WEIGHTS output/model_final.pth
@@ -47,6 +48,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--config-file", default="", metavar="FILE", help="YAML of the model, data and schedule")
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in OUTPUT_DIR, if any")
+    parser.add_argument(
+        "--overwrite", action="store_true", help="start anew in a used OUTPUT_DIR: its checkpoints are removed"
+    )
     parser.add_argument("--eval-only", action="store_true", help="evaluate MODEL.WEIGHTS on DATASETS.TEST; no training")
     parser.add_argument(
         "--published",
@@ -77,6 +81,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """Parses and checks the command line."""
     parser = build_parser()
     args = parser.parse_args(argv)
+    if not args.config_file and not args.opts:
+        parser.error("--config-file FILE is needed (--help has examples)")
     if args.num_gpus < 1 or args.num_machines < 1:
         parser.error(f"--num-gpus and --num-machines must be at least 1, got {args.num_gpus} and {args.num_machines}")
     if not 0 <= args.machine_rank < args.num_machines:
@@ -90,6 +96,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
             "--published chooses the weights: leave out --resume and MODEL.WEIGHTS (PUBLISHED.WEIGHTS may be set)"
         )
     args.eval_only |= args.published
+    if args.overwrite and (args.resume or args.eval_only):
+        parser.error("--overwrite starts a new training: leave out --resume, --eval-only and --published")
     return args
 
 
@@ -97,14 +105,21 @@ def check_job(args: argparse.Namespace) -> None:
     """Finds what cannot work before processes are started: config, data sets, number of GPUs, published weights."""
     import torch
 
-    from dcn_d2.engine import check_data_sets, load_config
+    from dcn_d2.engine import DCNTrainer, check_single_start, load_config
+    from dcn_d2.engine.checks import check_weights_exist
+    from dcn_d2.engine.folder import check_free, check_unlocked, describe_earlier_run
 
+    check_single_start(args.num_machines)
     if args.published:
         use_published_weights(args)
     cfg = load_config(args.config_file, args.opts)
-    if args.eval_only and not args.resume and not cfg.MODEL.WEIGHTS:
-        raise ValueError("--eval-only: the heads are not trained: give trained weights, MODEL.WEIGHTS model_final.pth")
-    check_data_sets([*(() if args.eval_only else cfg.DATASETS.TRAIN), *cfg.DATASETS.TEST])
+    if not args.eval_only and args.machine_rank == 0:
+        check_unlocked(cfg.OUTPUT_DIR)
+        if not args.resume and not args.overwrite:
+            check_free(cfg.OUTPUT_DIR)
+    DCNTrainer.check(cfg, train=not args.eval_only)
+    if not (args.resume and describe_earlier_run(cfg.OUTPUT_DIR)) and not args.published:
+        check_weights_exist(cfg, needed=args.eval_only)
     gpus = torch.cuda.device_count()
     if torch.cuda.is_available() and args.num_gpus > gpus:
         raise ValueError(f"--num-gpus is {args.num_gpus}, but this machine has {gpus}")
@@ -149,8 +164,25 @@ def compare_with_published(published: dict[str, float], results: dict[str, Any])
     return "\n".join(lines), off
 
 
-def main(args: argparse.Namespace) -> Any:
-    """Runs one process of the job; returns the evaluation's results in the main process."""
+def train(args: argparse.Namespace) -> Any:
+    """Trains; returns the results of the last evaluation in the main process."""
+    from dcn_d2.engine import DCNTrainer, one_line, setup
+    from dcn_d2.engine.folder import unlock_folder
+
+    cfg = setup(args)
+    try:
+        trainer = DCNTrainer(cfg)
+        trainer.resume_or_load(resume=args.resume, overwrite=args.overwrite)
+        try:
+            return trainer.train()
+        except Exception as error:  # Detectron2 has put its traceback into the log, where it needs one
+            fail(one_line(error))
+    finally:
+        unlock_folder(cfg.OUTPUT_DIR)
+
+
+def evaluate(args: argparse.Namespace) -> Any:
+    """Evaluates; returns the results in the main process."""
     from detectron2.evaluation import verify_results
     from detectron2.utils import comm
 
@@ -158,18 +190,8 @@ def main(args: argparse.Namespace) -> Any:
     from dcn_d2.engine import DCNTrainer, setup
 
     cfg = setup(args)
-    if not args.eval_only:
-        trainer = DCNTrainer(cfg)
-        try:
-            trainer.resume_or_load(resume=args.resume)
-        except (OSError, ValueError) as error:
-            sys.exit(f"train_net.py: {error}")
-        return trainer.train()
     model = DCNTrainer.build_model(cfg)
-    try:
-        DCNCheckpointer(model, save_dir=cfg.OUTPUT_DIR).load_trained(cfg.MODEL.WEIGHTS, resume=args.resume)
-    except (OSError, ValueError) as error:
-        sys.exit(f"train_net.py: {error}")
+    DCNCheckpointer(model, save_dir=cfg.OUTPUT_DIR).load_trained(cfg.MODEL.WEIGHTS, resume=args.resume)
     results = DCNTrainer.test(cfg, model)
     if comm.is_main_process():
         verify_results(cfg, results)
@@ -177,21 +199,43 @@ def main(args: argparse.Namespace) -> Any:
         table, off = compare_with_published(cfg.PUBLISHED, results)
         logging.getLogger("dcn_d2").info(f"{cfg.PUBLISHED.WEIGHTS}:\n{table}")
         if off:
-            sys.exit(f"train_net.py: more than {TOLERANCE} away from the published value: {', '.join(off)}")
+            fail(f"more than {TOLERANCE} away from the published value: {', '.join(off)}")
     return results
+
+
+def main(args: argparse.Namespace) -> Any:
+    """Runs one process of the job; returns the evaluation's results in the main process."""
+    from dcn_d2.engine import MISTAKES, log_traceback, one_line
+
+    try:
+        return evaluate(args) if args.eval_only else train(args)
+    except MISTAKES as error:
+        log_traceback(error)
+        fail(one_line(error))
+
+
+def fail(message: str) -> NoReturn:
+    """Ends this process with a line and exit code 1."""
+    sys.exit(f"train_net.py: {message}")
 
 
 def run(argv: list[str] | None = None) -> None:
     """Runs the command line, in as many processes as it asks for."""
     args = parse_arguments(argv)
+    terminate = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
-        check_job(args)
-    except (AssertionError, KeyError, OSError, ValueError) as error:  # all that reading a config may raise
-        message = error.args[0] if isinstance(error, KeyError) else error
-        sys.exit(f"train_net.py: {message}")
-    from detectron2.engine import launch
+        from dcn_d2.engine import MISTAKES, ProcessFailedError, launch, one_line
 
-    launch(main, args.num_gpus, args.num_machines, args.machine_rank, dist_url=args.dist_url, args=(args,))
+        try:
+            check_job(args)
+            launch(main, args.num_gpus, args.num_machines, args.machine_rank, dist_url=args.dist_url, args=(args,))
+        except (*MISTAKES, ProcessFailedError) as error:
+            fail(str(error) if isinstance(error, ProcessFailedError) else one_line(error))
+    except KeyboardInterrupt:
+        print("train_net.py: interrupted", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
+    finally:
+        signal.signal(signal.SIGTERM, terminate)
 
 
 if __name__ == "__main__":

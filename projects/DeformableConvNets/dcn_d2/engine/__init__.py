@@ -1,18 +1,35 @@
 # Copyright (c) the dcn_d2 authors. SPDX-License-Identifier: Apache-2.0
-"""What train_net.py is made of: a config that suits the machine, a trainer that runs on CPU too, and a predictor."""
+"""What train_net.py is made of: a config that suits the machine, a trainer that runs on CPU too, and a predictor.
 
-from ..config import load_config
+Importing it registers all that dcn_d2 has with Detectron2, as `add_dcn_config` does: a process that gets a ready config
+from another one needs no more.
+"""
+
+from ..config import load_config, register
 from ..data.checks import check_data_sets
+from .checks import MISTAKES, one_line
+from .logs import log_traceback
 from .machine import fit_to_machine, scale_learning_rate
 from .predictor import DCNPredictor
+from .processes import ProcessFailedError, check_single_start, launch
+from .stopping import TrainingStopped
 from .trainer import DCNTrainer, setup
 
+register()
+
 __all__ = [
+    "MISTAKES",
     "DCNPredictor",
     "DCNTrainer",
+    "ProcessFailedError",
+    "TrainingStopped",
     "check_data_sets",
+    "check_single_start",
     "fit_to_machine",
+    "launch",
     "load_config",
+    "log_traceback",
+    "one_line",
     "scale_learning_rate",
     "setup",
 ]

@@ -46,7 +46,7 @@ def config(format: str = "BGR", **keys: Any) -> CfgNode:
 
 def untrained(cfg: CfgNode) -> DCNPredictor:
     torch.manual_seed(0)
-    return DCNPredictor(cfg)
+    return DCNPredictor(cfg, untrained=True)
 
 
 def photo(mode: str) -> Image.Image:

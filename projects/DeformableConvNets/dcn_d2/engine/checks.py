@@ -1,0 +1,120 @@
+# Copyright (c) the dcn_d2 authors. SPDX-License-Identifier: Apache-2.0
+"""What is checked before the first iteration, so that a run does not fail after hours, and one line for what fails."""
+
+from __future__ import annotations
+
+import numbers
+import os
+from collections.abc import Iterable
+from typing import Any
+
+import yaml
+from detectron2.config import CfgNode
+from detectron2.data import MetadataCatalog
+from detectron2.utils import comm
+
+# What reading a config, weights or data may raise through mistakes of the user. Other errors are ours: they keep their
+# traceback.
+MISTAKES = (AssertionError, KeyError, OSError, ValueError, RecursionError, yaml.YAMLError, ImportError)
+
+
+def one_line(error: BaseException) -> str:
+    """The message of an error without line breaks; its class where it has no message."""
+    message = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
+    if isinstance(error, OSError) and error.strerror and error.filename is None:  # without "[Errno 28] "
+        message = str(error.strerror)
+    lines = [line.strip() for line in message.splitlines() if line.strip()]
+    if any("Traceback (most recent call last)" in line for line in lines):  # an error in a process that loads data
+        lines = lines[-1:]
+    if isinstance(error, (RecursionError, ImportError, AssertionError)) or message.strip() in ("", "()"):
+        lines.insert(0, f"{type(error).__name__}:")
+    return " ".join(lines)
+
+
+def check_schedule(cfg: CfgNode) -> None:
+    """Checks the keys of SOLVER and TEST that Detectron2 would fail on at the first iteration or after the last one."""
+    solver = cfg.SOLVER
+    for key in ("MAX_ITER", "IMS_PER_BATCH", "CHECKPOINT_PERIOD"):
+        if solver[key] < 1:
+            raise ValueError(f"SOLVER.{key} must be at least 1, got {solver[key]}")
+    if cfg.TEST.EVAL_PERIOD < 0:
+        raise ValueError(f"TEST.EVAL_PERIOD must be at least 0 (0: only after training), got {cfg.TEST.EVAL_PERIOD}")
+    if solver.IMS_PER_BATCH % comm.get_world_size():
+        raise ValueError(
+            f"SOLVER.IMS_PER_BATCH is {solver.IMS_PER_BATCH}, which {comm.get_world_size()} processes cannot share "
+            "evenly"
+        )
+    if list(solver.STEPS) != sorted(solver.STEPS):
+        raise ValueError(f"SOLVER.STEPS must be increasing iterations, got {tuple(solver.STEPS)}")
+    if cfg.TEST.PRECISE_BN.ENABLED and cfg.TEST.PRECISE_BN.NUM_ITER < 1:
+        raise ValueError(f"TEST.PRECISE_BN.NUM_ITER must be at least 1, got {cfg.TEST.PRECISE_BN.NUM_ITER}")
+
+
+def check_expected_results(cfg: CfgNode) -> None:
+    """Checks that TEST.EXPECTED_RESULTS can be compared with the evaluation's results."""
+    expected = cfg.TEST.EXPECTED_RESULTS
+    if len(expected) and not cfg.DATASETS.TEST:
+        raise ValueError("TEST.EXPECTED_RESULTS is set, but DATASETS.TEST is empty: there will be nothing to compare")
+    for entry in expected:
+        if not (
+            isinstance(entry, (list, tuple))
+            and len(entry) == 4
+            and all(isinstance(text, str) for text in entry[:2])
+            and all(isinstance(number, numbers.Real) for number in entry[2:])
+        ):
+            raise ValueError(
+                f"TEST.EXPECTED_RESULTS must hold entries like ['bbox', 'AP', 41.3, 0.5] (task, metric, value, "
+                f"tolerance), got {entry!r}"
+            )
+
+
+def check_evaluators(names: Iterable[str]) -> None:
+    """Refuses data sets that are not measured as COCO's boxes and masks are."""
+    for name in names:
+        kind = MetadataCatalog.get(name).get("evaluator_type", None)
+        if kind not in (None, "coco"):
+            raise ValueError(
+                f"data set {name} is to be evaluated as {kind}, which is not supported yet: DCNTrainer evaluates as "
+                "COCO does. Use the evaluators of Detectron2's tools/train_net.py, by overriding "
+                "DCNTrainer.build_evaluator"
+            )
+
+
+def check_no_augmentation(cfg: CfgNode) -> None:
+    """Refuses TEST.AUG.ENABLED."""
+    if cfg.TEST.AUG.ENABLED:
+        raise ValueError(
+            "TEST.AUG.ENABLED is True, but test-time augmentation is not supported yet: the numbers would be those "
+            "without it; use GeneralizedRCNNWithTTA as in Detectron2's tools/train_net.py"
+        )
+
+
+def check_weights_exist(cfg: CfgNode, needed: bool) -> None:
+    """Refuses a MODEL.WEIGHTS that names no file; whether addresses lead to one shows when they are fetched.
+
+    Args:
+        cfg: of the run.
+        needed: refuses an empty one as well.
+    """
+    weights = cfg.MODEL.WEIGHTS
+    if not weights and needed:
+        raise ValueError(UNTRAINED.format(reason="MODEL.WEIGHTS is empty"))
+    path = weights.partition("?")[0]  # Detectron2 takes options after it
+    if weights and "://" not in weights and not os.path.isfile(path):
+        raise FileNotFoundError(f"MODEL.WEIGHTS: there is no file {path} (now in {os.getcwd()})")
+
+
+UNTRAINED = (
+    "the model's heads are not trained ({reason}), so that an evaluation would give an AP of 0. Name a trained model "
+    "in MODEL.WEIGHTS, as OUTPUT_DIR/model_final.pth, or take the last checkpoint in OUTPUT_DIR by --resume"
+)
+
+
+def check_same_iteration(iteration: int) -> None:
+    """Refuses that processes of a job go on from different iterations, which would wait for each other for ever."""
+    iterations: list[Any] = comm.all_gather(iteration)
+    if len(set(iterations)) > 1:
+        raise ValueError(
+            f"the processes of this job would start from different iterations ({iterations}): all machines need the "
+            "checkpoints of OUTPUT_DIR"
+        )

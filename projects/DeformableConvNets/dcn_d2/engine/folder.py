@@ -1,0 +1,196 @@
+# Copyright (c) the dcn_d2 authors. SPDX-License-Identifier: Apache-2.0
+"""One training run in one folder: OUTPUT_DIR is free, can be written, and no other process trains there."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import logging
+import os
+import re
+import shutil
+import socket
+import tempfile
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+
+logger = logging.getLogger(__name__)
+
+LOCK = ".lock"
+# What a run writes and --overwrite removes. Other files are the user's.
+_CHECKPOINT = re.compile(r"model_(\d{7,}|final)\.pth")
+_RECORDS = ("last_checkpoint", "metrics.json")
+
+# Locks of this process: folder -> open file, and how often it was locked. They belong to the process and not to the
+# file (POSIX record locks), so that a killed run's workers, which live some seconds longer, do not hold them, and a
+# notebook may train again.
+_held: dict[str, tuple[IO[str], int]] = {}
+
+
+def is_local(folder: str) -> bool:
+    """Whether `folder` is on a file system; other addresses (s3://…) are left to Detectron2."""
+    return bool(folder) and "://" not in folder
+
+
+def describe_earlier_run(folder: str) -> str:
+    """Says what an earlier run left in `folder`; "" if there was none."""
+    path = Path(folder)
+    if not is_local(folder) or not path.is_dir():
+        return ""
+    checkpoints = sorted(file.name for file in path.iterdir() if _CHECKPOINT.fullmatch(file.name))
+    if checkpoints:
+        return f"{len(checkpoints)} checkpoint(s), the last one {checkpoints[-1]}"
+    metrics = path / "metrics.json"
+    return "metrics.json" if metrics.is_file() and metrics.stat().st_size else ""
+
+
+def check_free(folder: str) -> None:
+    """Refuses a folder in which a run that should not be continued has left something.
+
+    Raises:
+        FileExistsError: The message says how to go on.
+    """
+    if found := describe_earlier_run(folder):
+        raise FileExistsError(
+            f"OUTPUT_DIR {folder} holds an earlier run ({found}). Go on with it by --resume "
+            "(in Python: resume_or_load(resume=True)), name another OUTPUT_DIR, or throw the earlier run away by "
+            "--overwrite (in Python: resume_or_load(resume=False, overwrite=True))"
+        )
+
+
+def check_writable(folder: str) -> None:
+    """Makes `folder` if needed, and writes a file into it: the first checkpoint may come hours later."""
+    if not is_local(folder):
+        return
+    try:
+        os.makedirs(folder, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(b"\0" * 4096)
+    except OSError as error:
+        raise OSError(error.errno, f"OUTPUT_DIR {folder} cannot be written: {error.strerror}") from error
+
+
+def lock_folder(folder: str) -> None:
+    """Takes `folder` for this process, until `unlock_folder` or the end of the process, however it ends.
+
+    Raises:
+        BlockingIOError: Another process trains there.
+    """
+    if not is_local(folder):
+        return
+    key = os.path.realpath(folder)
+    if key in _held:
+        _held[key] = (_held[key][0], _held[key][1] + 1)
+        return
+    check_writable(folder)
+    file = open(os.path.join(folder, LOCK), "a+")  # noqa: SIM115  it stays open
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        file.seek(0)
+        owner = file.read().strip() or "unknown"
+        file.close()
+        if error.errno in (errno.EACCES, errno.EAGAIN):
+            raise BlockingIOError(
+                error.errno, f"OUTPUT_DIR {folder}: another run trains there now ({owner}); name another OUTPUT_DIR"
+            ) from None
+        logger.warning(f"OUTPUT_DIR {folder} cannot be locked ({error}): take care that no other run writes there")
+        return
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+    file.flush()
+    _held[key] = (file, 1)
+
+
+def unlock_folder(folder: str) -> None:
+    """Undoes one `lock_folder`. The lock's file stays, because removing it would race with the next run."""
+    key = os.path.realpath(folder)
+    file, count = _held.pop(key, (None, 0))
+    if file and count > 1:
+        _held[key] = (file, count - 1)
+    elif file:
+        file.close()
+
+
+def check_unlocked(folder: str) -> None:
+    """As `lock_folder`, without keeping the lock; nothing is made where there is no folder yet."""
+    if is_local(folder) and os.path.realpath(folder) not in _held and os.path.exists(os.path.join(folder, LOCK)):
+        lock_folder(folder)
+        unlock_folder(folder)
+
+
+def remove_earlier_run(folder: str) -> None:
+    """Removes checkpoints and metrics of an earlier run, so that nothing of it can be taken for the new one's."""
+    if not is_local(folder):
+        return
+    removed = []
+    for file in Path(folder).iterdir():
+        if _CHECKPOINT.fullmatch(file.name) or file.name == _RECORDS[0]:
+            file.unlink()
+            removed.append(file.name)
+        elif file.name == _RECORDS[1] and file.stat().st_size:
+            os.truncate(file, 0)  # not unlink: it is open for appending
+            removed.append(file.name)
+    if removed:
+        logger.warning(f"OUTPUT_DIR {folder}: removed of an earlier run: {', '.join(sorted(removed))}")
+
+
+def cut_metrics(folder: str, iteration: int) -> None:
+    """Cuts metrics.json before `iteration`, with which training goes on, so that it holds each iteration once.
+
+    Detectron2 records the evaluation after the last iteration under the next one's number; if training goes on from
+    there, that line joins the one of the last iteration.
+    """
+    path = Path(folder) / "metrics.json"
+    if not is_local(folder) or not path.is_file():
+        return
+    start = keep = 0  # of the last line that stays, and its end
+    last: dict[str, Any] = {}
+    after: dict[str, Any] = {}
+    lines = path.read_bytes().splitlines(keepends=True)
+    for line in lines:
+        try:
+            entry = json.loads(line)
+            number = int(entry["iteration"])
+        except (ValueError, TypeError, KeyError):  # a line that a kill has cut off
+            break
+        if number >= iteration:
+            if number == iteration and "total_loss" not in entry and keep:
+                after = entry
+            break
+        start, keep, last = keep, keep + len(line), entry
+    if keep == sum(map(len, lines)):
+        return
+    os.truncate(path, start if after else keep)
+    if after:
+        with path.open("a") as file:
+            file.write(json.dumps(after | last, sort_keys=True) + "\n")
+    logger.info(f"{path} is cut at iteration {iteration}, from which training goes on")
+
+
+def warn_of_little_space(
+    folder: str, model: torch.nn.Module, optimizer: torch.optim.Optimizer, checkpoints: int
+) -> None:
+    """Warns if the disk has no room for the checkpoints that a run is going to write.
+
+    Args:
+        folder: where they go.
+        model: its parameters and buffers are what a checkpoint holds, and
+        optimizer: one or two numbers for each parameter that it trains.
+        checkpoints: how many the run will write.
+    """
+    if not is_local(folder):
+        return
+    entries = [*model.parameters(), *model.buffers()]
+    size = sum(tensor.numel() * tensor.element_size() for tensor in entries)
+    moments = 2 if "betas" in optimizer.defaults else 1 if optimizer.defaults.get("momentum") else 0
+    size += moments * sum(p.numel() * p.element_size() for group in optimizer.param_groups for p in group["params"])
+    free = shutil.disk_usage(folder).free
+    if free < size * checkpoints:
+        logger.warning(
+            f"OUTPUT_DIR {folder} has {free / 1e6:,.0f} MB free; this run is going to write {checkpoints} "
+            f"checkpoint(s) of about {size / 1e6:,.0f} MB (SOLVER.CHECKPOINT_PERIOD says how many)"
+        )

@@ -1,0 +1,255 @@
+# Copyright (c) the dcn_d2 authors. SPDX-License-Identifier: Apache-2.0
+"""Starts the processes of a training job as Detectron2's `launch` does, and ends them with it."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import multiprocessing
+import multiprocessing.connection
+import os
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Mapping
+from datetime import timedelta
+from typing import Any
+
+from detectron2.engine.launch import DEFAULT_TIMEOUT, _distributed_worker, _find_free_port
+
+from .stopping import SIGNALS, SignalCounter
+
+# How long the other processes may take to end after one has failed.
+GRACE = 30.0
+STOPPED = [128 + number for number in SIGNALS]
+
+
+class ProcessFailedError(RuntimeError):
+    """A process of the job raised an error, which the message holds, or was killed."""
+
+
+def launch(
+    main_func: Callable[..., Any],
+    num_gpus_per_machine: int,
+    num_machines: int = 1,
+    machine_rank: int = 0,
+    dist_url: str | None = None,
+    args: tuple = (),
+    timeout: timedelta = DEFAULT_TIMEOUT,
+    *,
+    start_method: str = "spawn",
+) -> None:
+    """Runs `main_func(*args)` in all processes of a job; see `detectron2.engine.launch`.
+
+    Other than with Detectron2's: SIGTERM, SIGINT and SIGHUP are passed on to the processes, which may then write a
+    checkpoint, and are awaited; a second signal ends them at once. They also end when this process is killed. While
+    they wait for other machines, a line every 30 seconds says so. `SystemExit` of a process becomes one here.
+
+    Args:
+        main_func: called in each process.
+        num_gpus_per_machine: number of processes on this machine.
+        num_machines: number of machines.
+        machine_rank: number of this one.
+        dist_url: where the processes meet; "auto" for a single machine.
+        args: arguments of `main_func`.
+        timeout: for each communication of the processes.
+        start_method: of `multiprocessing`. "fork" is quicker; it works on CPU, from a process with a single thread.
+
+    Raises:
+        ProcessFailedError: One failed. The others were ended.
+        SystemExit: One left by `SystemExit`, or all were ended by a signal.
+    """
+    world_size = num_machines * num_gpus_per_machine
+    if world_size == 1:
+        main_func(*args)
+        return
+    if dist_url in (None, "auto"):
+        if num_machines > 1:
+            raise ValueError("several machines need a dist_url, as tcp://FIRST_MACHINE:PORT")
+        dist_url = f"tcp://127.0.0.1:{_find_free_port()}"
+    context: Any = multiprocessing.get_context(start_method)
+    job = (main_func, world_size, num_gpus_per_machine, machine_rank, dist_url, args, timeout)
+    processes, reports = [], []
+    for rank in range(num_gpus_per_machine):
+        reader, writer = context.Pipe(duplex=False)
+        process = context.Process(
+            target=_run, args=(rank, os.getpid(), writer, job), name=f"rank {rank} of this machine"
+        )
+        process.start()
+        writer.close()
+        processes.append(process)
+        reports.append(reader)
+
+    def forward(number: int) -> None:
+        for process in processes:
+            if process.is_alive():
+                os.kill(process.pid, number)
+
+    with SignalCounter(forward, lambda number: forward(signal.SIGKILL)) as received:
+        failed = _wait(processes, reports, received)
+    if failed and isinstance(failed[1], SystemExit) and isinstance(failed[1].code, str):
+        raise failed[1]
+    if received.signal:
+        sys.exit(128 + received.signal if failed else 0)
+    if failed:
+        rank, report = failed
+        code = processes[rank].exitcode or 0
+        if isinstance(report, SystemExit):
+            raise report
+        if report is None and code < 0:
+            hint = " (was the memory full?)" if code == -signal.SIGKILL else ""
+            report = f"it was ended by {signal.Signals(-code).name}{hint}"
+        name = f"process {machine_rank * num_gpus_per_machine + rank} of {world_size}"
+        raise ProcessFailedError(f"{name} failed: {report or f'exit code {code}'}")
+
+
+def _wait(processes: list, reports: list, received: SignalCounter) -> tuple[int, Any] | None:
+    """Waits for the end of all; returns number and report of the first that failed."""
+    failed: tuple[int, Any] | None = None
+    said: dict[int, Any] = {}
+    deadline = float("inf")
+    while alive := [process for process in processes if process.is_alive()]:
+        # Reports are read as they come: a long one would fill the pipe and keep its writer from ending.
+        open_reports = [reader for rank, reader in enumerate(reports) if rank not in said]
+        multiprocessing.connection.wait([*(process.sentinel for process in alive), *open_reports], timeout=1.0)
+        failed = _collect(processes, reports, said, failed)
+        if failed and deadline == float("inf") and not received.signal:
+            deadline = time.monotonic() + GRACE
+            # A process that was stopped by a signal leaves the others to write the checkpoint.
+            if not (isinstance(failed[1], SystemExit) and failed[1].code in STOPPED):
+                for process in processes:
+                    if process.is_alive():
+                        process.terminate()
+        if time.monotonic() > deadline:
+            for process in processes:
+                if process.is_alive():
+                    process.kill()
+    return _collect(processes, reports, said, failed)
+
+
+def _collect(processes: list, reports: list, said: dict[int, Any], failed: Any) -> tuple[int, Any] | None:
+    for rank, reader in enumerate(reports):
+        if rank not in said and reader.poll():
+            try:
+                said[rank] = reader.recv()
+            except EOFError:
+                said[rank] = None
+            if said[rank] is not None and failed is None:
+                failed = (rank, said[rank])
+    for rank, process in enumerate(processes):
+        if failed is None and process.exitcode:
+            failed = (rank, said.get(rank))
+    return failed
+
+
+def _run(local_rank: int, parent: int, report: Any, job: tuple) -> None:
+    """One process: joins the job, runs it, and tells the launcher how it failed."""
+    end_with_parent(parent)
+    for number in SIGNALS:  # a forked process has the launcher's handlers
+        if signal.getsignal(number) not in (signal.SIG_IGN, None):
+            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+    main_func, world_size, on_this_machine, machine_rank, dist_url, args, timeout = job
+    try:
+        if local_rank == 0:
+            text = f"process {machine_rank * on_this_machine} of {world_size} waits for the others at {dist_url}"
+            if machine_rank:
+                text += "; is train_net.py with --machine-rank 0 running, and can this machine reach it there?"
+            else:
+                text += "; is it running on all machines?"
+            main_func = _Joined(main_func, repeat_until_called(text))
+        _distributed_worker(local_rank, main_func, world_size, on_this_machine, machine_rank, dist_url, args, timeout)
+    except SystemExit as error:
+        code = error.code
+        if isinstance(code, str):  # printed once, by the launcher
+            _tell(report, SystemExit(code))
+            sys.exit(1)
+        if code:
+            _tell(report, SystemExit(code))
+        raise
+    except KeyboardInterrupt:
+        os._exit(128 + signal.SIGINT)
+    except Exception:
+        _tell(report, traceback.format_exc())
+        sys.exit(1)
+    finally:
+        report.close()
+
+
+def _tell(report: Any, what: Any) -> None:
+    with contextlib.suppress(BrokenPipeError):  # the launcher was killed
+        report.send(what)
+
+
+class _Joined:
+    """`main_func`, which first ends the lines about waiting."""
+
+    def __init__(self, main_func: Callable[..., Any], stop_waiting: Callable[[], None]) -> None:
+        self.main_func, self.stop_waiting = main_func, stop_waiting
+
+    def __call__(self, *args: Any) -> Any:
+        self.stop_waiting()
+        return self.main_func(*args)
+
+
+def end_with_parent(parent: int) -> None:
+    """Makes the kernel send SIGTERM to this process when its parent ends, also when the parent is killed.
+
+    PyTorch's own processes ask for SIGINT, which the background jobs of shell scripts ignore.
+    """
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+    if os.getppid() != parent:  # it ended before
+        os._exit(128 + signal.SIGTERM)
+
+
+def repeat_until_called(text: str, every: float = 30.0) -> Callable[[], None]:
+    """Prints `text` and how long it has been so, every so many seconds, until the returned function is called."""
+    done = threading.Event()
+    began = time.monotonic()
+
+    def repeat() -> None:
+        while not done.wait(every):
+            print(f"{text} ({time.monotonic() - began:.0f} s)", file=sys.stderr, flush=True)
+
+    threading.Thread(target=repeat, daemon=True).start()
+    return done.set
+
+
+def check_single_start(num_machines: int = 1, environ: Mapping[str, str] = os.environ) -> None:
+    """Refuses to run where another launcher has started several processes: each would be a job of its own.
+
+    Args:
+        num_machines: of the command line; a cluster's launcher may start one process on each.
+        environ: the environment's variables.
+
+    Raises:
+        ValueError: The message names the launcher.
+    """
+
+    def count(name: str) -> int:
+        value = environ.get(name, "")
+        return int(value) if value.isdecimal() else 1
+
+    started = ""
+    if count("WORLD_SIZE") > 1 and ("LOCAL_RANK" in environ or "TORCHELASTIC_RUN_ID" in environ):
+        started = f"torchrun has started {count('WORLD_SIZE')} processes (WORLD_SIZE)"
+    elif num_machines > 1:
+        return
+    elif count("WORLD_SIZE") > 1 and "RANK" in environ:
+        started = f"a launcher has started {count('WORLD_SIZE')} processes (RANK and WORLD_SIZE are set)"
+    elif count("OMPI_COMM_WORLD_SIZE") > 1:
+        started = f"mpirun has started {count('OMPI_COMM_WORLD_SIZE')} processes"
+    else:
+        # The script of a batch job has SLURM_NTASKS as well, but runs once; a step, which srun starts, runs often.
+        in_step = "SLURM_STEP_ID" in environ or environ.get("SLURM_PROCID", "0") != "0"
+        tasks = count("SLURM_STEP_NUM_TASKS" if "SLURM_STEP_NUM_TASKS" in environ else "SLURM_NTASKS")
+        if in_step and tasks > 1:
+            started = f"srun has started {tasks} tasks (SLURM_NTASKS)"
+    if started:
+        raise ValueError(
+            f"{started}, but each would train by itself, all into one OUTPUT_DIR. Start one process on each machine: "
+            "train_net.py --num-gpus N starts the rest itself, and --num-machines, --machine-rank and --dist-url "
+            "connect machines"
+        )
