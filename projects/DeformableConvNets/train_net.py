@@ -81,8 +81,6 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """Parses and checks the command line."""
     parser = build_parser()
     args = parser.parse_args(argv)
-    if not args.config_file and not args.opts:
-        parser.error("--config-file FILE is needed (--help has examples)")
     if args.num_gpus < 1 or args.num_machines < 1:
         parser.error(f"--num-gpus and --num-machines must be at least 1, got {args.num_gpus} and {args.num_machines}")
     if not 0 <= args.machine_rank < args.num_machines:
@@ -95,6 +93,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error(
             "--published chooses the weights: leave out --resume and MODEL.WEIGHTS (PUBLISHED.WEIGHTS may be set)"
         )
+    if not args.config_file and not args.opts:
+        parser.error("--config-file FILE is needed (--help has examples)")
     args.eval_only |= args.published
     if args.overwrite and (args.resume or args.eval_only):
         parser.error("--overwrite starts a new training: leave out --resume, --eval-only and --published")
@@ -105,8 +105,8 @@ def check_job(args: argparse.Namespace) -> None:
     """Finds what cannot work before processes are started: config, data sets, number of GPUs, published weights."""
     import torch
 
-    from dcn_d2.engine import DCNTrainer, check_single_start, load_config
-    from dcn_d2.engine.checks import check_weights_exist
+    from dcn_d2.engine import DCNTrainer, check_data_sets, check_single_start, load_config
+    from dcn_d2.engine.checks import check_evaluators, check_weights_exist
     from dcn_d2.engine.folder import check_free, check_unlocked, describe_earlier_run
 
     check_single_start(args.num_machines)
@@ -118,6 +118,8 @@ def check_job(args: argparse.Namespace) -> None:
         if not args.resume and not args.overwrite:
             check_free(cfg.OUTPUT_DIR)
     DCNTrainer.check(cfg, train=not args.eval_only)
+    check_data_sets([*(() if args.eval_only else cfg.DATASETS.TRAIN), *cfg.DATASETS.TEST])
+    check_evaluators(cfg.DATASETS.TEST)
     if not (args.resume and describe_earlier_run(cfg.OUTPUT_DIR)) and not args.published:
         check_weights_exist(cfg, needed=args.eval_only)
     gpus = torch.cuda.device_count()

@@ -245,6 +245,60 @@ def test_mistakes_in_the_config_are_told_in_a_line(arguments: list[str], message
     assert message in str(error.value.code)
 
 
+@pytest.mark.parametrize("processes", [1, 2])
+def test_mistakes_that_only_loading_shows_end_in_a_line(run: Run, tmp_path: Path, processes: int) -> None:
+    torch.save({"model": {"proposal_generator.weight": torch.zeros(2)}}, tmp_path / "odd.pth")
+    arguments = ["--num-gpus", processes, "--config-file", NUCLEI, *FAST, "OUTPUT_DIR", "out"]
+    done = run(*arguments, "MODEL.WEIGHTS", "odd.pth", fails=True)
+    assert done.returncode == 1 and "Traceback" not in done.stdout
+    assert sum(line.startswith("train_net.py: ") for line in done.stdout.splitlines()) == 1
+    assert "Traceback" in (tmp_path / "out" / "log.txt").read_text(), "for whoever looks for the reason"
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["MODEL.WEIGHTS", "/nosuch.pth"], "MODEL.WEIGHTS: there is no file /nosuch.pth"),
+        (["--eval-only"], r"heads are not trained \(MODEL.WEIGHTS is empty\)"),
+        (["SOLVER.CHECKPOINT_PERIOD", "0"], "SOLVER.CHECKPOINT_PERIOD must be at least 1"),
+        (["TEST.AUG.ENABLED", "True"], "test-time augmentation is not supported yet"),
+        (["OUTPUT_DIR", "/proc/nothing"], "OUTPUT_DIR /proc/nothing cannot be written"),
+    ],
+)
+def test_mistakes_are_told_before_processes_start(
+    arguments: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine, "launch", lambda *args, **kwargs: pytest.fail("started"))
+    start = ["--eval-only"] if "--eval-only" in arguments else []
+    keys = [text for text in arguments if text != "--eval-only"]
+    out = [] if "OUTPUT_DIR" in keys else ["OUTPUT_DIR", str(tmp_path / "out")]
+    with pytest.raises(SystemExit, match=f"^train_net.py: .*{message}"):
+        train_net.run([*start, "--config-file", str(NUCLEI), *keys, *out])
+
+
+def test_two_independent_trainings_by_torchrun_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for key, value in {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(key, value)
+    with pytest.raises(SystemExit, match="torchrun has started 2 processes"):
+        train_net.run(["--config-file", str(NUCLEI), "OUTPUT_DIR", str(tmp_path)])
+
+
+def test_evaluation_leaves_the_config_of_the_training(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("of the training")
+    arguments = ["--eval-only", "--config-file", str(NUCLEI), "OUTPUT_DIR", str(tmp_path)]
+    engine.setup(Namespace(**vars(train_net.parse_arguments(arguments))))
+    assert (tmp_path / "config.yaml").read_text() == "of the training"
+
+
+def test_weights_of_the_backbone_alone_are_not_evaluated(tmp_path: Path) -> None:
+    arguments = ["--config-file", str(NUCLEI), "MODEL.DEVICE", "cpu", "OUTPUT_DIR", str(tmp_path / "out")]
+    model = build_model(engine.load_config(str(NUCLEI), ["MODEL.DEVICE", "cpu"]))
+    bottom = {k.removeprefix("backbone.bottom_up."): v for k, v in model.state_dict().items() if ".bottom_up." in k}
+    torch.save({"model": bottom}, tmp_path / "imagenet.pth")
+    with pytest.raises(SystemExit, match="heads are not trained .*imagenet.pth holds no weights of them"):
+        train_net.run(["--eval-only", *arguments, "MODEL.WEIGHTS", str(tmp_path / "imagenet.pth")])
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
@@ -254,6 +308,8 @@ def test_mistakes_in_the_config_are_told_in_a_line(arguments: list[str], message
         (["SEED"], "KEY VALUE must come in pairs, got SEED"),
         (["--published", "--resume"], "--published chooses the weights: leave out --resume"),
         (["--published", "MODEL.WEIGHTS", "a.pth"], "--published chooses the weights"),
+        ([], "--config-file FILE is needed"),
+        (["--overwrite", "--resume", "--config-file", "a"], "--overwrite starts a new training"),
     ],
 )
 def test_mistakes_on_the_command_line_are_refused(
@@ -280,7 +336,7 @@ def test_arguments_are_those_of_detectron2() -> None:
 
     mine, theirs = facts(train_net.build_parser()), facts(default_argument_parser())
     assert mine.pop("dist_url")[0] == theirs.pop("dist_url")[0]
-    mine.pop("published")  # ours alone
+    mine.pop("published"), mine.pop("overwrite")  # ours alone
     assert mine == theirs
 
 

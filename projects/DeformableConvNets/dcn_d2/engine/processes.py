@@ -21,7 +21,8 @@ from detectron2.engine.launch import DEFAULT_TIMEOUT, _distributed_worker, _find
 
 from .stopping import SIGNALS, SignalCounter
 
-# How long the other processes may take to end after one has failed.
+# After one process has failed, the others are told to end after so many seconds, and killed after so many more.
+OWN_END = 2.0
 GRACE = 30.0
 STOPPED = [128 + number for number in SIGNALS]
 
@@ -109,23 +110,27 @@ def _wait(processes: list, reports: list, received: SignalCounter) -> tuple[int,
     """Waits for the end of all; returns number and report of the first that failed."""
     failed: tuple[int, Any] | None = None
     said: dict[int, Any] = {}
-    deadline = float("inf")
+    since = float("inf")
+    told = False
     while alive := [process for process in processes if process.is_alive()]:
         # Reports are read as they come: a long one would fill the pipe and keep its writer from ending.
         open_reports = [reader for rank, reader in enumerate(reports) if rank not in said]
-        multiprocessing.connection.wait([*(process.sentinel for process in alive), *open_reports], timeout=1.0)
+        multiprocessing.connection.wait([*(process.sentinel for process in alive), *open_reports], timeout=0.5)
         failed = _collect(processes, reports, said, failed)
-        if failed and deadline == float("inf") and not received.signal:
-            deadline = time.monotonic() + GRACE
-            # A process that was stopped by a signal leaves the others to write the checkpoint.
-            if not (isinstance(failed[1], SystemExit) and failed[1].code in STOPPED):
-                for process in processes:
-                    if process.is_alive():
-                        process.terminate()
-        if time.monotonic() > deadline:
-            for process in processes:
-                if process.is_alive():
-                    process.kill()
+        if not failed or received.signal:
+            continue
+        since = min(since, time.monotonic())
+        # A process that was stopped by a signal leaves the others to write the checkpoint. Others mostly fail in the
+        # same way, and may write their own log first.
+        stopped = isinstance(failed[1], SystemExit) and failed[1].code in STOPPED
+        waited = time.monotonic() - since
+        if waited > OWN_END and not stopped and not told:
+            told = True
+            for process in alive:
+                process.terminate()
+        if waited > GRACE:
+            for process in alive:
+                process.kill()
     return _collect(processes, reports, said, failed)
 
 

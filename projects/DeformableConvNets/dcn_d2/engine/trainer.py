@@ -80,6 +80,7 @@ class DCNTrainer(DefaultTrainer):
         log_to(cfg.OUTPUT_DIR)
         cfg = self._fit_config(cfg)
         self.check(cfg)
+        self.check_data(cfg)
         self.stop = StopRequest()
         self._resumed = self._overwrite = self._may_start = False
         self._failed = False
@@ -104,35 +105,41 @@ class DCNTrainer(DefaultTrainer):
 
     @classmethod
     def check(cls, cfg: CfgNode, train: bool = True) -> None:
-        """Refuses what is sure to fail later, in the middle of a run or after it.
+        """Refuses keys and an OUTPUT_DIR that are sure to fail later, in the middle of a run or after it.
 
         Args:
             cfg: of the run.
             train: whether it trains, or only evaluates.
 
         Raises:
-            ValueError, OSError: The message names the key, data set or folder.
+            ValueError, OSError: The message names the key or folder.
         """
-
-        def is_own(name: str) -> bool:  # what a subclass does its own way is not ours to check
-            mine, theirs = (getattr(owner, name) for owner in (DCNTrainer, cls))
-            return getattr(theirs, "__func__", theirs) is getattr(mine, "__func__", mine)
-
         check_config(cfg)
-        trains = train and is_own("build_train_loader")
         if train:
             checks.check_schedule(cfg)
-            if trains and not cfg.DATASETS.TRAIN:
+            if not cfg.DATASETS.TRAIN and cls._is_ours("build_train_loader"):
                 raise ValueError("DATASETS.TRAIN is empty: nothing to train on (is --config-file missing?)")
             folder.check_writable(cfg.OUTPUT_DIR)
         elif not cfg.DATASETS.TEST:
-            raise ValueError("DATASETS.TEST is empty: there is nothing to evaluate (is --config-file missing?)")
+            raise ValueError("DATASETS.TEST is empty: nothing to evaluate (is --config-file missing?)")
         checks.check_expected_results(cfg)
-        if is_own("test"):
+        if cls._is_ours("test"):
             checks.check_no_augmentation(cfg)
-        if is_own("build_evaluator"):
+
+    @classmethod
+    def check_data(cls, cfg: CfgNode, train: bool = True) -> None:
+        """As `check`, for the data sets; those that a subclass loads or measures in its own way are left to it."""
+        evaluates = cls._is_ours("build_evaluator")
+        if evaluates:
             checks.check_evaluators(cfg.DATASETS.TEST)
-        check_data(cfg, train=trains, test=is_own("build_test_loader"), coco_evaluation=is_own("build_evaluator"))
+        trains = train and cls._is_ours("build_train_loader")
+        check_data(cfg, train=trains, test=cls._is_ours("build_test_loader"), coco_evaluation=evaluates)
+
+    @classmethod
+    def _is_ours(cls, name: str) -> bool:
+        """Whether a method is that of this class, and not of a subclass."""
+        ours, theirs = (getattr(owner, name) for owner in (DCNTrainer, cls))
+        return getattr(theirs, "__func__", theirs) is getattr(ours, "__func__", ours)
 
     @classmethod
     def _fit_config(cls, cfg: CfgNode) -> CfgNode:
@@ -306,7 +313,7 @@ class DCNTrainer(DefaultTrainer):
         """Evaluates a model, as `DefaultTrainer.test` does."""
         checks.check_no_augmentation(cfg)
         if evaluators is None and cfg.DATASETS.TEST:
-            cls.check(cfg, train=False)
+            cls.check_data(cfg, train=False)
         return super().test(cfg, model, evaluators)
 
     @classmethod

@@ -243,7 +243,7 @@ def test_data_sets_that_are_not_measured_as_coco_are_refused(kind: str, tmp_path
             def build_evaluator(cls, cfg: Any, dataset_name: str) -> Any:
                 return None
 
-        Own.check(cfg)  # an evaluator of one's own may measure it
+        Own.check_data(cfg)  # an evaluator of one's own may measure it
     finally:
         DatasetCatalog.remove("odd")
         MetadataCatalog.remove("odd")
