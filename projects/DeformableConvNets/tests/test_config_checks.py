@@ -157,6 +157,7 @@ class TestTable:
         ("INPUT.FORMAT", "RGBA", "MODEL.PIXEL_MEAN must have 4 values for INPUT.FORMAT RGBA, got 3"),
         ("INPUT.MIN_SIZE_TRAIN", (), "must not be empty"),
         ("INPUT.MIN_SIZE_TRAIN_SAMPLING", "range", "must be the least and the largest size"),
+        ("SOLVER.STEPS", (80630, 58640), r"must be in increasing order, got \(80630"),
         ("SOLVER.CHECKPOINT_PERIOD", 0, "must be a whole number of at least 1, got 0"),
         ("SOLVER.IMS_PER_BATCH", 0, "must be a whole number of at least 1, got 0"),
         ("SOLVER.WARMUP_METHOD", "cosine", "must be linear or constant"),
