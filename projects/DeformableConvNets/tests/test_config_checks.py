@@ -158,6 +158,8 @@ class TestTable:
         ("INPUT.MIN_SIZE_TRAIN", (), "must not be empty"),
         ("INPUT.MIN_SIZE_TRAIN_SAMPLING", "range", "must be the least and the largest size"),
         ("SOLVER.STEPS", (80630, 58640), r"must be in increasing order, got \(80630"),
+        ("SOLVER.STEPS", (10, 10), "must have no value twice, got"),
+        ("SOLVER.STEPS", (0,), "must be a whole number of at least 1 in all its values .number 1 is 0."),
         ("SOLVER.CHECKPOINT_PERIOD", 0, "must be a whole number of at least 1, got 0"),
         ("SOLVER.IMS_PER_BATCH", 0, "must be a whole number of at least 1, got 0"),
         ("SOLVER.WARMUP_METHOD", "cosine", "must be linear or constant"),
