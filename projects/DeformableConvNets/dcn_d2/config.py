@@ -149,15 +149,6 @@ def load_config(config_file: str, opts: Sequence[Any] = (), check: bool = True) 
     return cfg
 
 
-class _SafelyReadCfgNode(CN):
-    """Detectron2's node, whose `merge_from_file` reads files as data."""
-
-    @classmethod
-    def load_yaml_with_base(cls, filename: str, allow_unsafe: bool = False) -> dict[str, Any]:
-        """Reads a file and those of its _BASE_; `allow_unsafe`, which Detectron2 sets, changes nothing."""
-        return read_config_file(filename)[0]
-
-
 def _merge_file(cfg: CN, file: str) -> tuple[CN, dict[str, str]]:
     """Gives `cfg` with the values of a file, and the file and line of each of its keys."""
     values, origins = read_config_file(file)
@@ -166,7 +157,15 @@ def _merge_file(cfg: CN, file: str) -> tuple[CN, dict[str, str]]:
     for key, value in values.items():
         if isinstance(cfg.get(key), CN) and not isinstance(value, dict):
             raise ConfigError(f"{origins[key]}: {_explain(cfg, key, value)}")
-    reader = _SafelyReadCfgNode(cfg)
+
+    class DataNode(CN):
+        """Detectron2's node, whose `merge_from_file` takes what has been read as data."""
+
+        @classmethod
+        def load_yaml_with_base(cls, filename: str, allow_unsafe: bool = False) -> dict[str, Any]:
+            return values
+
+    reader = DataNode(cfg)
     try:
         reader.merge_from_file(file)  # which also brings old versions up to date
     except _ERRORS_OF_MERGING as error:

@@ -230,8 +230,8 @@ def _check_names(cfg: CfgNode) -> Iterator[Problem]:
         known = sorted(known for known, _ in registry)
         yield (
             key,
-            f"{key} must be {listed(known)}{nearest(name, known)}, got {shorten(name)} (what a package of one's own adds is "
-            "known once that is imported)",
+            f"{key} must be {listed(known)}{nearest(name, known)}, got {shorten(name)} (what a package of one's own "
+            "adds is known once that is imported)",
         )
 
 

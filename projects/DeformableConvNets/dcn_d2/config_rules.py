@@ -140,14 +140,16 @@ def either(rule_of_one: Rule, value_of_none: str) -> Rule:
     return rule
 
 
-def increasing(rule_of_one: Rule) -> Rule:
-    """A list of at least one value that grows."""
-    values_rule = several(rule_of_one, least=1)
+def increasing(rule_of_one: Rule, least: int = 1, strictly: bool = False) -> Rule:
+    """A list of at least `least` values that grow; `strictly`: none stands twice."""
+    values_rule = several(rule_of_one, least=least)
 
     def rule(value: Any) -> str | None:
         problem = values_rule(value)
         if problem is None and list(value) != sorted(value):
             return "must be in increasing order"
+        if problem is None and strictly and len(set(value)) < len(value):
+            return "must have no value twice"
         return problem
 
     return rule
@@ -378,7 +380,7 @@ DETECTRON2_RULES: dict[str, Rule] = {
     "SOLVER.WEIGHT_DECAY_BIAS": either(factor, "as WEIGHT_DECAY"),
     "SOLVER.BIAS_LR_FACTOR": factor,
     "SOLVER.GAMMA": factor,
-    "SOLVER.STEPS": several(whole(0)),
+    "SOLVER.STEPS": increasing(count, least=0, strictly=True),
     "SOLVER.WARMUP_FACTOR": fraction,
     "SOLVER.WARMUP_ITERS": whole(0),
     "SOLVER.WARMUP_METHOD": choice("linear", "constant"),
