@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Copyright (c) the dcn_d2 authors. SPDX-License-Identifier: Apache-2.0
 # Runs the operators' tests with the CPU kernels under the address and the undefined behaviour sanitizers, on every
-# instruction set that the processor has, or the one that DCN_CPU_CAPABILITY names. Arguments go to pytest.
+# instruction set that the processor has, or the one that DCN_CPU_CAPABILITY names. Arguments go to pytest; after a first
+# --campaign they go to dev/campaign/operators.py, which runs in place of the tests.
 # Exits with 77 where the compiler has no sanitizers.
 set -euo pipefail
 
@@ -62,7 +63,12 @@ if [[ -n ${DCN_CPU_CAPABILITY:-} ]]; then capabilities=("$DCN_CPU_CAPABILITY"); 
 
 # Left out: what tests torch more than the kernels, and what starts processes of its own.
 selection='not gradcheck and not opcheck and not torchvision and not compiles and not fake and not test_library
-  and not cuda and not test_sampling'
+  and not cuda and not test_sampling and not inductor and not compiled_graph and not instruction_set'
+run=("$python" -m pytest -q -x -p no:cacheprovider -p no:xdist --capture=sys tests/ops -k "${selection//$'\n'/ }")
+if [[ ${1:-} == --campaign ]]; then
+  shift
+  run=("$python" dev/campaign/operators.py)
+fi
 for capability in "${capabilities[@]}"; do
   echo "==> $capability"
   # Python keeps memory until its end, which is no leak. New memory is filled with 0xff, which is NaN, so that a value
@@ -70,5 +76,5 @@ for capability in "${capabilities[@]}"; do
   env LD_PRELOAD="${preload# }" UBSAN_OPTIONS=print_stacktrace=1 \
     ASAN_OPTIONS=detect_leaks=0:malloc_fill_byte=255:max_malloc_fill_size=1000000000 \
     DCN_LIBRARY="$library" DCN_CPU_CAPABILITY="$capability" OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" \
-    "$python" -m pytest -q -x -p no:cacheprovider -p no:xdist --capture=sys tests/ops -k "${selection//$'\n'/ }" "$@"
+    "${run[@]}" "$@"
 done
