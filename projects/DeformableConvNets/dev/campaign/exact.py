@@ -132,7 +132,9 @@ class Bins:
     x: Array
     slope_y: Array  # the derivative of y by an offset of 1
     slope_x: Array
-    slope_size_y: Array  # its magnitude
+    size_y: Array  # magnitudes of these
+    size_x: Array
+    slope_size_y: Array
     slope_size_x: Array
     average: Array  # (out_h, out_w)
     near_edge: NDArray[np.bool_]  # (out_h, out_w), whether rounding may move a sample onto the map or off it
@@ -141,6 +143,16 @@ class Bins:
 
 # Positions less than this from a jump are left out of comparisons where the arithmetic is not exact.
 NEAR = 1e-3
+
+
+def _reach(weight: Array) -> Array:
+    """How many of a bin's samples (out_h, out_w, samples, size) touch a pixel or one beside it.
+
+    A position that is rounded changes these weights by the same amount, however small they are.
+    """
+    touched = (weight > 0).astype(float)
+    beside = np.pad(touched, [(0, 0)] * 3 + [(1, 1)])
+    return (touched + beside[..., :-2] + beside[..., 2:]).sum(2)
 
 
 def _bins(
@@ -164,6 +176,8 @@ def _bins(
         second.weight.sum(2),
         first.slope.sum(2) * moves[0],
         second.slope.sum(2) * moves[1],
+        first.weight.sum(2) + _reach(first.weight),
+        second.weight.sum(2) + _reach(second.weight),
         np.abs(first.slope).sum(2) * abs(moves[0]),
         np.abs(second.slope).sum(2) * abs(moves[1]),
         average,
@@ -206,20 +220,21 @@ def _pool(
             bins = bins_of(roi[1:], planes.reshape(2, -1)[:, parts])
             for found, absolute in zip(kinds, (False, True)):
                 size = np.abs if absolute else np.asarray
+                rows, columns = (bins.size_y, bins.size_x) if absolute and not trusted else (bins.y, bins.x)
                 # (channels, out_h, out_w, height, width): what each bin's pixels are.
                 pixels = size(image[n]).reshape(channels, group, height, width)[at][:, cells]
                 flow, factor = size(grad[r, at]), size(mask[r, 0]) * bins.average
                 slopes = (bins.slope_size_y, bins.slope_size_x) if absolute else (bins.slope_y, bins.slope_x)
-                plain = np.einsum("hwi,hwj,chwij->chw", bins.y, bins.x, pixels)
+                plain = np.einsum("hwi,hwj,chwij->chw", rows, columns, pixels)
                 found["output"][r, at] = plain * factor
                 found["mask"][r, 0] += (flow * plain).sum(0) * bins.average
-                spread = np.einsum("hwi,hwj,chw->chwij", bins.y, bins.x, flow * factor)
+                spread = np.einsum("hwi,hwj,chw->chwij", rows, columns, flow * factor)
                 target = found["input"][n].reshape(channels, group, height, width)[at]
                 for h in range(out_h):
                     for w in range(out_w):
                         target[:, cells[h, w]] += spread[:, h, w]
-                by_y = (flow * np.einsum("hwi,hwj,chwij->chw", slopes[0], bins.x, pixels)).sum(0) * factor
-                by_x = (flow * np.einsum("hwi,hwj,chwij->chw", bins.y, slopes[1], pixels)).sum(0) * factor
+                by_y = (flow * np.einsum("hwi,hwj,chwij->chw", slopes[0], columns, pixels)).sum(0) * factor
+                by_x = (flow * np.einsum("hwi,hwj,chwij->chw", rows, slopes[1], pixels)).sum(0) * factor
                 into = found["offset"][r, 2 * block : 2 * block + 2].reshape(2, -1)
                 np.add.at(into[0], parts, by_x)
                 np.add.at(into[1], parts, by_y)
