@@ -74,10 +74,10 @@ if [[ -n ${DCN_CPU_CAPABILITY:-} ]]; then capabilities=("$DCN_CPU_CAPABILITY"); 
 
 # Left out: what tests torch more than the kernels, and what starts processes of its own.
 selection='not gradcheck and not opcheck and not torchvision and not compiles and not fake and not test_library
-  and not cuda and not test_sampling'
+  and not cuda and not test_sampling and not inductor and not compiled_graph and not instruction_set'
+run=("$python" -m pytest -q -x -p no:cacheprovider -p no:xdist --capture=sys tests/ops -k "${selection//$'\n'/ }")
 for capability in "${capabilities[@]}"; do
   echo "==> $capability"
   # pytest must not catch what a sanitizer prints before it stops.
-  DCN_CPU_CAPABILITY="$capability" "${sanitized[@]}" \
-    "$python" -m pytest -q -x -p no:cacheprovider -p no:xdist --capture=sys tests/ops -k "${selection//$'\n'/ }" "$@"
+  DCN_CPU_CAPABILITY="$capability" "${sanitized[@]}" "${run[@]}" "$@"
 done

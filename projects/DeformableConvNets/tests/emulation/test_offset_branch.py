@@ -142,7 +142,7 @@ def test_operands_are_checked(configure: Any) -> None:
     values = branch_values(SAMPLES[0], torch.float32, NCHW)
     for change, message in (
         (values["offset_and_mask"][:, 1:], "offset_and_mask has 26 channels"),
-        (values["offset_and_mask"][..., 1:], "offset must have shape"),
+        (values["offset_and_mask"][..., 1:], "modulated_deform_conv2d: offset_and_mask must have shape"),
     ):
         with pytest.raises(RuntimeError, match=message):
             emulate("modulated_deform_conv2d", values | {"offset_and_mask": change})
