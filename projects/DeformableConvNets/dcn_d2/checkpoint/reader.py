@@ -53,6 +53,8 @@ def _read(path: str | os.PathLike[str], values: bool) -> dict[Any, Any]:
             checkpoint = read_file(file, values)
         except NotDataError as refused:
             raise ValueError(_refusal(path, str(refused))) from None
+        except MemoryError:  # says something about the machine, and nothing about the file
+            raise
         except Exception as error:  # damaged files make pickle, zipfile and torch raise errors of a dozen types
             raise CorruptCheckpointError(_damage(path, error)) from error
     if not isinstance(checkpoint, Mapping) or not checkpoint:
