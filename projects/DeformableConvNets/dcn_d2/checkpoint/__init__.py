@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from .path_handlers import register_path_handlers
     from .reader import CorruptCheckpointError, read_checkpoint
     from .torchvision import convert_torchvision_resnet, is_torchvision_resnet
+    from .weights import read_weights
 
 _HOMES = {
     "DCNCheckpointer": "checkpointer",
@@ -23,6 +24,7 @@ _HOMES = {
     "register_path_handlers": "path_handlers",
     "CorruptCheckpointError": "reader",
     "read_checkpoint": "reader",
+    "read_weights": "weights",
     "convert_torchvision_resnet": "torchvision",
     "is_torchvision_resnet": "torchvision",
 }
@@ -34,6 +36,7 @@ __all__ = [
     "convert_torchvision_resnet",
     "is_torchvision_resnet",
     "read_checkpoint",
+    "read_weights",
     "register_path_handlers",
     "to_mmdet",
 ]

@@ -210,7 +210,7 @@ class DCNCheckpointer(DetectionCheckpointer):
         data: dict[str, Any] = {"model": self._model_state()}
         data |= {key: value.state_dict() for key, value in self.checkpointables.items()}
         data = {key: as_data(value, key) for key, value in (data | kwargs).items()}
-        check_weights(data["model"], f"the checkpoint {name}", self._may_be_integer)
+        self._check(data["model"], f"the checkpoint {name}")
         path = os.path.join(self.save_dir, f"{name}.pth")
         self.logger.info(f"Saving checkpoint to {path}")
         if "://" in self.save_dir:  # no local folder; how its files are replaced is not known here
@@ -240,16 +240,18 @@ class DCNCheckpointer(DetectionCheckpointer):
         checkpoint = read_weights(filename)
         if self._heuristics:
             checkpoint["matching_heuristics"] = True
-        heuristics = bool(checkpoint.get("matching_heuristics"))
-        check_weights(checkpoint["model"], self._path, lambda name: heuristics or self._may_be_integer(name))
+        self._check(checkpoint["model"], self._path, heuristics=bool(checkpoint.get("matching_heuristics")))
         return checkpoint
 
-    def _may_be_integer(self, name: str) -> bool:
-        """Whether a weight may be an integer: where the model's is one, and where nothing reads it."""
-        value = self._model_state().get(name)
-        return (
-            bool(_OPTIONAL.fullmatch(name)) if value is None else not (value.is_floating_point() or value.is_complex())
-        )
+    def _check(self, weights: Mapping[str, Any], origin: str, heuristics: bool = False) -> None:
+        """Refuses what is no weight; integers are where the model has some, and where nothing reads them."""
+        model = self._model_state()
+        integers = {name for name, v in model.items() if not (v.is_floating_point() or v.is_complex())}
+
+        def may_be_integer(name: str) -> bool:
+            return heuristics or name in integers or (name not in model and bool(_OPTIONAL.fullmatch(name)))
+
+        check_weights(weights, origin, may_be_integer)
 
     def _model_state(self) -> dict[str, torch.Tensor]:
         """The model's entries by their names without wrappers."""

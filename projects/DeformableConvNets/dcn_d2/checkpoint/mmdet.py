@@ -83,7 +83,7 @@ def unwrap_state_dict(checkpoint: Mapping[str, Any]) -> Mapping[str, Any]:
         raise ValueError(f"{wrapped[0]!r} contains itself")
     for name in checkpoint:
         if not isinstance(name, str):
-            raise ValueError(f"an entry is called {name!r}, which is a {type(name).__name__} and no text")
+            raise ValueError(f"an entry is called {str(name)[:100]!r}, a {type(name).__name__} and no text")
     while True:
         names = {name: unwrap_name(name) for name in checkpoint}
         if names and all(name.startswith("module.") for name in names.values()):

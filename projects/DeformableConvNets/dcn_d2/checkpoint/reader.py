@@ -52,7 +52,9 @@ def _read(path: str | os.PathLike[str], values: bool) -> dict[Any, Any]:
         try:
             checkpoint = read_file(file, values)
         except NotDataError as refused:
-            raise ValueError(_refusal(path, str(refused))) from None
+            raise ValueError(_refusal(path, shown(refused))) from None
+        except MemoryError:  # says something about the machine, and nothing about the file
+            raise
         except Exception as error:  # damaged files make pickle, zipfile and torch raise errors of a dozen types
             raise CorruptCheckpointError(_damage(path, error)) from error
     if not isinstance(checkpoint, Mapping) or not checkpoint:
@@ -60,11 +62,18 @@ def _read(path: str | os.PathLike[str], values: bool) -> dict[Any, Any]:
         raise CorruptCheckpointError(f"{path} is no checkpoint: it holds {what} instead of named weights")
     left_over = {key: what for key, value in checkpoint.items() if (what := _left_over(key, value))}
     if left_over and ("state_dict" in left_over or "state_dict" not in checkpoint):
+        listed = "; ".join([*left_over.values()][:5])
         raise ValueError(
-            f"{path} is refused: {'; '.join(left_over.values())}. Only tensors, arrays, text, numbers and containers "
-            "of them are read"
+            f"{path} is refused: {listed}. Only tensors, arrays, text, numbers and containers of them are read"
         )
     return {key: value for key, value in checkpoint.items() if key not in left_over}
+
+
+def shown(name: object) -> str:
+    """A name from a file as it can stand in a message: in one line, and not without end."""
+    text = str(name)
+    text = text if len(text) <= 120 else f"{text[:100]}…"
+    return text if text.isprintable() else repr(text)[1:-1]
 
 
 def _left_over(name: object, value: object) -> str:
@@ -74,7 +83,7 @@ def _left_over(name: object, value: object) -> str:
     while waiting:
         place, item = waiting.pop()
         if isinstance(item, (Unusable, Ignored)):
-            return f"{place} is {item.kind}"
+            return f"{shown(place)} is {shown(item.kind)}"
         if isinstance(item, (Mapping, list, tuple)) and id(item) not in seen:
             seen.add(id(item))
             pairs = item.items() if isinstance(item, Mapping) else enumerate(item)

@@ -12,7 +12,7 @@ import torch
 
 from .conversion import convert_checkpoint, is_foreign, warn_of_v1
 from .mmdet import unwrap_state_dict
-from .reader import read_checkpoint
+from .reader import read_checkpoint, shown
 
 
 def read_weights(path: str) -> dict[str, Any]:
@@ -71,7 +71,7 @@ def check_weights(
     problems = []
     for name, value in weights.items():
         if problem := _problem(value, may_be_integer(str(name))):
-            problems.append(f"{name} {problem}")
+            problems.append(f"{shown(name)} {problem}")
     if problems:
         more = [f"and {len(problems) - 20} more"] if len(problems) > 20 else []
         listed = "\n  ".join([*problems[:20], *more])

@@ -224,7 +224,7 @@ def test_what_people_take_for_a_checkpoint_is_named(tmp_path: Path, content: byt
 
 def test_entry_with_a_number_as_its_name_is_told(tmp_path: Path) -> None:
     torch.save({"model": {"a": torch.zeros(1), 101: torch.zeros(1)}}, tmp_path / "a.pth")
-    with pytest.raises(ValueError, match="a.pth: an entry is called 101, which is a int and no text"):
+    with pytest.raises(ValueError, match="a.pth: an entry is called '101', a int and no text"):
         read_weights(str(tmp_path / "a.pth"))
 
 
@@ -287,3 +287,13 @@ def test_truncated_numbers_in_the_old_format_are_found(tmp_path: Path) -> None:
     (tmp_path / "a.pth").write_bytes(content[:-1])
     with pytest.raises(CorruptCheckpointError, match="ends before the 400 bytes"):
         read_checkpoint(tmp_path / "a.pth")
+
+
+def test_endless_names_make_no_endless_messages(tmp_path: Path) -> None:
+    name = 3000 * "long\n"
+    torch.save({name: torch.eye(3).to_sparse()}, tmp_path / "a.pth")
+    refused(tmp_path / "a.pth", r"a.pth is refused: long\\nlong.{90,120}… is a sparse tensor")
+    (tmp_path / "a.pth").write_bytes(b"\x80\x02cposix\n" + 3000 * b"system" + b"\n.")
+    with pytest.raises(ValueError, match="posix.systemsystem") as error:
+        read_checkpoint(tmp_path / "a.pth")
+    assert len(str(error.value)) < 600
