@@ -152,8 +152,11 @@ def _check_one(name: str, needs: Needs, reference: str, hand_on: bool) -> None:
 
 def _load(name: str, findings: Findings) -> Any:
     """Loads a data set; an error of its loader gets the data set's name."""
+    function = DatasetCatalog[name]
+    if isinstance(function, _HandOn):  # it is for training and for tests: what was loaded stays for the training
+        return function.records
     try:
-        return DatasetCatalog.get(name)
+        return function()
     except Exception as error:  # the loader may be anyone's
         text = f"{type(error).__name__}: {error}".strip().rstrip(":")
         raise ValueError(f"{findings.subject} cannot be loaded: {text}") from error

@@ -8,6 +8,8 @@ import json
 import logging
 import os
 import pickle
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -145,6 +147,13 @@ def test_semantic_heads_are_compared_with_the_stuff_classes(data: Data) -> None:
     opts = ("MODEL.META_ARCHITECTURE", "PanopticFPN", "MODEL.SEM_SEG_HEAD.NUM_CLASSES", 2)
     told = error_of(config("my_train", "", *opts))
     assert "MODEL.SEM_SEG_HEAD.NUM_CLASSES is 2, but the data set has 3 categories (sky, sea, land)" in told
+    assert "3 of 3 images have no 'sem_seg_file_name'" in told
+    opts = ("MODEL.META_ARCHITECTURE", "SemanticSegmentor", "MODEL.SEM_SEG_HEAD.NUM_CLASSES", 3)
+    records = [record | {"sem_seg_file_name": record["file_name"]} for record in data.records()]
+    for record in records:
+        del record["annotations"]  # such a model needs none
+    data.register("good", records, stuff_classes=["sky", "sea", "land"])
+    check_data(config("good", "", *opts), train=True)
 
 
 @pytest.mark.parametrize("value", [4, -1, 1.5, "1", None])
@@ -666,6 +675,15 @@ def test_data_are_loaded_once_and_handed_on(data: Data, monkeypatch: pytest.Monk
     assert loaded == ["my_train", "my_val", "my_train"], "and only once: whoever comes next may change what he gets"
 
 
+def test_data_for_training_and_tests_are_still_handed_on_to_the_training(data: Data) -> None:
+    calls: list[int] = []
+    data.register("both", [])
+    DatasetCatalog["both"] = lambda: (calls.append(1), data.records())[1]
+    check_data(config("both", "both"), train=True)
+    DatasetCatalog.get("both")
+    assert len(calls) == 1
+
+
 def test_a_changed_file_or_model_is_checked_again(data: Data) -> None:
     data.register_file("my_train", data.coco())
     check_data(config("my_train"), train=True)
@@ -685,3 +703,40 @@ def test_the_main_process_speaks_and_the_others_stop_with_it(data: Data, monkeyp
     check_data(config("my_train"), train=True)  # it looks at nothing
     monkeypatch.setattr(comm, "all_gather", lambda told: ["ValueError: it has no images", told])
     assert "the main process found this in the data: ValueError: it has no images" in error_of(config("my_train"))
+
+
+TWO_PROCESSES = """
+from detectron2.engine import launch
+
+def main():
+    from detectron2.data import DatasetCatalog
+    from detectron2.utils import comm
+    from dcn_d2.config import load_config
+    from dcn_d2.data import check_data
+    check_data(load_config("", ["DATASETS.TRAIN", ("nuclei_train",)]), train=True)
+    DatasetCatalog.register("empty", list)
+    try:
+        check_data(load_config("", ["DATASETS.TRAIN", ("empty",)]), train=True)
+    except ValueError as error:
+        print(f"process {comm.get_rank()}: {error}")
+
+if __name__ == "__main__":
+    launch(main, 2, dist_url="auto")
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_stop_with_the_same_words(tmp_path: Path, project: Path) -> None:
+    (tmp_path / "job.py").write_text(TWO_PROCESSES)
+    variables = {"PYTHONPATH": str(project), "XDG_CACHE_HOME": str(tmp_path), "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        [sys.executable, str(tmp_path / "job.py")],
+        env=os.environ | variables | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    told = sorted(line for line in done.stdout.splitlines() if line.startswith("process"))
+    assert told[0] == "process 0: data set empty: it has no images"
+    assert told[1].startswith("process 1: the main process found this in the data: ") and told[1].endswith(told[0][11:])
