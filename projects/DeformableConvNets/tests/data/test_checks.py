@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import pycocotools.mask
 import pytest
+import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog, get_detection_dataset_dicts
 from detectron2.data.datasets import register_coco_instances
@@ -182,6 +183,24 @@ def test_categories_spelt_otherwise_in_the_test_set_are_a_warning(data: Data, wa
     data.register("my_val", data.records(), thing_classes=["Ant", "Bee", "Cat", "Dog"])
     check_data(config("my_train", "my_val"), train=True)
     assert len(warnings()) == 1 and "those of my_train are ant, bee, cat, dog" in warnings()[0]
+
+
+def test_a_broken_training_set_is_no_reason_to_refuse_an_evaluation(data: Data, warnings: Callable) -> None:
+    data.register_file("my_train", b"{}")
+    data.register_file("my_val", data.coco())
+    check_data(config("my_train", "my_val"), train=False)
+    assert warnings() == ["the categories cannot be compared with those of my_train: KeyError: 'categories'"]
+
+
+def test_a_torch_data_set_is_left_to_its_author_but_for_the_classes(data: Data) -> None:
+    class Stream(torch.utils.data.IterableDataset):
+        def __iter__(self) -> Iterator[dict[str, Any]]:
+            return iter(data.records())
+
+    data.register("my_train", [])
+    DatasetCatalog["my_train"] = Stream
+    check_data(config("my_train"), train=True)
+    assert "NUM_CLASSES is 3" in error_of(config("my_train", "", "MODEL.ROI_HEADS.NUM_CLASSES", 3))
 
 
 def test_training_sets_must_have_the_same_categories(data: Data) -> None:
