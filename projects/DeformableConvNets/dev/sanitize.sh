@@ -2,7 +2,6 @@
 # Copyright (c) the dcn_d2 authors. SPDX-License-Identifier: Apache-2.0
 # Runs the operators' tests with the CPU kernels under the address and the undefined behaviour sanitizers, on every
 # instruction set that the processor has, or the one that DCN_CPU_CAPABILITY names. Arguments go to pytest.
-# dev/sanitize.sh --run COMMAND... runs a command in the place of the tests, once, with these kernels.
 # Exits with 77 where the compiler has no sanitizers.
 set -euo pipefail
 
@@ -52,14 +51,12 @@ find csrc/cpu -name '*.cpp' -print0 | xargs -0 -P "$jobs" -I{} \
   bash -c 'source=$1 && shift && "$@" -c "$source" -o "$FOLDER/$(basename "$source").o"' _ {} "${compiler[@]}" "${flags[@]}"
 "${compiler[@]}" -shared -fsanitize=address,undefined "$folder"/*.o -o "$library" -L"$torch" -ltorch_cpu
 
-# Python keeps memory until its end, which is no leak. New memory is filled with 0xff, which is NaN, so that a value
-# which was never written shows in a result.
-sanitized=(env LD_PRELOAD="${preload# }" UBSAN_OPTIONS=print_stacktrace=1
-  ASAN_OPTIONS=detect_leaks=0:malloc_fill_byte=255:max_malloc_fill_size=1000000000
-  DCN_LIBRARY="$library" OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}")
+# dev/sanitize.sh --run COMMAND... runs a command once with these kernels, in place of all that follows; there, too, new
+# memory is NaN, and what Python keeps until its end is no leak.
 if [[ ${1:-} == --run ]]; then
   shift
-  "${sanitized[@]}" "$@"
+  env LD_PRELOAD="${preload# }" UBSAN_OPTIONS=print_stacktrace=1 DCN_LIBRARY="$library" \
+    ASAN_OPTIONS=detect_leaks=0:malloc_fill_byte=255:max_malloc_fill_size=1000000000 "$@"
   exit
 fi
 
@@ -77,7 +74,10 @@ selection='not gradcheck and not opcheck and not torchvision and not compiles an
   and not cuda and not test_sampling'
 for capability in "${capabilities[@]}"; do
   echo "==> $capability"
-  # pytest must not catch what a sanitizer prints before it stops.
-  DCN_CPU_CAPABILITY="$capability" "${sanitized[@]}" \
+  # Python keeps memory until its end, which is no leak. New memory is filled with 0xff, which is NaN, so that a value
+  # which was never written shows in a result. pytest must not catch what a sanitizer prints before it stops.
+  env LD_PRELOAD="${preload# }" UBSAN_OPTIONS=print_stacktrace=1 \
+    ASAN_OPTIONS=detect_leaks=0:malloc_fill_byte=255:max_malloc_fill_size=1000000000 \
+    DCN_LIBRARY="$library" DCN_CPU_CAPABILITY="$capability" OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" \
     "$python" -m pytest -q -x -p no:cacheprovider -p no:xdist --capture=sys tests/ops -k "${selection//$'\n'/ }" "$@"
 done
