@@ -24,7 +24,8 @@ help:
 demo: export OMP_WAIT_POLICY ?= PASSIVE
 demo: setup
 	$(RUN) $(PROJECT)/train_net.py --config-file $(DEMO) OUTPUT_DIR $(OUTPUT)
-	$(RUN) $(PROJECT)/demo.py --config-file $(DEMO) --weights $(OUTPUT)/model_final.pth --output $(OUTPUT)/pictures
+	$(RUN) $(PROJECT)/demo.py --config-file $(DEMO) --weights $(OUTPUT)/model_final.pth --output $(OUTPUT)/pictures \
+		--stretch-contrast
 
 test: setup
 	$(PROJECT)/dev/check.sh $(ARGS)

@@ -11,7 +11,9 @@ Positions come from `dcn_d2.ops.sampling`, which the reference operator uses too
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeVar
@@ -59,13 +61,18 @@ class LayerSamples(NamedTuple):
 class SamplingRecord:
     """The samples of a model's deformable layers, in the order in which they ran.
 
-    ``image_size`` is the (height, width) of the network's first image, ``padded_size`` that of the batch it was
-    padded into.
+    ``image_sizes`` are the (height, width) of the network's images, one for each of the batch, ``padded_size`` is that
+    of the batch they were padded into.
     """
 
     layers: list[LayerSamples] = field(default_factory=list)
-    image_size: Size = (0, 0)
+    image_sizes: list[Size] = field(default_factory=list)
     padded_size: Size = (0, 0)
+
+    @property
+    def image_size(self) -> Size:
+        """That of the first image; (0, 0) before a forward pass."""
+        return self.image_sizes[0] if self.image_sizes else (0, 0)
 
     def find(self, name: str | None = None) -> int:
         """Gives the index of the last layer whose name contains ``name`` as whole parts (``res4``, ``res5.0``)."""
@@ -93,19 +100,21 @@ def record_sampling(model: nn.Module) -> Iterator[SamplingRecord]:
     """Records the deformable layers of ``model`` while the block runs; a later forward pass replaces an earlier one.
 
     Works for Detectron2's models, called with a list of dictionaries with an ``image``, and for modules called with
-    an (N, C, H, W) tensor.
+    an (N, C, H, W) tensor. Only what the thread calls that entered the block is recorded: threads may share a model,
+    each with a block of its own.
     """
-    record = SamplingRecord()
-    handles = [model.register_forward_pre_hook(lambda _, args: _start(record, args))]
+    record, hooks = SamplingRecord(), _Hooks(threading.get_ident())
+    handles = [model.register_forward_pre_hook(hooks.before(lambda value: _start(record, value)), with_kwargs=True)]
     backbone = getattr(model, "backbone", None)
     if isinstance(backbone, nn.Module):
-        handles.append(backbone.register_forward_pre_hook(lambda _, args: _set_padded_size(record, args)))
+        set_padded_size = hooks.before(lambda maps: _set_padded_size(record, maps))
+        handles.append(backbone.register_forward_pre_hook(set_padded_size, with_kwargs=True))
     for name, module in model.named_modules():
         if isinstance(module, (DeformConvPack, ModulatedDeformConvPack)):
-            hook = _pack_hook(record, name, module)
-            handles.append(module.conv_offset.register_forward_hook(hook))
+            hook = hooks.after(_pack_hook(record, name, module))
+            handles.append(module.conv_offset.register_forward_hook(hook, with_kwargs=True))
         elif isinstance(module, (DeformConv, ModulatedDeformConv)):
-            handles.append(module.register_forward_hook(_layer_hook(record, name), with_kwargs=True))
+            handles.append(module.register_forward_hook(hooks.after(_layer_hook(record, name)), with_kwargs=True))
     try:
         yield record
     finally:
@@ -113,18 +122,49 @@ def record_sampling(model: nn.Module) -> Iterator[SamplingRecord]:
             handle.remove()
 
 
-def _start(record: SamplingRecord, args: tuple[Any, ...]) -> None:
-    image = args[0] if isinstance(args[0], Tensor) else args[0][0]["image"]
+class _Hooks(NamedTuple):
+    """Makes hooks that look only at the calls of one thread.
+
+    When another thread removes its hooks in the middle of this one's forward pass, PyTorch may still call them, and
+    then without keyword arguments: hence ``*rest``.
+    """
+
+    thread: int
+
+    def before(self, look: Callable[[Any], None]) -> Callable[..., None]:
+        """``look`` gets the first argument of the call."""
+
+        def hook(module: nn.Module, args: tuple[Any, ...], *rest: Any) -> None:
+            if threading.get_ident() == self.thread:
+                look(args[0] if args else next(iter(rest[0].values())))
+
+        return hook
+
+    def after(self, look: Callable[..., None]) -> Callable[..., None]:
+        """``look`` gets the module, its arguments, its keyword arguments and its output."""
+
+        def hook(module: nn.Module, args: tuple[Any, ...], *rest: Any) -> None:
+            if threading.get_ident() == self.thread:
+                look(module, args, *rest)
+
+        return hook
+
+
+def _start(record: SamplingRecord, images: Any) -> None:
     record.layers.clear()
-    record.image_size = record.padded_size = _size(image)
+    if isinstance(images, Tensor):
+        record.image_sizes = [_size(images)] * (len(images) if images.ndim == 4 else 1)
+    else:
+        record.image_sizes = [_size(sample["image"]) for sample in images]
+    record.padded_size = record.image_size
 
 
 def _size(image: Tensor) -> Size:
     return image.shape[-2], image.shape[-1]
 
 
-def _set_padded_size(record: SamplingRecord, args: tuple[Any, ...]) -> None:
-    record.padded_size = _size(args[0])
+def _set_padded_size(record: SamplingRecord, images: Tensor) -> None:
+    record.padded_size = _size(images)
 
 
 def _add(record: SamplingRecord, name: str, layer: Any, x: Tensor, offset: Tensor, mask: Tensor | None) -> None:
@@ -150,7 +190,7 @@ def _layer_hook(record: SamplingRecord, name: str) -> Any:
 def _pack_hook(record: SamplingRecord, name: str, pack: nn.Module) -> Any:
     """The offsets of a layer with its own offset branch are seen only at that branch."""
 
-    def hook(branch: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+    def hook(branch: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], output: Tensor) -> None:
         modulated = isinstance(pack, ModulatedDeformConvPack)
         offset, mask = split_offset_and_mask(output) if modulated else (output, None)
         _add(record, name, pack, args[0], offset, mask)
@@ -182,6 +222,14 @@ def trace_samples(
         group: which deform group.
     """
     last = record.find(layer)
+    if 0 in record.padded_size:
+        raise ValueError("the record knows no image: call the model itself, and not one of its parts or methods")
+    if not all(math.isfinite(value) for value in point):
+        raise ValueError(f"point must be (y, x), finite, got {tuple(point)}")
+    images, groups = record.layers[last].locations.shape[:2]
+    for what, value, count in (("index", index, images), ("group", group, groups)):
+        if not 0 <= value < count:
+            raise IndexError(f"{what} must be from 0 to {count - 1}, got {value}")
     positions = np.array([point], dtype=np.float64)
     weights = np.ones(1)
     traced: list[TracedLayer] = []
@@ -239,6 +287,7 @@ class SamplingAnnotator:
         point: tuple[float, float],
         layer: str | None = None,
         window: Window | None = None,
+        index: int = 0,
     ) -> ImageLike:
         """Gives an image of the same kind and size.
 
@@ -248,18 +297,26 @@ class SamplingAnnotator:
             point: (y, x) in pixels of ``image``.
             layer: where the point lies, by parts of its name; the last layer by default.
             window: the part (y0, x0, y1, x1) of the network's image that ``image`` shows; all of it by default.
+            index: which image of the batch.
         """
         if isinstance(image, Image.Image):
-            drawn = self(np.asarray(image.convert("RGB")), record, point, layer, window)
+            if image.mode[0] in "IF":
+                raise ValueError(f"image must have 8 bits a channel, got one of the mode {image.mode}")
+            drawn = self(np.asarray(image.convert("RGB")), record, point, layer, window, index)
             return Image.fromarray(drawn).convert(image.mode)
-        if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
+        if not isinstance(image, np.ndarray):
+            raise TypeError(f"image must be a numpy array or a PIL image, got {type(image).__name__}")
+        if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8 or 0 in image.shape:
             raise ValueError(f"image must be (H, W, 3) of uint8, got {image.shape} of {image.dtype}")
-        window = window or (0, 0, *record.image_size)
+        if window is None:
+            if not 0 <= index < len(record.image_sizes):
+                raise IndexError(f"index is {index}, but the record is of {len(record.image_sizes)} images")
+            window = (0, 0, *record.image_sizes[index])
         origin = np.array(window[:2])
         scale = np.array(image.shape[:2]) / (np.array(window[2:]) - origin)
         # Half a pixel is added and taken because scaling keeps the image's corner, not its first pixel's centre.
         network_point = (np.array(point) + 0.5) / scale + origin - 0.5
-        traced = trace_samples(record, (network_point[0], network_point[1]), layer, self.depth, group=self.group)
+        traced = trace_samples(record, (network_point[0], network_point[1]), layer, self.depth, index, self.group)
         radius = self.radius or max(2.0, min(image.shape[:2]) / 110)
         canvas = image.astype(np.float32)
         for level in reversed(range(len(traced))):

@@ -4,18 +4,27 @@
 from __future__ import annotations
 
 import importlib.util
+import io
+import os
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import numpy as np
+import pycocotools.mask
 import pytest
 import torch
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.modeling import build_model
-from PIL import Image
+from detectron2.structures import Boxes, BoxMode, Instances
+from detectron2.utils.visualizer import Visualizer
+from PIL import Image, ImageOps
 
 from dcn_d2.engine import load_config
+from dcn_d2.modeling import DCNROIPooler
 from dcn_d2.visualizer import record_sampling
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -76,10 +85,243 @@ def test_image_files(demo: ModuleType, tmp_path: Path, capsys: pytest.CaptureFix
     assert Image.open(output / "grey_detections.png").width < 2 * demo.PANEL, "there is no ground truth to draw"
 
 
-def test_a_missing_image_is_named(demo: ModuleType, tmp_path: Path) -> None:
-    missing = str(tmp_path / "missing.png")
-    with pytest.raises(FileNotFoundError, match=r"missing\.png"):
-        demo.main(["--config-file", str(CONFIG), "--output", str(tmp_path), "--input", missing, *QUICK])
+def noise(path: Path, height: int = 60, width: int = 90, seed: int = 0) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.random.default_rng(seed).integers(0, 255, (height, width, 3), dtype=np.uint8)).save(path)
+    return path
+
+
+@pytest.fixture
+def draw(demo: ModuleType, weights: Path, tmp_path: Path) -> Callable[..., Path]:
+    """Runs the demo on image files and gives the folder of the pictures."""
+
+    def run(*files: Path | str, options: tuple[str, ...] = (), output: Path = tmp_path / "pictures") -> Path:
+        source = ["--input", *map(str, files)] if files else []
+        options = ("--weights", str(weights), "--confidence", "0", "--output", str(output), *options)
+        demo.main(["--config-file", str(CONFIG), *source, *options, *QUICK])
+        return output
+
+    return run
+
+
+def names_in(folder: Path) -> list[str]:
+    return sorted(path.name.removesuffix("_detections.png") for path in folder.glob("*_detections.png"))
+
+
+def test_bad_images_are_left_out_and_named_at_the_end(
+    draw: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    good, missing, output = noise(tmp_path / "good ü.jpg"), tmp_path / "missing.png", tmp_path / "pictures"
+    cut = noise(tmp_path / "cut.jpg")
+    cut.write_bytes(cut.read_bytes()[: cut.stat().st_size // 2])
+    real = tmp_path / "real.tif"
+    Image.fromarray(np.ones((60, 90), np.float32)).save(real)
+    with pytest.raises(SystemExit) as stopped:
+        draw(missing, cut, real, tmp_path, good)
+    first, *lines = str(stopped.value.code).split("\n")
+    assert first == "demo.py: 4 of 5 image(s) not drawn:"
+    expected = [
+        "missing.png: No such",
+        "cut.jpg cannot be read: image file is trunc",
+        "real.tif has the mode F",
+        "folder",
+    ]
+    assert len(lines) == len(expected) and all(part in line for part, line in zip(expected, lines))
+    assert names_in(output) == ["good ü"]
+    assert f"wrote {output / 'good ü_sampling.png'}" in capsys.readouterr().out
+
+
+def test_images_of_one_name_do_not_overwrite_each_other(
+    draw: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = [noise(tmp_path / name, seed=i) for i, name in enumerate(("x1/a.png", "x2/a.png", "b.png", "b.jpg"))]
+    output = draw(*files, options=("--points", "1"))
+    assert names_in(output) == ["a", "a_2", "b", "b_2"]
+    assert f"{files[1]}: another image has the same name" in capsys.readouterr().out
+    written = {path.name: path.read_bytes() for path in output.iterdir()}
+    assert len(set(written.values())) == len(written) == 8
+    draw(*files, options=("--points", "1"))
+    assert {path.name: path.read_bytes() for path in output.iterdir()} == written, "the same command works again"
+
+
+def test_names_that_are_no_text_are_drawn_too(
+    draw: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), "utf-8"))  # strict, as in most languages
+    output = draw(noise(tmp_path / os.fsdecode(b"latin \xe4.png")), options=("--points", "1"))
+    assert names_in(output) == [os.fsdecode(b"latin \xe4")]
+
+
+def test_inputs_and_files_of_others_are_not_overwritten(draw: Callable[..., Path], tmp_path: Path) -> None:
+    a, other, b = (noise(tmp_path / name) for name in ("a.png", "a_detections.png", "b.png"))
+    foreign = noise(tmp_path / "b_sampling.png", seed=1)
+    before = {path: path.read_bytes() for path in (other, foreign)}
+    with pytest.raises(
+        SystemExit, match=r"2 of 3 image\(s\) not drawn:\n.*a_detections.*\n.*b_sampling\.png was there"
+    ):
+        draw(a, other, b, output=tmp_path)
+    assert {path: path.read_bytes() for path in (other, foreign)} == before
+    assert names_in(tmp_path) == ["a", "a_detections"]
+
+
+@pytest.mark.parametrize("size", [(1, 1), (2, 3), (3, 3), (1, 30), (40, 1)])
+def test_tiny_and_narrow_images_are_drawn(draw: Callable[..., Path], tmp_path: Path, size: tuple[int, int]) -> None:
+    output = draw(noise(tmp_path / "tiny.png", *size), options=("--stretch-contrast",))
+    assert sorted(path.name for path in output.iterdir()) == ["tiny_detections.png", "tiny_sampling.png"]
+
+
+@pytest.mark.parametrize(
+    "option, message",
+    [
+        ("--points -1", "--points: must be at least 0, got -1"),
+        ("--max-images -1", "--max-images: must be at least 1, got -1"),
+        ("--max-images 0", "--max-images: must be at least 1, got 0"),
+        ("--max-images x", "--max-images: invalid whole number value: 'x'"),
+        ("--confidence nan", "--confidence: must be from 0 to 1, got nan"),
+        ("--confidence -1", "--confidence: must be from 0 to 1, got -1"),
+        ("--confidence 1.5", "--confidence: must be from 0 to 1, got 1.5"),
+        ("MODEL.DEVICE", "KEY VALUE must come in pairs, got MODEL.DEVICE"),
+    ],
+)
+def test_numbers_out_of_range_are_usage_errors(
+    demo: ModuleType, option: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        demo.main(["--config-file", "any.yaml", *option.split()])
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--config-file", "nosuch.yaml"], "nosuch.yaml"),
+        (["--config-file", CONFIG, "NOSUCH.KEY", "1"], "NOSUCH.KEY"),
+        (["--config-file", CONFIG, "--weights", "nosuch.pth"], "nosuch.pth"),
+        (["--config-file", CONFIG, "--dataset", "nosuch"], "there is no data set 'nosuch'"),
+        (["--config-file", CONFIG, "--output", CONFIG], f"{CONFIG.name} is a file; a folder"),
+        (["--config-file", CONFIG, "DATASETS.TEST", "()"], "with --input or --dataset"),
+        (["--config-file", CONFIG, "INPUT.FORMAT", "GREY"], "INPUT.FORMAT"),
+    ],
+)
+def test_what_cannot_work_is_said_in_one_line(
+    demo: ModuleType, tmp_path: Path, arguments: list[object], message: str
+) -> None:
+    output = [] if "--output" in arguments else ["--output", tmp_path / "pictures"]
+    with pytest.raises(SystemExit) as stopped:
+        demo.main([str(argument) for argument in [*output, *arguments]])
+    text = str(stopped.value.code)
+    assert text.startswith("demo.py: ") and message in text and "\n" not in text
+
+
+@pytest.fixture
+def data_set(tmp_path: Path) -> Iterator[Callable[..., str]]:
+    """Registers a data set of one image with the given annotations."""
+
+    def register(file: Path, size: tuple[int, int], *annotations: dict[str, Any]) -> str:
+        entry = {"file_name": str(file), "image_id": 1, "height": size[0], "width": size[1]}
+        box = {"bbox": [8, 6, 40, 30], "bbox_mode": BoxMode.XYWH_ABS, "category_id": 0}
+        DatasetCatalog.register("drawn", lambda: [entry | {"annotations": [box | extra for extra in annotations]}])
+        MetadataCatalog.get("drawn").thing_classes = ["cost in $"]
+        return "drawn"
+
+    yield register
+    DatasetCatalog.remove("drawn")
+    MetadataCatalog.remove("drawn")
+
+
+def test_truth_for_the_stored_size_of_a_rotated_photograph_is_refused(
+    draw: Callable[..., Path], data_set: Callable[..., str], tmp_path: Path
+) -> None:
+    exif = Image.Exif()
+    exif[274] = 6
+    Image.new("RGB", (90, 60)).save(tmp_path / "phone.jpg", exif=exif)
+    name = data_set(tmp_path / "phone.jpg", (60, 90), {})
+    with pytest.raises(SystemExit, match=r"phone\.jpg, got \(60, 90\), expect \(90, 60\)"):
+        draw(options=("--dataset", name))
+    assert not names_in(tmp_path / "pictures")
+
+
+def test_truth_is_drawn_with_and_without_masks(
+    draw: Callable[..., Path], data_set: Callable[..., str], tmp_path: Path, demo: ModuleType
+) -> None:
+    mask = np.zeros((60, 90), np.uint8, order="F")
+    mask[6:36, 8:48] = 1
+    polygon = [8, 6, 48, 6, 48, 36, 8, 36]
+    whole, run_lengths = pycocotools.mask.encode(mask), {"size": [60, 90], "counts": [0, 1, 60 * 90 - 1]}
+    shapes = [{"segmentation": [polygon]}, {"segmentation": whole}, {"segmentation": []}, {}]
+    file = noise(tmp_path / "a.png")
+    output = draw(options=("--dataset", data_set(file, (60, 90), *shapes, {"segmentation": run_lengths})))
+    assert names_in(output) == ["a"]
+    sample = DatasetCatalog.get("drawn")[0]
+    image = np.zeros((120, 180, 3), np.uint8)
+    colors = []
+    for annotation in sample["annotations"][:4]:
+        drawn = demo.draw_truth(image, sample | {"annotations": [annotation]}, ["one"])
+        colors.append(drawn[42, 56].tolist())  # in the middle of the object
+    assert colors[0] == colors[1] != [0, 0, 0], "polygon and run lengths fill the same"
+    assert colors[2] == colors[3] == [0, 0, 0], "an object without a mask has its box alone"
+
+
+def test_annotations_that_cannot_be_drawn_are_named(
+    draw: Callable[..., Path], data_set: Callable[..., str], tmp_path: Path
+) -> None:
+    wrong = {"size": [90, 60], "counts": [0, 90 * 60]}
+    name = data_set(
+        noise(tmp_path / "a.png"), (60, 90), {}, {"segmentation": pycocotools.mask.frPyObjects(wrong, 90, 60)}
+    )
+    with pytest.raises(SystemExit, match=r"a\.png: annotation 1 cannot be drawn: .* \(90, 60\) and not \(60, 90\)"):
+        draw(options=("--dataset", name))
+
+
+def test_classes_scores_and_masks_are_drawn(demo: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = Instances((60, 90))
+    found.pred_boxes = Boxes(torch.tensor([[8.0, 6, 48, 36], [50, 10, 80, 50]]))
+    found.scores, found.pred_classes = torch.tensor([0.876, 0.5]), torch.tensor([1, 0])
+    found.pred_masks = torch.zeros(2, 60, 90, dtype=torch.bool)
+    found.pred_masks[0, 6:36, 8:48] = True
+    image, seen = np.zeros((120, 180, 3), np.uint8), []
+    monkeypatch.setattr(Visualizer, "draw_text", lambda self, text, *_, **__: seen.append(text))
+    drawn = demo.draw_detections(image, found, ["cell", "price in $"])
+    assert sorted(seen) == ["cell 50%", r"price in \$ 88%"]
+    inside = drawn[42, 56]
+    assert inside.any() and not drawn[60, 130].any(), "only the first one has a mask"
+
+
+def test_names_come_from_the_data_set_that_fits(demo: ModuleType) -> None:
+    cfg = load_config(str(CONFIG), QUICK)
+    args = SimpleNamespace(dataset=None)
+    assert demo.class_names(args, cfg) == ["nucleus"]
+    cfg.MODEL.ROI_HEADS.NUM_CLASSES = 2
+    assert demo.class_names(args, cfg) == ["class 0", "class 1"]
+
+
+def test_contrast_is_stretched_by_choice_and_without_changing_colours(demo: ModuleType) -> None:
+    image = np.random.default_rng(0).integers(10, 60, (40, 50, 3), np.uint8)
+    assert np.array_equal(demo.display_image(image, False), image[:, :, ::-1])
+    reds = np.zeros((40, 50, 3), np.uint8)
+    reds[:, :, 2] = np.arange(50) + 100
+    assert not demo.display_image(reds, True)[:, :, 1:].any(), "red stays red"
+    grey = np.repeat(image[:, :, :1], 3, axis=2)
+    stretched = demo.display_image(grey, True)
+    assert np.array_equal(stretched, ImageOps.autocontrast(Image.fromarray(grey), cutoff=(1, 0.5)))
+    assert stretched.max() == 255 and stretched.min() == 0
+
+
+def test_grey_models_draw_too(demo: ModuleType, tmp_path: Path) -> None:
+    grey = ["INPUT.FORMAT", "L", "MODEL.PIXEL_MEAN", "[34.0]", "MODEL.PIXEL_STD", "[25.0]"]
+    files = ["--input", str(noise(tmp_path / "a.png")), "--output", str(tmp_path / "pictures")]
+    demo.main(["--config-file", str(CONFIG), *files, *QUICK, *grey])
+    assert names_in(tmp_path / "pictures") == ["a"]
+
+
+def test_columns_without_panels_are_left_out(
+    demo: ModuleType, draw: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answers = iter([[], ["res3", "res5"], []])  # a detection on a level above which no layer is deformable has none
+    monkeypatch.setattr(demo, "stages_of", lambda *_: next(answers))
+    output = draw(noise(tmp_path / "a.png"))
+    assert Image.open(output / "a_sampling.png").width < 2 * demo.SMALL_PANEL
 
 
 def test_the_stages_of_a_detection_follow_from_its_fpn_level(demo: ModuleType) -> None:
@@ -92,6 +334,13 @@ def test_the_stages_of_a_detection_follow_from_its_fpn_level(demo: ModuleType) -
         for side in sides:
             box = torch.tensor([0.0, 0.0, side, side])
             assert demo.stages_of(predictor, record, box) == stages.split()
+    # MMDetection's rule lifts a box a hair smaller than 112 pixels to the next level: the pooler is asked.
+    hair = torch.tensor([0.0, 0.0, 112 * (1 - 4e-7), 112 * (1 - 4e-7)])
+    names = SimpleNamespace(layers=[SimpleNamespace(name=f".res{stage}.") for stage in range(2, 6)])
+    for mmdet_levels, first in ((False, "res2"), (True, "res3")):
+        pooler = DCNROIPooler(7, [1 / 4, 1 / 8, 1 / 16, 1 / 32], 0, "ROIAlignV2", mmdet_levels=mmdet_levels)
+        model = SimpleNamespace(roi_heads=SimpleNamespace(box_pooler=pooler))
+        assert demo.stages_of(SimpleNamespace(model=model), names, hair)[0] == first
     assert demo.stages_of(SimpleNamespace(model=None), record, box) == ["res3", "res4", "res5"], "no pooler"
 
 

@@ -3,6 +3,10 @@
 
 from __future__ import annotations
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+
 import numpy as np
 import pytest
 import torch
@@ -204,3 +208,97 @@ def test_images_of_other_kinds_are_refused(image: np.ndarray) -> None:
 def test_bad_settings_are_refused() -> None:
     with pytest.raises(ValueError, match="got 0"):
         SamplingAnnotator(depth=0)
+
+
+def test_two_threads_in_one_model_record_their_own_calls_only() -> None:
+    model = Stages()
+    both_inside = threading.Barrier(2, timeout=20)
+    model.stem.register_forward_hook(
+        lambda *_: (both_inside.wait(), None)[1]
+    )  # each passes when the other one is there
+
+    def run(size: int) -> list[tuple[int, ...]]:
+        seen = []
+        for _ in range(20):
+            with record_sampling(model) as record:
+                model(torch.zeros(1, 3, size, size))
+            seen.append((*record.image_size, *(layer.input_size[0] for layer in record.layers)))
+        return seen
+
+    with ThreadPoolExecutor(2) as pool:
+        small, large = pool.map(run, (32, 64))
+    assert small == [(32, 32, 16, 16)] * 20
+    assert large == [(64, 64, 32, 32)] * 20
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in (model, model.first, model.second))
+
+
+def test_hooks_of_a_thread_that_leaves_do_not_disturb_another_ones_pass() -> None:
+    model = Stages()
+    stack = ExitStack()
+    other = threading.Thread(target=lambda: stack.enter_context(record_sampling(model)))
+    other.start()
+    other.join()
+    # The other thread's block ends while `first`'s hooks are being called: PyTorch has a list of them already.
+    model.first.register_forward_hook(lambda *_: stack.close(), prepend=True)
+    record = record_of(model)
+    assert [layer.name for layer in record.layers] == ["first", "second"]
+
+
+def test_nested_blocks_each_have_their_own_record() -> None:
+    model = Stages()
+    with record_sampling(model) as outer:
+        model(torch.zeros(1, 3, 32, 32))
+        with record_sampling(model) as inner:
+            model(torch.zeros(1, 3, 48, 64))
+        assert outer.image_size == inner.image_size == (48, 64)
+        model(torch.zeros(1, 3, 64, 64))
+    assert (outer.image_size, inner.image_size) == ((64, 64), (48, 64))
+    assert len(outer.layers) == len(inner.layers) == 2
+
+
+def test_a_model_called_with_keywords_is_recorded() -> None:
+    model = Stages()
+    with record_sampling(model) as record:
+        model(image=torch.zeros(1, 3, 48, 64))
+    assert record.image_size == (48, 64)
+
+
+def test_any_image_of_a_batch_is_drawn_by_its_own_size() -> None:
+    class Padded(Stages):
+        def forward(self, samples: list[dict[str, Tensor]]) -> Tensor:
+            return super().forward(torch.zeros(len(samples), 3, 64, 64))
+
+    with record_sampling(model := Padded(shift=(1.5, -0.25))) as record:
+        model([{"image": torch.zeros(3, 64, 64)}, {"image": torch.zeros(3, 48, 64)}])
+    record.padded_size = (64, 64)  # Detectron2's models pad before their backbone, this one has none
+    assert record.image_sizes == [(64, 64), (48, 64)]
+    draw, image = SamplingAnnotator(label=False, radius=2.0), np.full((48, 64, 3), 90, np.uint8)
+    second = draw(image, record, (20, 24), index=1)
+    alone = draw(image, record_of(Stages(shift=(1.5, -0.25))), (20, 24))
+    assert np.array_equal(second, alone)
+    assert not np.array_equal(draw(image, record, (20, 24)), alone), "it is not as high as the first image"
+    for index in (-1, 2):
+        with pytest.raises(IndexError, match=f"index is {index}, but the record is of 2 images"):
+            draw(image, record, (20, 24), index=index)
+
+
+def test_what_is_not_in_the_record_is_refused() -> None:
+    record = record_of(Stages())
+    with pytest.raises(IndexError, match="group must be from 0 to 0, got 1"):
+        trace_samples(record, (4, 4), group=1)
+    with pytest.raises(IndexError, match="index must be from 0 to 0, got -1"):
+        trace_samples(record, (4, 4), index=-1)
+    with pytest.raises(ValueError, match="point must be .* finite, got"):
+        trace_samples(record, (float("nan"), 4))
+    with record_sampling(model := Stages()) as part:
+        model.first(torch.zeros(1, 4, 8, 8), torch.zeros(1, 18, 8, 8), torch.zeros(1, 9, 8, 8))
+    with pytest.raises(ValueError, match="the record knows no image"):
+        trace_samples(part, (4, 4))
+
+
+def test_images_with_more_than_8_bits_are_refused() -> None:
+    image = Image.fromarray(np.zeros((48, 64), np.uint16))
+    with pytest.raises(ValueError, match="8 bits a channel, got one of the mode I;16"):
+        SamplingAnnotator()(image, record_of(Stages()), (4, 4))
+    with pytest.raises(TypeError, match="numpy array or a PIL image, got Tensor"):
+        SamplingAnnotator()(torch.zeros(48, 64, 3), record_of(Stages()), (4, 4))

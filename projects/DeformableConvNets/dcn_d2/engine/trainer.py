@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import DatasetMapper, build_detection_test_loader, build_detection_train_loader
+from detectron2.data import build_detection_test_loader, build_detection_train_loader
 from detectron2.engine import DefaultTrainer, create_ddp_model, default_setup
 from detectron2.engine.train_loop import AMPTrainer, SimpleTrainer, TrainerBase
 from detectron2.evaluation import COCOEvaluator
@@ -20,7 +20,7 @@ from torch import nn
 
 from ..checkpoint import DCNCheckpointer
 from ..config import load_config
-from ..data.transforms import build_augmentation
+from ..data.mapper import DCNDatasetMapper
 from .machine import fit_to_machine, scale_learning_rate
 
 
@@ -72,13 +72,13 @@ class DCNTrainer(DefaultTrainer):
     @classmethod
     def build_train_loader(cls, cfg: CfgNode) -> Iterable:
         """Builds Detectron2's loader, resizing images with what INPUT.RESIZE_WITH names."""
-        mapper = DatasetMapper(cfg, is_train=True, augmentations=build_augmentation(cfg, is_train=True))
+        mapper = DCNDatasetMapper(cfg, is_train=True)
         return build_detection_train_loader(cfg, mapper=mapper)
 
     @classmethod
     def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> Iterable:
         """As `build_train_loader`, for evaluation."""
-        mapper = DatasetMapper(cfg, is_train=False, augmentations=build_augmentation(cfg, is_train=False))
+        mapper = DCNDatasetMapper(cfg, is_train=False)
         return build_detection_test_loader(cfg, dataset_name, mapper=mapper)
 
     @classmethod

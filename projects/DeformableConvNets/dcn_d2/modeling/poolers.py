@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec
-from detectron2.modeling.poolers import ROIPooler, convert_boxes_to_pooler_format
+from detectron2.modeling.poolers import ROIPooler, assign_boxes_to_levels, convert_boxes_to_pooler_format
 from detectron2.structures import Boxes
 from detectron2.utils.registry import Registry
 from torch import Tensor, nn
@@ -85,6 +85,15 @@ class DCNROIPooler(ROIPooler):
         sizes = torch.cat([boxes.area() for boxes in box_lists]).sqrt()
         levels = torch.floor(torch.log2(sizes / finest + 1e-6))
         return levels.clamp(min=0, max=len(self.level_poolers) - 1).long()
+
+
+def assign_levels(pooler: ROIPooler, box_lists: list[Boxes]) -> Tensor:
+    """Gives the index of the feature map from which `pooler` pools each box, for one of Detectron2's poolers too."""
+    if isinstance(pooler, DCNROIPooler) and pooler.mmdet_levels:
+        return pooler._mmdet_levels(box_lists)
+    return assign_boxes_to_levels(
+        box_lists, pooler.min_level, pooler.max_level, pooler.canonical_box_size, pooler.canonical_level
+    )
 
 
 def build_roi_pooler(cfg: CfgNode, head: CfgNode, input_shape: Mapping[str, ShapeSpec]) -> ROIPooler:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from dcn_d2 import layers
 from dcn_d2.modeling import ROI_POOLER_REGISTRY, DCNROIPooler, build_roi_pooler
+from dcn_d2.modeling.poolers import assign_levels
 
 from ..slim import slim_config
 
@@ -105,7 +106,10 @@ class TestLevels:
         sides = [1024 // shape.stride for shape in SHAPES.values()]
         numbered = [torch.full((1, 6, side, side), float(level)) for level, side in enumerate(sides)]
         coordinates = [[0.0, 0.0, width, height] for width, height in sizes]
-        return make("ROIAlignV2", mmdet_levels)(numbered, boxes([coordinates]))[:, 0, 0, 0].int().tolist()
+        pooler = make("ROIAlignV2", mmdet_levels)
+        pooled = pooler(numbered, boxes([coordinates]))[:, 0, 0, 0].int().tolist()
+        assert assign_levels(pooler, boxes([coordinates])).tolist() == pooled
+        return pooled
 
     @pytest.mark.parametrize("mmdet_levels", [False, True])
     def test_levels_switch_at_112_224_and_448(self, mmdet_levels: bool) -> None:

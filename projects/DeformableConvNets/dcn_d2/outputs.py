@@ -1,0 +1,97 @@
+# Copyright (c) the dcn_d2 authors. SPDX-License-Identifier: Apache-2.0
+"""Names and writes output files so that nothing is ever overwritten but what an earlier run wrote here."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+
+from PIL import Image, PngImagePlugin
+
+SOFTWARE = "dcn_d2"  # what the text "Software" of our PNG files says
+
+
+def unique_stems(names: Iterable[str | os.PathLike[str]]) -> list[str]:
+    """Gives each file a stem of its own for what is made of it.
+
+    That is the file's own stem; if another file before it in the list has the same, even in other letters' case, the
+    stem with the first free number: a.png, x/a.png, b/A.jpg give a, a_2, A_3.
+    """
+    paths = [Path(name) for name in names]
+    own = {path.stem.lower() for path in paths}
+    taken: set[str] = set()
+    stems = []
+    for path in paths:
+        stem, number = path.stem, 1
+        while stem.lower() in taken or (number > 1 and stem.lower() in own):
+            number += 1
+            stem = f"{path.stem}_{number}"
+        taken.add(stem.lower())
+        stems.append(stem)
+    return stems
+
+
+class PictureFolder:
+    """A folder to write pictures into; it is made if it is not there.
+
+    A PNG that an earlier run wrote into it may be replaced. Any other file is left as it is, and so is one that this
+    run reads, or has written before.
+
+    Args:
+        folder: where the pictures go.
+        inputs: files that this run reads.
+
+    Raises:
+        OSError: The folder cannot be made or written to, or there is a file of that name.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], inputs: Iterable[str | os.PathLike[str]] = ()) -> None:
+        self.folder = Path(folder)
+        if self.folder.exists() and not self.folder.is_dir():
+            raise NotADirectoryError(f"{self.folder} is a file; a folder for the pictures was expected")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(self.folder, os.W_OK | os.X_OK):
+            raise PermissionError(f"the folder {self.folder} may not be written to")
+        self.kept = {Path(path).resolve() for path in inputs}
+
+    def path_of(self, name: str) -> Path:
+        """Gives the path of the picture ``name``.
+
+        Raises:
+            FileExistsError: There is a file that must not be replaced.
+        """
+        path = self.folder / name
+        if path.resolve() in self.kept:
+            raise FileExistsError(f"{path} is an input or output of this run already: choose another output folder")
+        if os.path.lexists(path) and not _is_ours(path):
+            raise FileExistsError(f"{path} was there before and is none of our pictures: choose another output folder")
+        return path
+
+    def write(self, name: str, picture: Image.Image) -> Path:
+        """Writes a picture as a PNG, whole or not at all, and gives its path."""
+        path = self.path_of(name)
+        text = PngImagePlugin.PngInfo()
+        text.add_text("Software", SOFTWARE)
+        descriptor, temporary = tempfile.mkstemp(dir=self.folder, prefix=".", suffix=".part")
+        try:
+            with os.fdopen(descriptor, "wb") as file:
+                picture.save(file, "PNG", pnginfo=text)
+            umask = os.umask(0)
+            os.umask(umask)
+            os.chmod(temporary, 0o666 & ~umask)  # temporary files are made for their owner alone
+            os.replace(temporary, path)
+        except BaseException:
+            os.unlink(temporary)
+            raise
+        self.kept.add(path.resolve())
+        return path
+
+
+def _is_ours(path: Path) -> bool:
+    try:
+        with Image.open(path) as image:
+            return image.info.get("Software") == SOFTWARE
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        return False
