@@ -13,6 +13,7 @@ from typing import Any
 from PIL import Image
 
 from .findings import Findings
+from .images import fault_of
 
 ALL = 2000  # with at most so many images each is looked at,
 SAMPLE = 200  # otherwise so many, always the same ones
@@ -46,6 +47,8 @@ def _find_fault(record: dict[str, Any]) -> str:
         if not stat.S_ISREG(os.stat(record["file_name"]).st_mode):  # a pipe or a device may block for ever
             return "is not a file"
         with Image.open(record["file_name"]) as image:
+            if fault := fault_of(image):
+                return fault
             stored = image.size
             turned = _is_turned(image)
             sizes = {stored[::-1] if turned else stored}

@@ -29,7 +29,7 @@ SHOWN_LINES = 5  # of what a stage printed last
 
 def read_stage(folder: Path, name: str) -> dict[str, Any]:
     """What a stage of that name did: command, status, seconds, cases, findings."""
-    command = _read(folder / f"{name}.command").strip()
+    command = _read(folder / f"{name}.command").strip().replace(sys.executable, "python")
     status_line = _read(folder / f"{name}.status").split()
     status, seconds, limit = (int(word) for word in status_line) if len(status_line) == 3 else (None, 0, 0)
     stage: dict[str, Any] = {"command": command, "status": status, "seconds": seconds, "cases": 0}
@@ -41,7 +41,7 @@ def read_stage(folder: Path, name: str) -> dict[str, Any]:
     try:
         result = json.loads(text)
         stage["cases"] = result["cases"] if "cases" in result else result["kills"]
-        stage |= {key: value for key, value in result.items() if key not in (*FOUND, "kills")}
+        stage = {key: value for key, value in result.items() if key not in (*FOUND, "kills")} | stage
         key = next((key for key in FOUND if key in result), FOUND[0])
         findings = [_as_finding(finding, command) for finding in result[key]]
     except (ValueError, KeyError, TypeError) as error:

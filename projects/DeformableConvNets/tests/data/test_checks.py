@@ -582,6 +582,15 @@ def test_an_image_that_pillow_takes_for_a_bomb_is_named(data: Data, monkeypatch:
     assert f"{data.folder}/1.png: is too large: Image size (4800 pixels) exceeds limit" in error_of(config("my_train"))
 
 
+def test_an_image_of_a_kind_that_is_not_read_is_named_before_the_training_meets_it(data: Data) -> None:
+    Image.new("F", (80, 60)).save(data.folder / "2.png", format="TIFF")
+    Image.new("L", (80, 60)).save(data.folder / "3.png")  # any colours are read
+    data.register("my_train", data.records())
+    assert f"1 of 3 images that were looked at cannot be used: {data.folder}/2.png: has the mode F" in error_of(
+        config("my_train")
+    )
+
+
 def save_turned(path: Path, format: str) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
