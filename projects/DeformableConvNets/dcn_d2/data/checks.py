@@ -21,7 +21,7 @@ from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
 
 from .coco_json import check_coco_json, read_json
-from .findings import Findings
+from .findings import Findings, show
 from .image_files import check_image_files
 from .needs import Needs, check_number_of_classes, compare_names, read_needs
 from .proposals import check_proposals
@@ -148,7 +148,7 @@ def _load(name: str, findings: Findings) -> Any:
     try:
         return function()
     except Exception as error:  # the loader may be anyone's
-        text = f"{type(error).__name__}: {error}".strip().rstrip(":")
+        text = show(f"{type(error).__name__}: {error}".strip().rstrip(":"), 1000)
         raise ValueError(f"{findings.subject} cannot be loaded: {text}") from error
 
 

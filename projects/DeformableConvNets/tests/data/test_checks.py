@@ -550,6 +550,16 @@ def test_file_names_that_are_addresses_are_told(data: Data, warnings: Callable) 
     assert f"{data.folder}/http://nowhere.invalid/1.png: does not exist" in error_of(config("rooted"))
 
 
+def test_names_from_a_file_do_not_write_lines_of_their_own_into_the_log(data: Data) -> None:
+    coco = change(data.coco(), "images", 1, "file_name", to="\x1b[31mx\nINFO all is well.png" + 1000 * "x")
+    coco["categories"][0]["name"] = "ant\nINFO" + 1000 * "x"
+    data.register_file("my_train", coco)
+    told = error_of(config("my_train"))
+    assert "\n" not in told and "\x1b" not in told and len(told) < 1000
+    told = error_of(config("my_train", "", "MODEL.ROI_HEADS.NUM_CLASSES", 1))
+    assert "\n" not in told.replace("\n- ", "") and len(told) < 2000
+
+
 def test_an_error_of_anyones_loader_gets_the_name_of_the_data_set(data: Data) -> None:
     def fails() -> None:
         raise KeyError("boxes")
