@@ -13,8 +13,8 @@
 #   JOBS=2              stages that run at the same time, on one thread each
 #   PYTHON=python3.12   the interpreter (default: the project's environment, if there is one, otherwise python3)
 #
-# A stage is dev/campaign/STAGE.py. It takes --seed, --output FILE.json and --cases (kills: --kills) and writes
-# {"cases": number, "findings": [{"what": text, "replay": command}, ...]}. A stage that fails, is killed or runs out of
+# A stage is dev/campaign/STAGE.py. It takes --seed, --output FILE.json and --cases (kills: --kills) and writes how many
+# cases it tried and what it found: summary.py says under which names. A stage that fails, is killed or runs out of
 # time is a finding too. The summary names commit, processor and versions, seeds and counts, and for each finding the
 # line that shows it again. What the stages printed is in build/campaign. Exits with 1 if anything was found.
 set -uo pipefail
@@ -55,29 +55,28 @@ python=$(command -v "$python") || { echo "campaign: no Python was found; name on
 [[ $python = /* ]] || python=$PWD/$python
 cd "$project" || exit 2
 
-# How many cases; nothing stands for all that there are.
+# How many cases; 0 stands for all that there are.
 count() {
   case $size-$1 in
     full-operators) echo 45000 ;;
     full-sanitized) echo 5000 ;;
     full-checkpoints) echo 20000 ;;
     full-kills) echo 100 ;;
+    full-configs) echo 0 ;;
     small-operators) echo 400 ;;
     small-sanitized) echo 50 ;;
     small-checkpoints) echo 200 ;;
     small-kills) echo 2 ;;
-    small-configs) echo 40 ;;
+    small-configs) echo 300 ;;
   esac
 }
 
 # The command of a stage, without --output.
 command_of() {
-  local script=$1 option=cases number
-  number=$(count "$1")
+  local script=$1 option=cases
   [ "$1" != sanitized ] || script=operators
   [ "$1" != kills ] || option=kills
-  command=("$python" "dev/campaign/$script.py" --seed "$seed")
-  [ -z "$number" ] || command+=("--$option" "$number")
+  command=("$python" "dev/campaign/$script.py" --seed "$seed" "--$option" "$(count "$1")")
   [ "$1" != sanitized ] || command=(dev/sanitize.sh --run "${command[@]}")
 }
 

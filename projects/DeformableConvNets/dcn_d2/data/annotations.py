@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from detectron2.structures import BoxMode
 
-from .findings import Findings, shorten
+from .findings import Findings, shorten, show
 from .needs import Needs
 
 Record = dict[str, Any]
@@ -42,7 +42,7 @@ def check_annotations(records: Sequence[Record], needs: Needs, names: Sequence[s
 def name_image(record: Record) -> str:
     """The image of a record in words."""
     identity = f"image {shorten(record['image_id'])}" if "image_id" in record else "image"
-    return f"{identity} ({record.get('file_name', 'without file_name')})"
+    return f"{identity} ({show(record.get('file_name', 'without file_name'))})"
 
 
 def is_number(value: Any) -> bool:

@@ -21,7 +21,7 @@ from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
 
 from .coco_json import check_coco_json, read_json
-from .findings import Findings
+from .findings import Findings, show
 from .image_files import check_image_files
 from .needs import Needs, check_number_of_classes, compare_names, read_needs
 from .proposals import check_proposals
@@ -124,24 +124,14 @@ def _check_one(name: str, needs: Needs, reference: str, hand_on: bool) -> None:
             check_coco_json(PathManager.get_local_path(path), image_root, needs, findings)
             findings.refuse()
         records = _load(name, findings)
-        summary = f"{len(records)} images"
-        if isinstance(records, Sequence):
-            names = metadata.get("thing_classes", None)
-            check_records(records, needs, names, findings)
-            if needs.coco_evaluation and names is None:
-                way = f"MetadataCatalog.get({name!r}).thing_classes = [...]"
-                findings.errors.append(f"it has no names of categories, which evaluation needs: {way}")
-            if needs.train and needs.keypoints:
-                _check_keypoint_names(metadata, needs, findings)
-            stuff = metadata.get("stuff_classes", None)
-            check_number_of_classes(needs, {"thing_classes": names, "stuff_classes": stuff}, findings)
-            expected = _get_names(reference) if reference else None
-            if names and expected:
-                compare_names(reference, expected, names, needs.train, findings)
+        _check_names(metadata, needs, reference, findings)
+        summary = "of a size that is not known"
+        if isinstance(records, Sequence):  # else it is a torch Dataset, which may hold anything
+            check_records(records, needs, metadata.get("thing_classes", None), findings)
             findings.refuse()
             looked = check_image_files(records, findings)
-            summary += f", {sum(len(record.get('annotations', ())) for record in records)} annotations"
-            summary += f", {looked} image files looked at"
+            annotations = sum(len(record.get("annotations") or ()) for record in records)
+            summary = f"{len(records)} images, {annotations} annotations, {looked} image files looked at"
     findings.warn(logger)
     findings.refuse()
     logger.info(f"{findings.subject}: checked in {time.perf_counter() - begin:.1f} s: {summary}")
@@ -152,11 +142,28 @@ def _check_one(name: str, needs: Needs, reference: str, hand_on: bool) -> None:
 
 def _load(name: str, findings: Findings) -> Any:
     """Loads a data set; an error of its loader gets the data set's name."""
+    function = DatasetCatalog[name]
+    if isinstance(function, _HandOn):  # it is for training and for tests: what was loaded stays for the training
+        return function.records
     try:
-        return DatasetCatalog.get(name)
+        return function()
     except Exception as error:  # the loader may be anyone's
-        text = f"{type(error).__name__}: {error}".strip().rstrip(":")
+        text = show(f"{type(error).__name__}: {error}".strip().rstrip(":"), 1000)
         raise ValueError(f"{findings.subject} cannot be loaded: {text}") from error
+
+
+def _check_names(metadata: Any, needs: Needs, reference: str, findings: Findings) -> None:
+    """Checks the lists of names that a data set has in its metadata once it is loaded."""
+    names, stuff = metadata.get("thing_classes", None), metadata.get("stuff_classes", None)
+    if needs.coco_evaluation and names is None:
+        way = f"MetadataCatalog.get({metadata.name!r}).thing_classes = [...]"
+        findings.errors.append(f"it has no names of categories, which evaluation needs: {way}")
+    if needs.train and needs.keypoints:
+        _check_keypoint_names(metadata, needs, findings)
+    check_number_of_classes(needs, {"thing_classes": names, "stuff_classes": stuff}, findings)
+    expected = _get_names(reference) if reference and names else None
+    if names and expected:
+        compare_names(reference, expected, names, needs.train, findings)
 
 
 def _get_names(name: str) -> Sequence[str] | None:
@@ -166,8 +173,12 @@ def _get_names(name: str) -> Sequence[str] | None:
     path = metadata.get("json_file", None)
     if names or not path or not PathManager.exists(path):
         return names
-    categories = read_json(PathManager.get_local_path(path)).get("categories", ())
-    return [category["name"] for category in sorted(categories, key=lambda category: category["id"])]
+    try:
+        categories = read_json(PathManager.get_local_path(path))["categories"]
+        return [category["name"] for category in sorted(categories, key=lambda category: category["id"])]
+    except (OSError, ValueError, LookupError, TypeError) as error:  # no reason to refuse an evaluation
+        logger.warning(f"the categories cannot be compared with those of {name}: {type(error).__name__}: {error}")
+        return None
 
 
 def _check_keypoint_names(metadata: Any, needs: Needs, findings: Findings) -> None:

@@ -36,22 +36,16 @@ def read_json(path: str) -> Any:
         raise ValueError(f"{path} is nested too deeply to be an annotation file") from error
 
 
-def check_coco_json(path: str, image_root: str, needs: Needs, findings: Findings) -> list[str]:
-    """Checks a file; see `Findings` for where the result goes.
-
-    Returns:
-        The names of its categories in the order of their ids.
-    """
+def check_coco_json(path: str, image_root: str, needs: Needs, findings: Findings) -> None:
+    """Checks a file; see `Findings` for where the result goes."""
     data = read_json(path)
     if not isinstance(data, dict):
         findings.errors.append(f"the file holds a {type(data).__name__}, not COCO's object with images and annotations")
-        return []
+        return
     images, annotations, categories = (
         _get_list(data, key, findings) for key in ("images", "annotations", "categories")
     )
-    if (
-        "annotations" not in data and not needs.train
-    ):  # such are COCO's test sets; Detectron2 then writes predictions only
+    if "annotations" not in data and not needs.train:  # as in COCO's own test sets
         findings.warnings.append("the file has no 'annotations': predictions will be written and not evaluated")
     elif annotations is None:
         findings.errors.append("the file has no list 'annotations'")
@@ -61,17 +55,14 @@ def check_coco_json(path: str, image_root: str, needs: Needs, findings: Findings
                 f"the file has no {key}: its list {key!r} is {'missing' if entries is None else 'empty'}"
             )
     if findings.errors:
-        return []
+        return
     assert images and categories  # for the type checker
     _check_images(images, image_root, findings)
     _check_ids(categories, "categories", lambda i: shorten(categories[i]), findings, only=(int,))
     unnamed = _without(categories, "name", (str,))
     findings.count(unnamed, categories, "categories have no 'name'", lambda i: shorten(categories[i]))
-    if findings.errors:
-        return []
-    if annotations:
+    if annotations and not findings.errors:
         _check_annotations(annotations, images, categories, needs, findings)
-    return [category["name"] for category in sorted(categories, key=lambda category: category["id"])]
 
 
 def _get_list(data: dict[str, Any], key: str, findings: Findings) -> list[dict[str, Any]] | None:

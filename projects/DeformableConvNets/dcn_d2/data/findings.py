@@ -70,6 +70,13 @@ class Findings:
             raise ValueError(f"{self.subject} has {len(self.errors)} kinds of faults:{lines}")
 
 
+def show(name: Any, length: int = 300) -> str:
+    """A name from a file as it may stand in a message: in one line, without control characters, not without end."""
+    text = str(name)
+    text = text if text.isprintable() else repr(text)
+    return text if len(text) <= length else f"{text[:length]}…"
+
+
 def shorten(value: Any, length: int = 60) -> str:
     """The `repr` of a value from a file, cut where it is long."""
     text = repr(value)

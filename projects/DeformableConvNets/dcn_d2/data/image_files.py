@@ -12,7 +12,7 @@ from typing import Any
 
 from PIL import Image
 
-from .findings import Findings
+from .findings import Findings, show
 from .images import fault_of
 
 ALL = 2000  # with at most so many images each is looked at,
@@ -36,7 +36,7 @@ def check_image_files(records: Sequence[dict[str, Any]], findings: Findings) -> 
         faults,
         looked,
         "images that were looked at cannot be used",
-        lambda index: f"{records[index]['file_name']}: {faults[index]}",
+        lambda index: f"{show(records[index]['file_name'])}: {faults[index]}",
     )
     return len(looked)
 
@@ -59,9 +59,9 @@ def _find_fault(record: dict[str, Any]) -> str:
     except Image.DecompressionBombError as error:
         return f"is too large: {error}"
     except (OSError, ValueError, SyntaxError) as error:  # Pillow raises all three for damaged files
-        reason = (
-            str(error) if not isinstance(error, Image.UnidentifiedImageError) else "not in a format that Pillow knows"
-        )
+        reason = "not in a format that Pillow knows"
+        if not isinstance(error, Image.UnidentifiedImageError):
+            reason = show(getattr(error, "strerror", None) or error)  # strerror says it without the file's name
         return f"cannot be read: {reason}"
     expected = record.get("width"), record.get("height")
     if None in expected or expected in sizes:

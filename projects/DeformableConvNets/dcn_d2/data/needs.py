@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from detectron2.config import CfgNode
 
-from .findings import Findings
+from .findings import Findings, show
 
 # Where the models of Detectron2 have the number of their classes, and which of a data set's lists it must fit. Other
 # models are asked for MODEL.<NAME OF THE MODEL>.NUM_CLASSES, which is where FCOS and its like have it.
@@ -109,4 +109,4 @@ def compare_names(
 def list_names(names: Sequence[str], shown: int = 8) -> str:
     """The first names of a list."""
     more = f", and {len(names) - shown} more" if len(names) > shown else ""
-    return ", ".join(map(str, names[:shown])) + more
+    return ", ".join(show(name, 40) for name in names[:shown]) + more

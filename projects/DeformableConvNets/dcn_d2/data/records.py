@@ -49,6 +49,9 @@ def _check_images(records: Sequence[Record], needs: Needs, findings: Findings) -
             identities = Counter(str(record["image_id"]) for record in records)
             twice = [i for i, record in enumerate(records) if identities[str(record["image_id"])] > 1]
             report(twice, "images share their 'image_id' with another")
+    if needs.train and any(field == "stuff_classes" for _, _, field in needs.classes):
+        unlabelled = [index for index, record in enumerate(records) if not record.get("sem_seg_file_name")]
+        report(unlabelled, "images have no 'sem_seg_file_name', which a model with a SEM_SEG_HEAD trains with")
     bad = [i for i, record in enumerate(records) if not (_is_size(record, "width") and _is_size(record, "height"))]
     usable &= not report(bad, "images have a 'width' or 'height' that is no number above 0")
     without = [i for i, record in enumerate(records) if not isinstance(record.get("annotations"), (list, tuple))]

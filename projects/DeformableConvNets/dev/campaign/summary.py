@@ -18,6 +18,10 @@ from typing import Any
 PROJECT = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(PROJECT / "benchmarks"))
 
+# What stages call what they found, and the text of a finding.
+FOUND = ("findings", "mismatches", "faults")
+TEXTS = ("what", "found", "message")
+SANITIZED = "dev/sanitize.sh --run"
 NOT_HERE = 77  # exit status of a stage that cannot run here
 SHOWN = 10  # findings of a stage on the screen; the file has all
 SHOWN_LINES = 5  # of what a stage printed last
@@ -25,7 +29,7 @@ SHOWN_LINES = 5  # of what a stage printed last
 
 def read_stage(folder: Path, name: str) -> dict[str, Any]:
     """What a stage of that name did: command, status, seconds, cases, findings."""
-    command = _read(folder / f"{name}.command").strip()
+    command = _read(folder / f"{name}.command").strip().replace(sys.executable, "python")
     status_line = _read(folder / f"{name}.status").split()
     status, seconds, limit = (int(word) for word in status_line) if len(status_line) == 3 else (None, 0, 0)
     stage: dict[str, Any] = {"command": command, "status": status, "seconds": seconds, "cases": 0}
@@ -37,8 +41,9 @@ def read_stage(folder: Path, name: str) -> dict[str, Any]:
     try:
         result = json.loads(text)
         stage["cases"] = result["cases"] if "cases" in result else result["kills"]
-        stage |= {key: value for key, value in result.items() if key not in ("findings", "kills")}
-        findings = [_as_finding(finding, command) for finding in result["findings"]]
+        stage = {key: value for key, value in result.items() if key not in (*FOUND, "kills")} | stage
+        key = next((key for key in FOUND if key in result), FOUND[0])
+        findings = [_as_finding(finding, command) for finding in result[key]]
     except (ValueError, KeyError, TypeError) as error:
         what = "it left no result" if not text else f"its result cannot be read: {type(error).__name__}: {error}"
         findings = [{"what": f"{what}; {_describe_end(status, limit)}", "replay": command}]
@@ -56,10 +61,19 @@ def _read(path: Path) -> str:
 
 
 def _as_finding(finding: Any, command: str) -> dict[str, Any]:
-    """A finding with its two fields; one that does not say how to see it again is seen again by the whole stage."""
+    """A finding with the fields `what` and `replay`, the command that shows it again.
+
+    One that knows only the number of its case is shown again by that; one that knows nothing, by the whole stage.
+    """
     if not isinstance(finding, dict):
         finding = {"what": str(finding)}
-    return {"what": json.dumps(finding, default=str), "replay": command} | finding
+    what = next((finding[key] for key in TEXTS if key in finding), json.dumps(finding, default=str))
+    stage = command.partition(" --cases ")[0]
+    again = f"{stage} --replay {finding['case']}" if isinstance(finding.get("case"), int) else command
+    replay = finding.get("replay", again)
+    if command.startswith(SANITIZED) and not replay.startswith(SANITIZED):
+        replay = f"{SANITIZED} {replay}"
+    return finding | {"what": "; ".join(what) if isinstance(what, list) else str(what), "replay": replay}
 
 
 def _describe_end(status: int | None, limit: int) -> str:

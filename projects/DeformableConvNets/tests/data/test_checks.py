@@ -8,6 +8,8 @@ import json
 import logging
 import os
 import pickle
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from typing import Any
 import numpy as np
 import pycocotools.mask
 import pytest
+import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog, get_detection_dataset_dicts
 from detectron2.data.datasets import register_coco_instances
@@ -145,6 +148,13 @@ def test_semantic_heads_are_compared_with_the_stuff_classes(data: Data) -> None:
     opts = ("MODEL.META_ARCHITECTURE", "PanopticFPN", "MODEL.SEM_SEG_HEAD.NUM_CLASSES", 2)
     told = error_of(config("my_train", "", *opts))
     assert "MODEL.SEM_SEG_HEAD.NUM_CLASSES is 2, but the data set has 3 categories (sky, sea, land)" in told
+    assert "3 of 3 images have no 'sem_seg_file_name'" in told
+    opts = ("MODEL.META_ARCHITECTURE", "SemanticSegmentor", "MODEL.SEM_SEG_HEAD.NUM_CLASSES", 3)
+    records = [record | {"sem_seg_file_name": record["file_name"]} for record in data.records()]
+    for record in records:
+        del record["annotations"]  # such a model needs none
+    data.register("good", records, stuff_classes=["sky", "sea", "land"])
+    check_data(config("good", "", *opts), train=True)
 
 
 @pytest.mark.parametrize("value", [4, -1, 1.5, "1", None])
@@ -173,6 +183,24 @@ def test_categories_spelt_otherwise_in_the_test_set_are_a_warning(data: Data, wa
     data.register("my_val", data.records(), thing_classes=["Ant", "Bee", "Cat", "Dog"])
     check_data(config("my_train", "my_val"), train=True)
     assert len(warnings()) == 1 and "those of my_train are ant, bee, cat, dog" in warnings()[0]
+
+
+def test_a_broken_training_set_is_no_reason_to_refuse_an_evaluation(data: Data, warnings: Callable) -> None:
+    data.register_file("my_train", b"{}")
+    data.register_file("my_val", data.coco())
+    check_data(config("my_train", "my_val"), train=False)
+    assert warnings() == ["the categories cannot be compared with those of my_train: KeyError: 'categories'"]
+
+
+def test_a_torch_data_set_is_left_to_its_author_but_for_the_classes(data: Data) -> None:
+    class Stream(torch.utils.data.IterableDataset):
+        def __iter__(self) -> Iterator[dict[str, Any]]:
+            return iter(data.records())
+
+    data.register("my_train", [])
+    DatasetCatalog["my_train"] = Stream
+    check_data(config("my_train"), train=True)
+    assert "NUM_CLASSES is 3" in error_of(config("my_train", "", "MODEL.ROI_HEADS.NUM_CLASSES", 3))
 
 
 def test_training_sets_must_have_the_same_categories(data: Data) -> None:
@@ -522,6 +550,16 @@ def test_file_names_that_are_addresses_are_told(data: Data, warnings: Callable) 
     assert f"{data.folder}/http://nowhere.invalid/1.png: does not exist" in error_of(config("rooted"))
 
 
+def test_names_from_a_file_do_not_write_lines_of_their_own_into_the_log(data: Data) -> None:
+    coco = change(data.coco(), "images", 1, "file_name", to="\x1b[31mx\nINFO all is well.png" + 1000 * "x")
+    coco["categories"][0]["name"] = "ant\nINFO" + 1000 * "x"
+    data.register_file("my_train", coco)
+    told = error_of(config("my_train"))
+    assert "\n" not in told and "\x1b" not in told and len(told) < 1000
+    told = error_of(config("my_train", "", "MODEL.ROI_HEADS.NUM_CLASSES", 1))
+    assert "\n" not in told.replace("\n- ", "") and len(told) < 2000
+
+
 def test_an_error_of_anyones_loader_gets_the_name_of_the_data_set(data: Data) -> None:
     def fails() -> None:
         raise KeyError("boxes")
@@ -552,6 +590,15 @@ def test_an_image_that_pillow_takes_for_a_bomb_is_named(data: Data, monkeypatch:
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
     data.register("my_train", data.records())
     assert f"{data.folder}/1.png: is too large: Image size (4800 pixels) exceeds limit" in error_of(config("my_train"))
+
+
+def test_an_image_of_a_kind_that_is_not_read_is_named_before_the_training_meets_it(data: Data) -> None:
+    Image.new("F", (80, 60)).save(data.folder / "2.png", format="TIFF")
+    Image.new("L", (80, 60)).save(data.folder / "3.png")  # any colours are read
+    data.register("my_train", data.records())
+    assert f"1 of 3 images that were looked at cannot be used: {data.folder}/2.png: has the mode F" in error_of(
+        config("my_train")
+    )
 
 
 def save_turned(path: Path, format: str) -> None:
@@ -666,6 +713,15 @@ def test_data_are_loaded_once_and_handed_on(data: Data, monkeypatch: pytest.Monk
     assert loaded == ["my_train", "my_val", "my_train"], "and only once: whoever comes next may change what he gets"
 
 
+def test_data_for_training_and_tests_are_still_handed_on_to_the_training(data: Data) -> None:
+    calls: list[int] = []
+    data.register("both", [])
+    DatasetCatalog["both"] = lambda: (calls.append(1), data.records())[1]
+    check_data(config("both", "both"), train=True)
+    DatasetCatalog.get("both")
+    assert len(calls) == 1
+
+
 def test_a_changed_file_or_model_is_checked_again(data: Data) -> None:
     data.register_file("my_train", data.coco())
     check_data(config("my_train"), train=True)
@@ -685,3 +741,40 @@ def test_the_main_process_speaks_and_the_others_stop_with_it(data: Data, monkeyp
     check_data(config("my_train"), train=True)  # it looks at nothing
     monkeypatch.setattr(comm, "all_gather", lambda told: ["ValueError: it has no images", told])
     assert "the main process found this in the data: ValueError: it has no images" in error_of(config("my_train"))
+
+
+TWO_PROCESSES = """
+from detectron2.engine import launch
+
+def main():
+    from detectron2.data import DatasetCatalog
+    from detectron2.utils import comm
+    from dcn_d2.config import load_config
+    from dcn_d2.data import check_data
+    check_data(load_config("", ["DATASETS.TRAIN", ("nuclei_train",)]), train=True)
+    DatasetCatalog.register("empty", list)
+    try:
+        check_data(load_config("", ["DATASETS.TRAIN", ("empty",)]), train=True)
+    except ValueError as error:
+        print(f"process {comm.get_rank()}: {error}")
+
+if __name__ == "__main__":
+    launch(main, 2, dist_url="auto")
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_stop_with_the_same_words(tmp_path: Path, project: Path) -> None:
+    (tmp_path / "job.py").write_text(TWO_PROCESSES)
+    variables = {"PYTHONPATH": str(project), "XDG_CACHE_HOME": str(tmp_path), "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        [sys.executable, str(tmp_path / "job.py")],
+        env=os.environ | variables | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    told = sorted(line for line in done.stdout.splitlines() if line.startswith("process"))
+    assert told[0] == "process 0: data set empty: it has no images"
+    assert told[1].startswith("process 1: the main process found this in the data: ") and told[1].endswith(told[0][11:])

@@ -96,13 +96,13 @@ def test_all_stages_run_at_full_size_and_leave_one_summary(tree: Path, project: 
         "sanitized": ["1", "--seed", "5", "--cases", "5000"],
         "checkpoints": ["1", "--seed", "5", "--cases", "20000"],
         "kills": ["1", "--seed", "5", "--kills", "100"],
-        "configs": ["1", "--seed", "5"],
+        "configs": ["1", "--seed", "5", "--cases", "0"],
     }
     assert run.path == tree / "results/campaign.json"
     assert run.summary["findings"] == 0 and run.summary["seed"] == 5 and run.summary["size"] == "full"
     assert {"commit", "device", "versions"} <= run.summary["environment"].keys()
     assert list(run.summary["stages"]) == STAGES
-    assert run.summary["stages"]["configs"]["command"] == "python dev/campaign/configs.py --seed 5"
+    assert run.summary["stages"]["configs"]["command"] == "python dev/campaign/configs.py --seed 5 --cases 0"
     for stage in run.summary["stages"].values():
         assert stage["cases"] == 40 and stage["slowest"] == 1.5 and stage["status"] == 0
     assert [line.split()[0] for line in run.verdicts()] == ["PASS"] * 5
@@ -129,7 +129,7 @@ def test_findings_have_a_line_that_shows_them_again(tree: Path) -> None:
     assert run.verdicts()[1].startswith("PASS configs")
     assert "  max difference 3.5\n    again: dev/campaign/operators.py --seed 7 --case 12" in run.output
     # One that does not say how: the whole stage.
-    assert f"  odd\n    again: {sys.executable} dev/campaign/operators.py --seed 0 --cases 400" in run.output
+    assert "  odd\n    again: python dev/campaign/operators.py --seed 0 --cases 400" in run.output
 
 
 @pytest.mark.parametrize(
@@ -197,6 +197,43 @@ def test_help_names_sizes_and_stages(tree: Path) -> None:
     run = Run(tree, "--help")
     assert run.status == 0 and "dev/campaign.sh small" in run.output and "set -uo" not in run.output
     assert all(stage in run.output for stage in STAGES)
+
+
+@pytest.mark.parametrize(
+    ("stage", "command", "result", "what", "replay"),
+    [
+        (
+            "checkpoints",
+            "python dev/campaign/checkpoints.py --seed 3 --cases 9",
+            {"findings": [{"case": 7, "what": "it took 12 seconds"}]},
+            "it took 12 seconds",
+            "python dev/campaign/checkpoints.py --seed 3 --replay 7",
+        ),
+        (
+            "sanitized",
+            "dev/sanitize.sh --run python dev/campaign/operators.py --seed 3 --cases 9",
+            {"mismatches": [{"found": ["max 3", "min 2"], "replay": "python dev/campaign/operators.py --replay 5"}]},
+            "max 3; min 2",
+            "dev/sanitize.sh --run python dev/campaign/operators.py --replay 5",
+        ),
+        (
+            "configs",
+            "python dev/campaign/configs.py --seed 3 --cases 0",
+            {"faults": [{"key": "SEED", "message": "not named"}]},
+            "not named",
+            "python dev/campaign/configs.py --seed 3 --cases 0",
+        ),
+    ],
+)
+def test_each_stage_says_in_its_own_way_what_it_found(
+    tmp_path: Path, stage: str, command: str, result: dict, what: str, replay: str
+) -> None:
+    (tmp_path / f"{stage}.status").write_text("1 3 600\n")
+    (tmp_path / f"{stage}.command").write_text(command)
+    (tmp_path / f"{stage}.json").write_text(json.dumps({"cases": 9} | result))
+    read = summary.read_stage(tmp_path, stage)
+    assert [(finding["what"], finding["replay"]) for finding in read["findings"]] == [(what, replay)]
+    assert not {"mismatches", "faults"} & read.keys()
 
 
 def test_a_result_that_is_cut_off_or_odd_is_a_finding(tmp_path: Path) -> None:
