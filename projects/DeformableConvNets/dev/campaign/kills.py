@@ -96,8 +96,8 @@ def start(arguments: list[str], log: Path, prepare: Callable[[], None] = lambda:
         os.dup2(file, 2)
         prepare()
         build_hooks = engine.DCNTrainer.build_hooks
-        engine.DCNTrainer.build_hooks = lambda self: [Progress(), *build_hooks(self)]
-        engine.launch = functools.partial(engine.launch, start_method="fork")  # type: ignore[assignment]
+        engine.DCNTrainer.build_hooks = lambda self: [Progress(), *build_hooks(self)]  # type: ignore[method-assign]
+        engine.launch = functools.partial(engine.launch, start_method="fork")
         train_net.run(arguments)
         code = 0
     except SystemExit as left:
