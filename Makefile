@@ -23,7 +23,7 @@ help:
 # made an iteration five times as long.
 demo: export OMP_WAIT_POLICY ?= PASSIVE
 demo: setup
-	$(RUN) $(PROJECT)/train_net.py --config-file $(DEMO) OUTPUT_DIR $(OUTPUT)
+	$(RUN) $(PROJECT)/train_net.py --config-file $(DEMO) --overwrite OUTPUT_DIR $(OUTPUT)
 	$(RUN) $(PROJECT)/demo.py --config-file $(DEMO) --weights $(OUTPUT)/model_final.pth --output $(OUTPUT)/pictures \
 		--stretch-contrast
 

@@ -224,7 +224,6 @@ def fail(message: str) -> NoReturn:
 def run(argv: list[str] | None = None) -> None:
     """Runs the command line, in as many processes as it asks for."""
     args = parse_arguments(argv)
-    terminate = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
         from dcn_d2.engine import MISTAKES, ProcessFailedError, launch, one_line
 
@@ -236,8 +235,6 @@ def run(argv: list[str] | None = None) -> None:
     except KeyboardInterrupt:
         print("train_net.py: interrupted", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)
-    finally:
-        signal.signal(signal.SIGTERM, terminate)
 
 
 if __name__ == "__main__":

@@ -261,13 +261,11 @@ class DCNTrainer(DefaultTrainer):
 
     def save_and_stop(self) -> None:
         """Writes a checkpoint of the iteration that was finished last, unless there is one, and ends training."""
-        name = f"model_{self.iter:07d}"
         if comm.is_main_process():
-            done = [name, *(["model_final"] if self.iter >= self.max_iter - 1 else [])]
-            path = Path(self.cfg.OUTPUT_DIR)
-            if self.iter >= self.start_iter and not any((path / f"{stem}.pth").is_file() for stem in done):
+            saved = (self.iter + 1) % self.cfg.SOLVER.CHECKPOINT_PERIOD == 0 or self.iter >= self.max_iter - 1
+            if self.iter >= self.start_iter and not saved:
                 try:
-                    self.checkpointer.save(name, iteration=self.iter)
+                    self.checkpointer.save(f"model_{self.iter:07d}", iteration=self.iter)
                 except OSError as error:
                     raise _Ended(error) from error
             logger.warning(f"stopped at iteration {self.iter}, go on with --resume" if self.iter >= 0 else "stopped")
@@ -361,12 +359,12 @@ class _EvalHook(hooks.EvalHook):
             if stop.signal:
                 raise TrainingStopped(stop.signal)
             super()._do_eval()
-        except TrainingStopped:
-            self._save_and_stop()
-        except RuntimeError:
+            if stop.signal and comm.get_world_size() == 1:  # some code takes any exception for its own
+                raise TrainingStopped(stop.signal)
+        except (TrainingStopped, Exception):
             if not stop.signal:
                 raise
-            self._save_and_stop()  # another process of the job has left
+            self._save_and_stop()  # also where another process of the job has left, and this one could not gather
         finally:
             stop.raising = False
 
