@@ -316,8 +316,10 @@ def test_contrast_is_stretched_by_choice_and_without_changing_colours(demo: Modu
 
 def test_grey_models_draw_too(demo: ModuleType, tmp_path: Path) -> None:
     grey = ["INPUT.FORMAT", "L", "MODEL.PIXEL_MEAN", "[34.0]", "MODEL.PIXEL_STD", "[25.0]"]
+    path = tmp_path / "grey.pth"
+    torch.save({"model": build_model(load_config(str(CONFIG), [*QUICK, *grey])).state_dict()}, path)
     files = ["--input", str(noise(tmp_path / "a.png")), "--output", str(tmp_path / "pictures")]
-    demo.main(["--config-file", str(CONFIG), *files, *QUICK, *grey])
+    demo.main(["--config-file", str(CONFIG), "--weights", str(path), *files, *QUICK, *grey])
     assert names_in(tmp_path / "pictures") == ["a"]
 
 

@@ -129,10 +129,19 @@ def test_untrained_heads_predict_and_are_evaluated_only_on_request(
 
     yaml = tmp_path / "config.yaml"
     yaml.write_text(config(WEIGHTS=path, DEVICE="cpu").dump())
-    monkeypatch.setattr(engine, "check_data_sets", lambda *args, **kwargs: None)
     monkeypatch.setattr(engine.DCNTrainer, "test", lambda *args: pytest.fail("an untrained model was evaluated"))
     with pytest.raises(SystemExit, match=r"train_net.py: .*the heads are not trained: .*MODEL.WEIGHTS"):
-        train_net.run(["--eval-only", "--config-file", str(yaml), "OUTPUT_DIR", str(tmp_path / "out")])
+        train_net.run(
+            [
+                "--eval-only",
+                "--config-file",
+                str(yaml),
+                "OUTPUT_DIR",
+                str(tmp_path / "out"),
+                "DATASETS.TEST",
+                "('nuclei_val',)",
+            ]
+        )
 
 
 @pytest.mark.parametrize("wrap", [lambda w: w, lambda w: {"model": w}, lambda w: {"meta": {}, "state_dict": w}])

@@ -116,7 +116,7 @@ class DCNTrainer(DefaultTrainer):
         """
         check_config(cfg)
         if train:
-            checks.check_schedule(cfg)
+            checks.check_batch_size(cfg)
             if not cfg.DATASETS.TRAIN and cls._is_ours("build_train_loader"):
                 raise ValueError("DATASETS.TRAIN is empty: nothing to train on (is --config-file missing?)")
             folder.check_writable(cfg.OUTPUT_DIR)

@@ -105,7 +105,14 @@ def warnings(caplog: pytest.LogCaptureFixture) -> Callable[[], list[str]]:
 
 
 MASKS = ("MODEL.MASK_ON", True)
-RETINANET = ("MODEL.META_ARCHITECTURE", "RetinaNet", "MODEL.RETINANET.NUM_CLASSES")
+P7 = (
+    "MODEL.BACKBONE.NAME",
+    "build_dcn_retinanet_resnet_fpn_backbone",
+    "MODEL.FPN.IN_FEATURES",
+    ["res3", "res4", "res5"],
+)
+P7 += ("MODEL.RESNETS.OUT_FEATURES", ["res3", "res4", "res5"])
+RETINANET = (*P7, "MODEL.META_ARCHITECTURE", "RetinaNet", "MODEL.RETINANET.NUM_CLASSES")
 
 
 @pytest.mark.parametrize("opts", [(), MASKS, (*RETINANET, 4)])
@@ -123,7 +130,7 @@ def test_good_data_pass_without_a_warning(data: Data, warnings: Callable, opts: 
 @pytest.mark.parametrize("number", [2, 3])
 @pytest.mark.parametrize("key", ["ROI_HEADS", "RETINANET"])
 def test_more_categories_than_classes_do_not_train_the_last_as_background(data: Data, number: int, key: str) -> None:
-    opts = RETINANET[:2] if key == "RETINANET" else ()
+    opts = RETINANET[:-1] if key == "RETINANET" else ()
     data.register_file("my_train", data.coco())
     told = error_of(config("my_train", "", *opts, f"MODEL.{key}.NUM_CLASSES", number))
     assert f"MODEL.{key}.NUM_CLASSES is {number}, but the data set has 4 categories (ant, bee, cat, dog)" in told

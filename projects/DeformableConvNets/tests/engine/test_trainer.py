@@ -196,10 +196,10 @@ def test_checkpoints_that_cannot_be_resumed_are_not_overwritten(
 @pytest.mark.parametrize(
     "keys, message",
     [
-        (["SOLVER.CHECKPOINT_PERIOD", 0], "SOLVER.CHECKPOINT_PERIOD must be at least 1, got 0"),
-        (["SOLVER.MAX_ITER", 0], "SOLVER.MAX_ITER must be at least 1, got 0"),
-        (["SOLVER.STEPS", (3, 2)], r"SOLVER.STEPS must be increasing iterations, got \(3, 2\)"),
-        (["TEST.EVAL_PERIOD", -1], "TEST.EVAL_PERIOD must be at least 0"),
+        (["SOLVER.CHECKPOINT_PERIOD", 0], "SOLVER.CHECKPOINT_PERIOD must be a whole number of at least 1, got 0"),
+        (["SOLVER.MAX_ITER", 0], "SOLVER.MAX_ITER must be a whole number of at least 1, got 0"),
+        (["SOLVER.STEPS", (3, 2)], r"SOLVER.STEPS must be in increasing order, got \(3, 2\)"),
+        (["TEST.EVAL_PERIOD", -1], "TEST.EVAL_PERIOD must be a whole number of at least 0"),
         (["DATASETS.TRAIN", ()], "DATASETS.TRAIN is empty"),
         (["DATASETS.TEST", ("nothing",)], "there is no data set 'nothing'"),
         (["TEST.EXPECTED_RESULTS", [["bbox", "AP", 1.0, 1.0]]], "DATASETS.TEST is empty: there will be nothing"),
@@ -225,8 +225,8 @@ def test_folder_that_cannot_be_written_is_refused() -> None:
 
 @pytest.mark.parametrize("kind", ["pascal_voc", "coco_panoptic_seg", "lvis", "cityscapes_instance", "sem_seg"])
 def test_data_sets_that_are_not_measured_as_coco_are_refused(kind: str, tmp_path: Path) -> None:
-    DatasetCatalog.register("odd", list)
-    MetadataCatalog.get("odd").set(evaluator_type=kind)
+    DatasetCatalog.register("odd", lambda: DatasetCatalog.get("nuclei_val"))
+    MetadataCatalog.get("odd").set(evaluator_type=kind, thing_classes=["nucleus"])
     try:
         cfg = tiny_config(tmp_path, "DATASETS.TEST", ("odd",))
         message = f"data set odd is to be evaluated as {kind}, which is not supported yet"
