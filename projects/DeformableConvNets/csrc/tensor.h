@@ -64,20 +64,34 @@ inline std::string to_string(const torch::stable::Device& device) {
   return device.index() < 0 || type == "cpu" ? type : type + ":" + std::to_string(device.index());
 }
 
+inline std::string to_string(ScalarType dtype) {
+  switch (dtype) {
+    case ScalarType::Double:
+      return "torch.float64";
+    case ScalarType::Float:
+      return "torch.float32";
+    case ScalarType::Half:
+      return "torch.float16";
+    case ScalarType::BFloat16:
+      return "torch.bfloat16";
+    default:
+      return torch::headeronly::toString(dtype);
+  }
+}
+
 inline bool is_half(ScalarType dtype) { return dtype == ScalarType::Half || dtype == ScalarType::BFloat16; }
 
 inline void check_input_dtype(const char* op, const Tensor& input) {
   const ScalarType dtype = input.scalar_type();
   DCN_CHECK(dtype == ScalarType::Double || dtype == ScalarType::Float || is_half(dtype), op,
-            ": input must be float64, float32, float16 or bfloat16, got ", torch::headeronly::toString(dtype));
+            ": input must be float64, float32, float16 or bfloat16, got ", to_string(dtype));
 }
 
 // Rank, dtype and device of one operand, against those of `like`.
 inline void check_operand(const char* op, const char* name, const Tensor& tensor, const Tensor& like, int64_t rank) {
   DCN_CHECK(tensor.dim() == rank, op, ": ", name, " must have ", rank, " dimensions, got ", to_string(tensor.sizes()));
-  DCN_CHECK(tensor.scalar_type() == like.scalar_type(), op, ": ", name, " has dtype ",
-            torch::headeronly::toString(tensor.scalar_type()), ", but input has ",
-            torch::headeronly::toString(like.scalar_type()));
+  DCN_CHECK(tensor.scalar_type() == like.scalar_type(), op, ": ", name, " has dtype ", to_string(tensor.scalar_type()),
+            ", but input has ", to_string(like.scalar_type()));
   DCN_CHECK(tensor.device() == like.device(), op, ": ", name, " is on ", to_string(tensor.device()),
             ", but input is on ", to_string(like.device()));
 }

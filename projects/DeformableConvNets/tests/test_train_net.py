@@ -296,7 +296,7 @@ def test_weights_of_the_backbone_alone_are_not_evaluated(tmp_path: Path) -> None
     bottom = {k.removeprefix("backbone.bottom_up."): v for k, v in model.state_dict().items() if ".bottom_up." in k}
     torch.save({"model": bottom}, tmp_path / "imagenet.pth")
     with pytest.raises(
-        SystemExit, match="heads are not trained: .*imagenet.pth holds weights for 291 of the model's 345 entries"
+        SystemExit, match="heads are not trained: .*imagenet.pth holds weights for 291 of "
     ):
         train_net.run(["--eval-only", *arguments, "MODEL.WEIGHTS", str(tmp_path / "imagenet.pth")])
 

@@ -89,16 +89,13 @@ def check_weights_exist(cfg: CfgNode, needed: bool) -> None:
     """
     weights = cfg.MODEL.WEIGHTS
     if not weights and needed:
-        raise ValueError(UNTRAINED.format(reason="MODEL.WEIGHTS is empty"))
+        raise ValueError(
+            "the heads are not trained: MODEL.WEIGHTS is empty, so that an evaluation would give an AP of 0. Name a "
+            "trained model, MODEL.WEIGHTS output/model_final.pth, or take the last checkpoint of OUTPUT_DIR by --resume"
+        )
     path = weights.partition("?")[0]  # Detectron2 takes options after it
     if weights and "://" not in weights and not os.path.isfile(path):
         raise FileNotFoundError(f"MODEL.WEIGHTS: there is no file {path} (now in {os.getcwd()})")
-
-
-UNTRAINED = (
-    "the model's heads are not trained ({reason}), so that an evaluation would give an AP of 0. Name a trained model "
-    "in MODEL.WEIGHTS, as OUTPUT_DIR/model_final.pth, or take the last checkpoint in OUTPUT_DIR by --resume"
-)
 
 
 def check_same_iteration(iteration: int) -> None:

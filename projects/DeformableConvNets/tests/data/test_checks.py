@@ -105,13 +105,8 @@ def warnings(caplog: pytest.LogCaptureFixture) -> Callable[[], list[str]]:
 
 
 MASKS = ("MODEL.MASK_ON", True)
-P7 = (
-    "MODEL.BACKBONE.NAME",
-    "build_dcn_retinanet_resnet_fpn_backbone",
-    "MODEL.FPN.IN_FEATURES",
-    ["res3", "res4", "res5"],
-)
-P7 += ("MODEL.RESNETS.OUT_FEATURES", ["res3", "res4", "res5"])
+P7 = ("MODEL.BACKBONE.NAME", "build_dcn_retinanet_resnet_fpn_backbone")
+P7 += ("MODEL.FPN.IN_FEATURES", ["res3", "res4", "res5"], "MODEL.RESNETS.OUT_FEATURES", ["res3", "res4", "res5"])
 RETINANET = (*P7, "MODEL.META_ARCHITECTURE", "RetinaNet", "MODEL.RETINANET.NUM_CLASSES")
 
 
