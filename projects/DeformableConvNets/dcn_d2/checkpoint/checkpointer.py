@@ -102,7 +102,7 @@ class DCNCheckpointer(DetectionCheckpointer):
             return path
         address = path.removesuffix("?matching_heuristics=True")
         self._heuristics = address != path
-        if address.startswith(SCHEMES) and not address.startswith(PUBLISHERS):
+        if address.startswith((*SCHEMES, "detectron2://")) and not address.startswith(PUBLISHERS):
             return fetch_weights(address)
         file = self.path_manager.get_local_path(address)
         if not os.path.isfile(file):

@@ -15,10 +15,11 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
+from urllib.parse import urlsplit
 
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
-from detectron2.utils.file_io import PathHandler, PathManager
+from detectron2.utils.file_io import Detectron2Handler, PathHandler, PathManager
 from iopath.common.file_io import get_cache_dir
 
 from . import conversion, download, mmdet, torchvision
@@ -115,7 +116,17 @@ def _telling_foreign_files(original: Callable[..., dict[str, Any]]) -> Callable[
 
 
 def fetch_weights(address: str) -> str:
-    """Gives the local copy of any address of http, https or ftp; see `download`."""
+    """Gives the local copy of an address of http, https, ftp or detectron2://; see `download`.
+
+    What Detectron2's own download has put into the cache from its zoo is used as it is.
+    """
+    if address.startswith(Detectron2Handler.PREFIX):
+        name = address.removeprefix(Detectron2Handler.PREFIX)
+        address = Detectron2Handler.S3_DETECTRON2_PREFIX + name
+        download.file_name(address)
+        kept = get_cache() / urlsplit(address).path.lstrip("/")
+        if kept.is_file():
+            return str(kept)
     return _download(address, address, force=False)[0]
 
 

@@ -251,6 +251,8 @@ class Case:
         try:
             members = members_of(content)
         except Exception:  # changed before
+            members = {}
+        if not members:
             return change_bytes(content, self.rng, others)
         name = self.rng.choice([*members, *(name for name in members if name.endswith("data.pkl"))])
         if self.rng.random() < 0.1:

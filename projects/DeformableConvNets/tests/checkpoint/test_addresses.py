@@ -274,3 +274,19 @@ def test_digest_in_the_name_counts_on_every_way(url: str, handler: type[Handler]
             DCNCheckpointer(torch.nn.Linear(1, 1)).load(address)
         with pytest.raises(ValueError, match="does not fit the model"):
             DCNCheckpointer(torch.nn.Linear(1, 1)).load(address.replace(path.name, good.name))
+
+
+def test_files_of_the_zoo_of_detectron2_stay_in_the_cache(
+    url: str, handler: type[Handler], cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(path_handlers.Detectron2Handler, "S3_DETECTRON2_PREFIX", f"{url}/detectron2/")
+    with pytest.raises(ValueError, match="names no folder or file"):
+        DCNCheckpointer(torch.nn.Linear(1, 1)).load("detectron2://../../escaped/N.pth")
+    assert handler.requests == 0
+    kept = cache / "detectron2" / "a" / "kept.pth"  # by Detectron2's own download
+    kept.parent.mkdir(parents=True)
+    kept.write_bytes(handler.content)
+    for name, requests in (("kept", 0), ("new", 1), ("new", 1)):
+        with pytest.raises(ValueError, match="does not fit the model"):
+            DCNCheckpointer(torch.nn.Linear(1, 1)).load(f"detectron2://a/{name}.pth")
+        assert handler.requests == requests
