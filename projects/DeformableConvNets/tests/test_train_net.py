@@ -276,6 +276,15 @@ def test_mistakes_are_told_before_processes_start(
         train_net.run([*start, "--config-file", str(NUCLEI), *keys, *out])
 
 
+def test_training_snippet_of_the_readme_may_be_imported(repository: Path) -> None:
+    blocks = re.findall(r"```python\n(.*?)```", (repository / "README.md").read_text(), re.DOTALL)
+    (snippet,) = [block for block in blocks if "trainer.train()" in block]
+    # As in a process that loads data and is not forked: the file has another name there, and must not train.
+    names: dict = {"__name__": "__mp_main__"}
+    exec(compile(snippet, "snippet", "exec"), names)
+    assert callable(names["main"]) and "my_train" not in DatasetCatalog
+
+
 def test_two_independent_trainings_by_torchrun_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for key, value in {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"}.items():
         monkeypatch.setenv(key, value)

@@ -93,7 +93,7 @@ class StopRequest(SignalCounter):
     def agreed(self) -> bool:
         """Whether any process of the job was asked to stop. All have to call this in the same iteration."""
         if comm.get_world_size() > 1:
-            # Of CPU tensors, so that the GPU is not waited for; 0.1 ms for two processes of one machine.
+            # Of CPU tensors, so that the GPU is not waited for; less than 1 ms for two processes on busy cores.
             self._flag.fill_(self.signal)
             dist.all_reduce(self._flag, dist.ReduceOp.MAX, group=comm._get_global_gloo_group())
             if not self.signal and int(self._flag):

@@ -247,6 +247,10 @@ class DCNTrainer(DefaultTrainer):
             super().after_step()
         except OSError as error:
             raise _Ended(error) from error
+        except RuntimeError as error:
+            if isinstance(error.__context__, OSError):  # how torch.save tells that there was no room
+                raise _Ended(error.__context__) from error
+            raise
 
     def after_train(self) -> None:
         """Calls the hooks; an error of theirs does not take the place of the one that ended training."""

@@ -226,7 +226,8 @@ class Campaign:
         kind = f"{number.name} to the {where} of {processes}"
         self.count[kind] += 1
         began, done = shared()
-        allowed = {0, -number, 128 + number}
+        # Before training a signal ends the process in the usual way.
+        allowed = {0, 128 + number} if before >= 0 and number != signal.SIGKILL else {0, -number, 128 + number}
         # A killed worker makes the launcher fail; Python's KeyboardInterrupt may be taken for an error during start-up.
         allowed |= {1} if worker or (number == signal.SIGINT and began < 0) else set()
         self.check(code in allowed, f"exit code {code} after {kind}")
