@@ -89,7 +89,9 @@ def data(tmp_path: Path) -> Iterator[Data]:
 
 def config(train: str = "", test: str = "", *opts: Any) -> CfgNode:
     sets = ["DATASETS.TRAIN", (train,) if train else (), "DATASETS.TEST", (test,) if test else ()]
-    return load_config("", [*sets, "MODEL.ROI_HEADS.NUM_CLASSES", len(NAMES), *opts])
+    cfg = load_config("")
+    cfg.merge_from_list([*sets, "MODEL.ROI_HEADS.NUM_CLASSES", len(NAMES), *opts])  # not all that it takes to build one
+    return cfg
 
 
 def error_of(cfg: CfgNode, train: bool = True) -> str:
