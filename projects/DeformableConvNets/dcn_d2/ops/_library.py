@@ -119,22 +119,7 @@ def register_autocast(name: str, keep_float32: tuple[str, ...] = ()) -> None:
         LIBRARY.impl(name, autocast, key)
 
 
-def needed_gradients(ctx: Any, arguments: int) -> tuple[bool, ...]:
-    """Which arguments need a gradient, also those that the dispatcher left out because they have their defaults."""
-    needed = tuple(ctx.needs_input_grad)
-    return needed + (False,) * (arguments - len(needed))
-
-
-def without_double_backward(backward: Callable[..., Sequence[Any]]) -> Callable[..., Sequence[Any]]:
-    """Makes differentiating what `backward` gives an error; torch alone would only warn and take it for constant."""
-
-    def wrapped(ctx: Any, *grads: Any) -> Sequence[Any]:
-        with torch.no_grad():
-            found = backward(ctx, *grads)
-        if not torch.is_grad_enabled():
-            return found
-        delayed_error = torch._C._functions.DelayedError(b"dcn_d2: there is no double backward", len(found))
-        leaves: list[Any] = [None if t is None else t.detach().requires_grad_() for t in found]
-        return delayed_error(*leaves)
-
-    return wrapped
+def complete_arguments(operator: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> list[Any]:
+    """All arguments in the schema's order, also those that the dispatcher left out because they have their defaults."""
+    rest = operator._schema.arguments[len(args) :]
+    return [*args, *(kwargs.get(argument.name, argument.default_value) for argument in rest)]

@@ -11,13 +11,8 @@ from torch import Tensor
 
 from . import reference
 from ._arguments import new_empty_in_format_of
-from ._library import (
-    define,
-    needed_gradients,
-    register_autocast,
-    register_fallback,
-    without_double_backward,
-)
+from ._autograd import register_derivatives, register_second_derivatives
+from ._library import complete_arguments, define, register_autocast, register_fallback
 
 
 def define_roi_pool(name: str, geometry: Sequence[tuple[str, str]]) -> None:
@@ -47,12 +42,9 @@ def register_roi_pool(
     """
     operator = getattr(torch.ops.dcn_d2, name)
     backward_operator = getattr(torch.ops.dcn_d2, f"{name}_backward")
-    arguments = operator.default._schema.arguments
 
     def complete(values: Sequence[Any], keywords: dict[str, Any]) -> list[Any]:
-        """Arguments with the defaults that the dispatcher left out."""
-        rest = arguments[len(values) :]
-        return [*values, *(keywords.get(argument.name, argument.default_value) for argument in rest)]
+        return complete_arguments(operator.default, values, keywords)
 
     def reference_forward(*values: Any, **keywords: Any) -> Tensor:
         values = tuple(complete(values, keywords))
@@ -82,26 +74,22 @@ def register_roi_pool(
         grad_input = new_empty_in_format_of(input, input.shape) if need_input else none
         return grad_input, *(none if t is None or not need_offset else t.new_empty(t.shape) for t in (offset, mask))
 
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        input, rois, offset, *ctx.geometry, mask = inputs
-        ctx.save_for_backward(input, rois, offset, mask)
-
-    @without_double_backward
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        input, rois, offset, mask = ctx.saved_tensors
-        need_input, _, need_offset, *_, need_mask = needed_gradients(ctx, len(arguments))
+    def backward(values: Sequence[Any], needed: Sequence[bool], grad: Tensor) -> tuple[Tensor | None, ...]:
+        input, rois, offset, *geometry, mask = values
+        need_input, _, need_offset, *_, need_mask = needed
         deterministic = torch.are_deterministic_algorithms_enabled()
         gradients = backward_operator(
-            grad, input, rois, offset, mask, *ctx.geometry, need_input, need_offset or need_mask, deterministic
+            grad, input, rois, offset, mask, *geometry, need_input, need_offset or need_mask, deterministic
         )
         grad_input, grad_offset, grad_mask = (
-            gradient if needed else None for gradient, needed in zip(gradients, (need_input, need_offset, need_mask))
+            gradient if wanted else None for gradient, wanted in zip(gradients, (need_input, need_offset, need_mask))
         )
-        return grad_input, None, grad_offset, *(None for _ in ctx.geometry), grad_mask
+        return grad_input, None, grad_offset, *(None for _ in geometry), grad_mask
 
     register_fallback(name, reference_forward)
     register_fallback(f"{name}_backward", reference_backward)
     torch.library.register_fake(f"dcn_d2::{name}", fake)
     torch.library.register_fake(f"dcn_d2::{name}_backward", fake_backward)
-    torch.library.register_autograd(f"dcn_d2::{name}", backward, setup_context=setup_context)
+    register_derivatives(name, backward, reference_forward)
+    register_second_derivatives(f"{name}_backward", reference_backward)
     register_autocast(name, keep_float32=("rois",))

@@ -19,13 +19,8 @@ from ._arguments import (
     new_empty_in_format_of,
     pair,
 )
-from ._library import (
-    define_with_tf32,
-    needed_gradients,
-    register_autocast,
-    register_fallback,
-    without_double_backward,
-)
+from ._autograd import register_derivatives, register_second_derivatives
+from ._library import define_with_tf32, register_autocast, register_fallback
 
 define_with_tf32(
     "deform_conv2d(Tensor input, Tensor offset, Tensor weight, Tensor? bias=None, int[2] stride=1, "
@@ -59,6 +54,9 @@ def deform_conv2d(
     On CUDA, float32 operands are rounded to TF32 where torch allows that for convolutions, which is its default:
     `torch.backends.cudnn.conv.fp32_precision`. Results and gradients have the same bits from run to run. Conv groups of
     few channels are multiplied together, so that an infinite or NaN input also shows in the outputs of other groups.
+
+    Gradients of gradients, and all that is differentiated in forward mode (`torch.func.jvp`, `jacfwd`, dual numbers), are
+    computed by the reference of this package in Python: right, but slow. `torch.vmap` calls the operator for each sample.
 
     Sources: Dai et al., "Deformable Convolutional Networks", ICCV 2017; Zhu et al., "Deformable ConvNets v2: More
     Deformable, Better Results", CVPR 2019; numerics of `torchvision.ops.deform_conv2d`.
@@ -220,36 +218,20 @@ def _fake_backward(
     return grad_input, empty(offset, need_offset), grad_weight, empty(mask, need_offset)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    input, offset, weight, bias, ctx.stride, ctx.padding, ctx.dilation, mask = inputs
-    ctx.has_bias, ctx.has_mask = bias is not None, mask is not None
-    ctx.save_for_backward(input, offset, weight, mask)
-
-
-@without_double_backward
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    input, offset, weight, mask = ctx.saved_tensors
-    need_input, need_offset, need_weight, need_bias, *_, need_mask = needed_gradients(ctx, 8)
+def _backward(arguments: Sequence[Any], needed: Sequence[bool], grad: Tensor) -> tuple[Tensor | None, ...]:
+    input, offset, weight, _, stride, padding, dilation, mask = arguments
+    need_input, need_offset, need_weight, need_bias, *_, need_mask = needed
     gradients: Sequence[Tensor | None] = torch.ops.dcn_d2.deform_conv2d_backward(
-        grad,
-        input,
-        offset,
-        weight,
-        mask,
-        ctx.stride,
-        ctx.padding,
-        ctx.dilation,
-        need_input,
-        need_offset or need_mask,
-        need_weight,
+        grad, input, offset, weight, mask, stride, padding, dilation, need_input, need_offset or need_mask, need_weight
     )
     grad_input, grad_offset, grad_weight, grad_mask = (
-        gradient if needed else None
-        for gradient, needed in zip(gradients, (need_input, need_offset, need_weight, need_mask and ctx.has_mask))
+        gradient if wanted else None
+        for gradient, wanted in zip(gradients, (need_input, need_offset, need_weight, need_mask))
     )
-    grad_bias = grad.sum((0, 2, 3)) if need_bias and ctx.has_bias else None
+    grad_bias = grad.sum((0, 2, 3)) if need_bias else None
     return grad_input, grad_offset, grad_weight, grad_bias, None, None, None, grad_mask
 
 
-torch.library.register_autograd("dcn_d2::deform_conv2d", _backward, setup_context=_setup_context)
+register_derivatives("deform_conv2d", _backward, _reference_forward)
+register_second_derivatives("deform_conv2d_backward", _reference_backward)
 register_autocast("deform_conv2d")

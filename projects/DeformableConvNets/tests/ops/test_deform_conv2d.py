@@ -257,14 +257,6 @@ def test_one_gradient_alone(needed: str) -> None:
     torch.testing.assert_close(operands[needed].grad, everything[needed], rtol=0, atol=1e-12)
 
 
-def test_double_backward_is_refused() -> None:
-    operands = {name: t.requires_grad_() for name, t in CONV_SAMPLES[1].tensors().items()}
-    output = compiled(CONV_SAMPLES[1], **operands)
-    (grad,) = torch.autograd.grad(output.sum(), operands["input"], create_graph=True)
-    with pytest.raises(RuntimeError, match="no double backward"):
-        grad.square().sum().backward()
-
-
 def test_same_bits_from_run_to_run() -> None:
     operands = ConvSample("bits", batch=3, channels=32, size=(20, 20)).tensors(torch.float32)
     sample = ConvSample("bits", batch=3, channels=32, size=(20, 20))

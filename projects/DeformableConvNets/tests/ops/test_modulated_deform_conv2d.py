@@ -154,13 +154,6 @@ def test_deterministic_algorithms_are_honoured(dtype: torch.dtype, device: str) 
     assert all(torch.equal(first[name], other[name]) for other in others for name in first)
 
 
-def test_double_backward_is_refused() -> None:
-    operands = {name: t.requires_grad_() for name, t in branch_output(SAMPLES[0]).items()}
-    (grad,) = torch.autograd.grad(compiled(SAMPLES[0], **operands).sum(), operands["input"], create_graph=True)
-    with pytest.raises(RuntimeError, match="no double backward"):
-        grad.square().sum().backward()
-
-
 BAD_OPERANDS: list[tuple[dict[str, Any], str]] = [
     ({"offset_and_mask": torch.zeros(2, 18, 7, 9)}, r"modulated_.*: offset_and_mask has 18 channels.*3 \* 3 \* 3"),
     ({"offset_and_mask": torch.zeros(2, 27, 63)}, r"offset_and_mask must have 4 dimensions, got \[2, 27, 63\]"),
