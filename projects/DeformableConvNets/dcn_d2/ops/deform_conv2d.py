@@ -55,8 +55,8 @@ def deform_conv2d(
     `torch.backends.cudnn.conv.fp32_precision`. Results and gradients have the same bits from run to run. Conv groups of
     few channels are multiplied together, so that an infinite or NaN input also shows in the outputs of other groups.
 
-    Gradients of gradients, and all that is differentiated in forward mode (`torch.func.jvp`, `jacfwd`, dual numbers), are
-    computed by the reference of this package in Python: right, but slow. `torch.vmap` calls the operator for each sample.
+    Gradients of gradients, and all that is differentiated in forward mode (`torch.func.jvp`, `jacfwd`, dual numbers),
+    are computed by the reference in Python: right, but slow. `torch.vmap` calls the operator for each sample.
 
     Sources: Dai et al., "Deformable Convolutional Networks", ICCV 2017; Zhu et al., "Deformable ConvNets v2: More
     Deformable, Better Results", CVPR 2019; numerics of `torchvision.ops.deform_conv2d`.

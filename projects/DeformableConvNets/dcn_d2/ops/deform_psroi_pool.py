@@ -50,8 +50,8 @@ def deform_psroi_pool(
     point, so that every run gives the same bits; it is all NaN then if any value of the output's gradient or the mask
     is not finite.
 
-    Gradients of gradients, and all that is differentiated in forward mode, are computed by the reference in Python, which
-    is right, but slow.
+    Gradients of gradients, and all that is differentiated in forward mode, are computed by the reference in Python:
+    right, but slow.
 
     Sources: Dai et al., "Deformable Convolutional Networks", ICCV 2017, section 2.2 and the authors' code; numerics of
     `deform_psroi_pooling` in MMDetection up to 2.2.

@@ -45,8 +45,8 @@ def deform_roi_pool(
     point, so that every run gives the same bits; it is all NaN then if any value of the output's gradient or the mask
     is not finite.
 
-    Gradients of gradients, and all that is differentiated in forward mode, are computed by the reference in Python, which
-    is right, but slow.
+    Gradients of gradients, and all that is differentiated in forward mode, are computed by the reference in Python:
+    right, but slow.
 
     Sources: Dai et al., "Deformable Convolutional Networks", ICCV 2017, section 2.2; Zhu et al., "Deformable ConvNets
     v2", CVPR 2019; numerics of `mmcv.ops.deform_roi_pool`, whose offset gradient differs in the clamped border strip.
