@@ -12,11 +12,12 @@ from torch.nn.modules.utils import _pair
 
 from ..ops import deform_conv2d, modulated_deform_conv2d
 from ..ops.modulated_deform_conv2d import split_offset_and_mask
+from ._layer import DeformableLayer
 
 IntOrPair = int | tuple[int, int]
 
 
-class _DeformConvBase(nn.Module):
+class _DeformConvBase(DeformableLayer):
     """What the layers of this file share: parameters, checks, and norm and activation after the operator."""
 
     norm: nn.Module | None
@@ -68,6 +69,7 @@ class _DeformConvBase(nn.Module):
             )
 
     def _convolve(self, x: Tensor, offset: Tensor, mask: Tensor | None = None) -> Tensor:
+        self._check_in_channels(x)
         self._check_channels("offset", offset, 2)
         if mask is not None:
             self._check_channels("mask", mask, 1)
@@ -207,6 +209,7 @@ class ModulatedDeformConv(_DeformConvBase):
         """
         if mask is not None:
             return self._convolve(x, offset, mask)
+        self._check_in_channels(x)
         self._check_channels("offset (the branch's output, as there is no mask)", offset, 3)
         if torch.jit.is_tracing() or torch.compiler.is_exporting():
             # An exported graph holds operators that other runtimes know.
@@ -227,6 +230,7 @@ class DeformConvPack(DeformConv):
 
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
         """Convolves (N, in_channels, H, W) `x` at positions that it predicts from `x`."""
+        self._check_in_channels(x)  # before the branch fails for the same reason
         return self._convolve(x, self.conv_offset(x))
 
 
@@ -243,4 +247,5 @@ class ModulatedDeformConvPack(ModulatedDeformConv):
 
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
         """Convolves (N, in_channels, H, W) `x` at positions and with factors that it predicts from `x`."""
+        self._check_in_channels(x)  # before the branch fails for the same reason
         return super().forward(x, self.conv_offset(x))

@@ -15,6 +15,11 @@ from ._autograd import register_derivatives, register_second_derivatives
 from ._library import complete_arguments, define, register_autocast, register_fallback
 
 
+def rois_for(input: Tensor, rois: Tensor) -> Tensor:
+    """Gives RoIs of a dtype that the operators take: float32 ones, as Detectron2's boxes are, fit any feature map."""
+    return rois.double() if input.dtype == torch.float64 and rois.dtype == torch.float32 else rois
+
+
 def define_roi_pool(name: str, geometry: Sequence[tuple[str, str]]) -> None:
     """Defines `name` and its backward operator; `geometry` has (type, name=default) of the arguments after `offset`."""
     types = ", ".join(f"{kind} {argument}" for kind, argument in geometry)

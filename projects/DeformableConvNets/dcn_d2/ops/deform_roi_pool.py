@@ -10,7 +10,7 @@ from torch import Tensor
 
 from . import reference
 from ._arguments import IntPair, check, check_input_dtype, check_rois, check_shape, check_tensor, pair
-from ._roi_pool import define_roi_pool, register_roi_pool
+from ._roi_pool import define_roi_pool, register_roi_pool, rois_for
 
 define_roi_pool(
     "deform_roi_pool",
@@ -53,7 +53,7 @@ def deform_roi_pool(
 
     Args:
         input: (N, C, H, W), float64, float32, float16 or bfloat16.
-        rois: (R, 5) of (batch index, x0, y0, x1, y1) in image pixels; input's dtype, or float32 with half precision.
+        rois: (R, 5) of (batch index, x0, y0, x1, y1) in image pixels; input's dtype, or float32.
         offset: (R, 2, out_h, out_w), in (x, y) order, as a fraction of the RoI's size before gamma; or None.
         output_size: bins, a number or (out_h, out_w).
         spatial_scale: feature-map pixels per image pixel.
@@ -70,7 +70,14 @@ def deform_roi_pool(
         ValueError: output_size is not a number or a pair.
     """
     return torch.ops.dcn_d2.deform_roi_pool(
-        input, rois, offset, pair(output_size, "output_size"), spatial_scale, sampling_ratio, gamma, mask
+        input,
+        rois_for(input, rois),
+        offset,
+        pair(output_size, "output_size"),
+        spatial_scale,
+        sampling_ratio,
+        gamma,
+        mask,
     )
 
 

@@ -130,3 +130,14 @@ def test_operators_are_registered() -> None:
     for name in dcn_d2.ops.__all__:
         for operator in (name, f"{name}_backward"):
             assert torch._C._dispatch_has_kernel_for_dispatch_key(f"dcn_d2::{operator}", "CPU")
+
+
+def scripted(x: torch.Tensor, offset: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    return dcn_d2.ops.deform_conv2d(x, offset, weight, padding=1)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script")
+def test_scripted_functions_may_call_operators() -> None:
+    operands = torch.randn(1, 2, 5, 6), torch.randn(1, 18, 5, 6), torch.randn(3, 2, 3, 3)
+    function = torch.jit.script(scripted)
+    assert torch.equal(function(*operands), scripted(*operands))
