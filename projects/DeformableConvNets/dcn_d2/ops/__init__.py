@@ -3,6 +3,7 @@
 
 import torch
 
+from . import flops
 from .deform_conv2d import deform_conv2d
 from .deform_psroi_pool import deform_psroi_pool
 from .deform_roi_pool import deform_roi_pool
@@ -15,6 +16,7 @@ __all__ = [
     "modulated_deform_conv2d",
 ]
 
+flops.register_formulas()
 # torch.jit.script cannot read these functions, but may call the operators of the same arguments in their place.
 for _name in __all__:
     torch.jit._builtins._register_builtin(globals()[_name], f"dcn_d2::{_name}")
