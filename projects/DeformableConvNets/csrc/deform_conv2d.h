@@ -50,28 +50,36 @@ struct Modulation {
   std::optional<Tensor> joint;
 };
 
+// Whether there is a mask that gets a gradient of its own.
+inline bool has_own_mask(const Modulation& modulation) { return modulation.mask && !modulation.joint; }
+
 // The parts of an offset branch's output, if its channels are a multiple of three times the taps of `weight`.
 inline Modulation parts_of(Tensor offset_and_mask, const Tensor& weight) {
   const char* op = "modulated_deform_conv2d";
   check_operand(op, "weight", weight, weight, 4);
   check_operand(op, "offset_and_mask", offset_and_mask, offset_and_mask, 4);
   const int64_t taps = weight.size(2) * weight.size(3), channels = offset_and_mask.size(1);
-  STD_TORCH_CHECK(taps > 0 && channels > 0 && channels % (3 * taps) == 0, op, ": offset_and_mask has ", channels,
-                  " channels, which is no multiple of 3 * ", weight.size(2), " * ", weight.size(3));
+  DCN_CHECK(taps > 0 && channels > 0 && channels % (3 * taps) == 0, op, ": offset_and_mask has ", channels,
+            " channels, which is no multiple of 3 * ", weight.size(2), " * ", weight.size(3));
   const int64_t logits = channels / 3;
   return {torch::stable::narrow(offset_and_mask, 1, 0, 2 * logits),
           torch::stable::narrow(offset_and_mask, 1, 2 * logits, logits), offset_and_mask};
 }
 
 // Raises an error that names the operand and both values where something does not fit.
-inline DeformConv2dSizes check_deform_conv2d(const Tensor& input, const Tensor& offset, const Tensor& weight,
-                                             const std::optional<Tensor>& bias, const std::optional<Tensor>& mask,
-                                             const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
+inline DeformConv2dSizes check_deform_conv2d(const Tensor& input, const Modulation& modulation, const Tensor& weight,
+                                             const std::optional<Tensor>& bias, const std::vector<int64_t>& stride,
+                                             const std::vector<int64_t>& padding,
                                              const std::vector<int64_t>& dilation) {
-  const char* op = "deform_conv2d";
+  // What the caller gave: offsets, or them and the mask's logits in one.
+  const bool joint = modulation.joint.has_value();
+  const char* op = joint ? "modulated_deform_conv2d" : "deform_conv2d";
+  const char* offset_name = joint ? "offset_and_mask" : "offset";
+  const Tensor& offset = joint ? *modulation.joint : modulation.offset;
+  const int64_t per_tap = joint ? 3 : 2;
   check_input_dtype(op, input);
   check_operand(op, "input", input, input, 4);
-  check_operand(op, "offset", offset, input, 4);
+  check_operand(op, offset_name, offset, input, 4);
   check_operand(op, "weight", weight, input, 4);
   check_least(op, "stride", stride, 1);
   check_least(op, "padding", padding, 0);
@@ -83,27 +91,27 @@ inline DeformConv2dSizes check_deform_conv2d(const Tensor& input, const Tensor& 
   s.stride_h = stride[0], s.stride_w = stride[1], s.pad_h = padding[0], s.pad_w = padding[1];
   s.dilation_h = dilation[0], s.dilation_w = dilation[1];
   const int64_t taps = s.taps();
-  STD_TORCH_CHECK(taps > 0, op, ": weight has an empty kernel, ", s.kernel_h, " x ", s.kernel_w);
-  STD_TORCH_CHECK(weight.size(1) > 0 && s.channels % weight.size(1) == 0, op, ": input has ", s.channels,
-                  " channels, which is no multiple of weight's ", weight.size(1));
+  DCN_CHECK(taps > 0, op, ": weight has an empty kernel, ", s.kernel_h, " x ", s.kernel_w);
+  DCN_CHECK(weight.size(1) > 0 && s.channels % weight.size(1) == 0, op, ": input has ", s.channels,
+            " channels, which is no multiple of weight's ", weight.size(1));
   s.groups = s.channels / weight.size(1);
-  STD_TORCH_CHECK(s.groups > 0 && s.out_channels % s.groups == 0, op, ": weight has ", s.out_channels,
-                  " output channels, which is no multiple of the ", s.groups, " groups");
-  s.deform_groups = offset.size(1) / (2 * taps);
-  STD_TORCH_CHECK(s.deform_groups > 0 && offset.size(1) % (2 * taps) == 0, op, ": offset has ", offset.size(1),
-                  " channels, which is no multiple of 2 * ", s.kernel_h, " * ", s.kernel_w);
-  STD_TORCH_CHECK(s.channels % s.deform_groups == 0, op, ": input has ", s.channels,
-                  " channels, which is no multiple of offset's ", s.deform_groups, " groups");
+  DCN_CHECK(s.groups > 0 && s.out_channels % s.groups == 0, op, ": weight has ", s.out_channels,
+            " output channels, which is no multiple of the ", s.groups, " groups");
+  s.deform_groups = offset.size(1) / (per_tap * taps);
+  DCN_CHECK(s.deform_groups > 0 && offset.size(1) % (per_tap * taps) == 0, op, ": ", offset_name, " has ",
+            offset.size(1), " channels, which is no multiple of ", per_tap, " * ", s.kernel_h, " * ", s.kernel_w);
+  DCN_CHECK(s.channels % s.deform_groups == 0, op, ": input has ", s.channels, " channels, which is no multiple of ",
+            offset_name, "'s ", s.deform_groups, " groups");
   s.out_h = conv_output_size(s.height, s.kernel_h, s.stride_h, s.pad_h, s.dilation_h);
   s.out_w = conv_output_size(s.width, s.kernel_w, s.stride_w, s.pad_w, s.dilation_w);
-  STD_TORCH_CHECK(s.out_h > 0 && s.out_w > 0, op, ": input of ", s.height, " x ", s.width,
-                  " is too small for weight's kernel: the output would be ", s.out_h, " x ", s.out_w);
-  STD_TORCH_CHECK(s.pixels() <= std::numeric_limits<int32_t>::max(), op, ": input of ", s.height, " x ", s.width,
-                  " has more pixels in an image than ", std::numeric_limits<int32_t>::max());
-  check_shape(op, "offset", offset, {s.batch, offset.size(1), s.out_h, s.out_w});
-  if (mask) {
-    check_operand(op, "mask", *mask, input, 4);
-    check_shape(op, "mask", *mask, {s.batch, s.deform_groups * taps, s.out_h, s.out_w});
+  DCN_CHECK(s.out_h > 0 && s.out_w > 0, op, ": input of ", s.height, " x ", s.width,
+            " is too small for weight's kernel: the output would be ", s.out_h, " x ", s.out_w);
+  DCN_CHECK(s.pixels() <= std::numeric_limits<int32_t>::max(), op, ": input of ", s.height, " x ", s.width,
+            " has more pixels in an image than ", std::numeric_limits<int32_t>::max());
+  check_shape(op, offset_name, offset, {s.batch, offset.size(1), s.out_h, s.out_w});
+  if (has_own_mask(modulation)) {
+    check_operand(op, "mask", *modulation.mask, input, 4);
+    check_shape(op, "mask", *modulation.mask, {s.batch, s.deform_groups * taps, s.out_h, s.out_w});
   }
   if (bias) {
     check_operand(op, "bias", *bias, input, 1);

@@ -40,6 +40,8 @@ DCN_HOST_DEVICE PsRoiAxis<T> psroi_axis(T low, T high, T spatial_scale, int64_t 
   PsRoiAxis<T> axis;
   axis.start = std::round(low) * spatial_scale - T(0.5);
   const T size = (std::round(high) + T(1)) * spatial_scale - T(0.5) - axis.start;
+  // A RoI that is not finite has no samples, as its positions are NaN: x - x is 0 for finite x only.
+  if (!(size - size == T(0))) axis.start = size - size;
   axis.size = size < T(0.1) ? T(0.1) : size;
   axis.bin_size = axis.size / T(bins);
   axis.sample_size = axis.bin_size / T(samples);
@@ -68,13 +70,13 @@ inline DeformPsRoiPoolSizes check_deform_psroi_pool(
   check_rois(op, rois, input);
   check_least(op, "output_size", output_size, 1);
   if (part_size) check_least(op, "part_size", *part_size, 1);
-  STD_TORCH_CHECK(group_size >= 1, op, ": group_size must be at least 1, got ", group_size);
-  STD_TORCH_CHECK(group_size <= kMostOfSize, op, ": group_size must be at most ", kMostOfSize, ", got ", group_size);
-  STD_TORCH_CHECK(sample_per_part >= 1, op, ": sample_per_part must be at least 1, got ", sample_per_part);
+  DCN_CHECK(group_size >= 1, op, ": group_size must be at least 1, got ", group_size);
+  DCN_CHECK(group_size <= kMostOfSize, op, ": group_size must be at most ", kMostOfSize, ", got ", group_size);
+  DCN_CHECK(sample_per_part >= 1, op, ": sample_per_part must be at least 1, got ", sample_per_part);
   const std::vector<int64_t>& part = part_size ? *part_size : output_size;
   const int64_t cells = group_size * group_size, channels = input.size(1);
-  STD_TORCH_CHECK(channels % cells == 0, op, ": input has ", channels,
-                  " channels, which is no multiple of group_size^2 = ", cells);
+  DCN_CHECK(channels % cells == 0, op, ": input has ", channels,
+            " channels, which is no multiple of group_size^2 = ", cells);
   DeformPsRoiPoolSizes s{input.size(0),
                          input.size(2),
                          input.size(3),
@@ -92,9 +94,9 @@ inline DeformPsRoiPoolSizes check_deform_psroi_pool(
   if (offset) {
     check_operand(op, "offset", *offset, input, 4);
     s.classes = offset->size(1) / 2;
-    STD_TORCH_CHECK(s.classes > 0 && offset->size(1) % 2 == 0 && s.out_channels % s.classes == 0, op, ": offset has ",
-                    offset->size(1), " channels, which is not 2, nor twice a divisor of the ", s.out_channels,
-                    " output channels");
+    DCN_CHECK(s.classes > 0 && offset->size(1) % 2 == 0 && s.out_channels % s.classes == 0, op, ": offset has ",
+              offset->size(1), " channels, which is not 2, nor twice a divisor of the ", s.out_channels,
+              " output channels");
     check_shape(op, "offset", *offset, {s.rois, offset->size(1), s.part_h, s.part_w});
   }
   if (mask) {

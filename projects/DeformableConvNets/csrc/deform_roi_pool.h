@@ -56,7 +56,7 @@ inline DeformRoiPoolSizes check_deform_roi_pool(const Tensor& input, const Tenso
   check_operand(op, "input", input, input, 4);
   check_rois(op, rois, input);
   check_least(op, "output_size", output_size, 1);
-  STD_TORCH_CHECK(sampling_ratio >= 0, op, ": sampling_ratio must be at least 0, got ", sampling_ratio);
+  DCN_CHECK(sampling_ratio >= 0, op, ": sampling_ratio must be at least 0, got ", sampling_ratio);
   DeformRoiPoolSizes s{input.size(0),  input.size(1),  input.size(2), input.size(3),  rois.size(0),
                        output_size[0], output_size[1], spatial_scale, sampling_ratio, gamma};
   if (offset) {

@@ -322,7 +322,7 @@ Tensor forward_in_dtype(const DeformConv2dSizes& s, const Tensor& input, const M
   if (uses_bfloat16_path(s, dtype)) return bfloat16_forward(s, input, modulation, weight, bias);
   const Tensor output = dtype == ScalarType::Double ? forward<double>(s, input, modulation, weight, bias)
                                                     : forward<float>(s, input, modulation, weight, bias);
-  return output.scalar_type() == dtype ? output : torch::stable::to(output, dtype);
+  return as_result(output, dtype, is_channels_last(input));
 }
 
 std::array<Tensor, 4> backward_in_dtype(const char* op, const DeformConv2dSizes& s, const Tensor& grad,
@@ -335,11 +335,14 @@ std::array<Tensor, 4> backward_in_dtype(const char* op, const DeformConv2dSizes&
       uses_bfloat16_path(s, dtype)  ? bfloat16_backward(s, grad, input, modulation, weight, need)
       : dtype == ScalarType::Double ? backward<double>(s, grad, input, modulation, weight, need)
                                     : backward<float>(s, grad, input, modulation, weight, need);
-  if (need.weight && is_channels_last(weight)) {
-    gradients[2] = torch::stable::contiguous(gradients[2], MemoryFormat::ChannelsLast);
+  if (need.input) gradients[0] = as_result(gradients[0], dtype, is_channels_last(input));
+  if (need.offset) {
+    gradients[1] = as_result(gradients[1], dtype, modulation.joint && is_channels_last(*modulation.joint));
+    if (has_own_mask(modulation)) gradients[3] = as_result(gradients[3], dtype, false);
   }
+  if (need.weight) gradients[2] = as_result(gradients[2], dtype, is_channels_last(weight));
   for (Tensor& gradient : gradients) {
-    if (gradient.scalar_type() != dtype) gradient = torch::stable::to(gradient, dtype);
+    if (gradient.dim() == 1) gradient = empty_result(input);  // one that is not needed
   }
   return gradients;
 }
@@ -347,16 +350,18 @@ std::array<Tensor, 4> backward_in_dtype(const char* op, const DeformConv2dSizes&
 Tensor deform_conv2d(Tensor input, Tensor offset, Tensor weight, std::optional<Tensor> bias,
                      std::vector<int64_t> stride, std::vector<int64_t> padding, std::vector<int64_t> dilation,
                      std::optional<Tensor> mask) {
-  const DeformConv2dSizes s = check_deform_conv2d(input, offset, weight, bias, mask, stride, padding, dilation);
-  return forward_in_dtype(s, input, {offset, mask, std::nullopt}, weight, bias);
+  const Modulation modulation{offset, mask, std::nullopt};
+  const DeformConv2dSizes s = check_deform_conv2d(input, modulation, weight, bias, stride, padding, dilation);
+  return forward_in_dtype(s, input, modulation, weight, bias);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> deform_conv2d_backward(
     Tensor grad, Tensor input, Tensor offset, Tensor weight, std::optional<Tensor> mask, std::vector<int64_t> stride,
     std::vector<int64_t> padding, std::vector<int64_t> dilation, bool need_input, bool need_offset, bool need_weight) {
-  const DeformConv2dSizes s = check_deform_conv2d(input, offset, weight, std::nullopt, mask, stride, padding, dilation);
-  const auto gradients = backward_in_dtype("deform_conv2d_backward", s, grad, input, {offset, mask, std::nullopt},
-                                           weight, {need_input, need_offset, need_weight});
+  const Modulation modulation{offset, mask, std::nullopt};
+  const DeformConv2dSizes s = check_deform_conv2d(input, modulation, weight, std::nullopt, stride, padding, dilation);
+  const auto gradients = backward_in_dtype("deform_conv2d_backward", s, grad, input, modulation, weight,
+                                           {need_input, need_offset, need_weight});
   return {gradients[0], gradients[1], gradients[2], gradients[3]};
 }
 
@@ -364,8 +369,7 @@ Tensor modulated_deform_conv2d(Tensor input, Tensor offset_and_mask, Tensor weig
                                std::vector<int64_t> stride, std::vector<int64_t> padding,
                                std::vector<int64_t> dilation) {
   const Modulation parts = parts_of(offset_and_mask, weight);
-  const DeformConv2dSizes s =
-      check_deform_conv2d(input, parts.offset, weight, bias, parts.mask, stride, padding, dilation);
+  const DeformConv2dSizes s = check_deform_conv2d(input, parts, weight, bias, stride, padding, dilation);
   return forward_in_dtype(s, input, parts, weight, bias);
 }
 
@@ -375,8 +379,7 @@ std::tuple<Tensor, Tensor, Tensor> modulated_deform_conv2d_backward(Tensor grad,
                                                                     std::vector<int64_t> dilation, bool need_input,
                                                                     bool need_offset, bool need_weight) {
   const Modulation parts = parts_of(offset_and_mask, weight);
-  const DeformConv2dSizes s =
-      check_deform_conv2d(input, parts.offset, weight, std::nullopt, parts.mask, stride, padding, dilation);
+  const DeformConv2dSizes s = check_deform_conv2d(input, parts, weight, std::nullopt, stride, padding, dilation);
   const auto gradients = backward_in_dtype("modulated_deform_conv2d_backward", s, grad, input, parts, weight,
                                            {need_input, need_offset, need_weight});
   return {gradients[0], gradients[1], gradients[2]};

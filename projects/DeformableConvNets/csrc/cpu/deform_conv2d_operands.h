@@ -173,7 +173,7 @@ class GradientTensors {
   }
 
  private:
-  bool has_own_mask() const { return need_.offset && modulation_.mask && !modulation_.joint; }
+  bool has_own_mask() const { return need_.offset && dcn::has_own_mask(modulation_); }
   Tensor weight_gradient() const {
     const Tensor sum = sum_parts(grad_weight_, weight_);
     if (!is_channels_last(weight_)) return sum;

@@ -60,7 +60,7 @@ Capability choose() {
                                    std::pair("avx512", Capability::kAvx512), std::pair("amx", Capability::kAmx)}) {
     if (cap == name) return std::min(most, best);
   }
-  STD_TORCH_CHECK(false, "DCN_CPU_CAPABILITY must be default, avx2, avx512 or amx, got ", cap);
+  DCN_CHECK(false, "DCN_CPU_CAPABILITY must be default, avx2, avx512 or amx, got ", cap);
   return best;  // not reached, which not all compilers see
 }
 

@@ -63,10 +63,9 @@ Tensor to_contiguous(const Tensor& tensor) {
 // A gradient, contiguous or dense in channels_last, in the dtype and memory format of the tensor that it belongs to.
 template <typename T>
 Tensor like_input(const Tensor& gradient, const Tensor& input) {
-  const Tensor formatted = is_channels_last(input)    ? torch::stable::contiguous(gradient, MemoryFormat::ChannelsLast)
-                           : gradient.is_contiguous() ? gradient
-                                                      : to_contiguous<T>(gradient);
-  return formatted.scalar_type() == input.scalar_type() ? formatted : torch::stable::to(formatted, input.scalar_type());
+  const bool channels_last = is_channels_last(input);
+  const bool turned = !channels_last && is_channels_last(gradient);
+  return as_result(turned ? to_contiguous<T>(gradient) : gradient, input.scalar_type(), channels_last);
 }
 
 }  // namespace dcn::cpu

@@ -35,8 +35,8 @@ struct RoiPoolOperands {
             mask ? data_of(mask_tensor, *mask) : nullptr};
     for (int64_t r = 0; r < s.rois; ++r) {
       const T image = rows.rois[5 * r];
-      STD_TORCH_CHECK(image >= T(0) && image < static_cast<T>(s.batch), op, ": rois[", r, "] names image ", image,
-                      ", but input has ", s.batch, " images");
+      DCN_CHECK(image >= T(0) && image < static_cast<T>(s.batch) && image == std::floor(image), op, ": rois[", r,
+                "] names image ", image, ", but input has ", s.batch, " images");
     }
   }
 
@@ -371,7 +371,7 @@ Tensor roi_pool(const char* op, const Sizes& s, const Tensor& input, const Tenso
   const Tensor output = dtype == ScalarType::Double
                             ? roi_pool_forward<double>(op, sizes_of(s), input, rois, offset, mask, Geometry<double>{s})
                             : roi_pool_forward<float>(op, sizes_of(s), input, rois, offset, mask, Geometry<float>{s});
-  return output.scalar_type() == dtype ? output : torch::stable::to(output, dtype);
+  return as_result(output, dtype, false);
 }
 
 // Its gradients by input, offset and mask; empty where not needed.
@@ -390,8 +390,12 @@ std::tuple<Tensor, Tensor, Tensor> roi_pool_gradients(const char* op, const Size
                                                                     need_input, need_offset, Geometry<double>{s})
                                         : roi_pool_backward<float>(op, sizes, grad, input, rois, offset, mask,
                                                                    need_input, need_offset, Geometry<float>{s});
-  for (Tensor& gradient : gradients) {
-    if (gradient.scalar_type() != input.scalar_type()) gradient = torch::stable::to(gradient, input.scalar_type());
+  // The input's has its format already, see like_input; those that are not needed have one dimension.
+  for (size_t i = 0; i < gradients.size(); ++i) {
+    const bool found = gradients[i].dim() == 4;
+    gradients[i] = !found   ? empty_result(input)
+                   : i == 0 ? gradients[i]
+                            : as_result(gradients[i], input.scalar_type(), false);
   }
   return {gradients[0], gradients[1], gradients[2]};
 }

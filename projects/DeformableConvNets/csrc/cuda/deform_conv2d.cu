@@ -59,8 +59,8 @@ Tensor forward(const DeformConv2dSizes& s, const Tensor& input, const Modulation
 Tensor deform_conv2d(Tensor input, Tensor offset, Tensor weight, std::optional<Tensor> bias,
                      std::vector<int64_t> stride, std::vector<int64_t> padding, std::vector<int64_t> dilation,
                      std::optional<Tensor> mask, bool allow_tf32) {
-  const DeformConv2dSizes s = check_deform_conv2d(input, offset, weight, bias, mask, stride, padding, dilation);
   const Modulation modulation{offset, mask, std::nullopt};
+  const DeformConv2dSizes s = check_deform_conv2d(input, modulation, weight, bias, stride, padding, dilation);
   return dispatch(input.scalar_type(),
                   [&](auto zero) { return forward<decltype(zero)>(s, input, modulation, weight, bias, allow_tf32); });
 }
@@ -69,8 +69,7 @@ Tensor modulated_deform_conv2d(Tensor input, Tensor offset_and_mask, Tensor weig
                                std::vector<int64_t> stride, std::vector<int64_t> padding, std::vector<int64_t> dilation,
                                bool allow_tf32) {
   const Modulation parts = parts_of(offset_and_mask, weight);
-  const DeformConv2dSizes s =
-      check_deform_conv2d(input, parts.offset, weight, bias, parts.mask, stride, padding, dilation);
+  const DeformConv2dSizes s = check_deform_conv2d(input, parts, weight, bias, stride, padding, dilation);
   return dispatch(input.scalar_type(),
                   [&](auto zero) { return forward<decltype(zero)>(s, input, parts, weight, bias, allow_tf32); });
 }

@@ -274,11 +274,10 @@ std::array<Tensor, 4> backward(const char* op, const DeformConv2dSizes& s, const
   check_shape(op, "grad", grad, {s.batch, s.out_channels, s.out_h, s.out_w});
   return dispatch(input.scalar_type(), [&](auto zero) {
     const Backward<decltype(zero)> backward(s, grad, input, modulation, weight, allow_tf32);
-    const Tensor none = empty_result(grad);
-    Tensor grad_offset = none, grad_mask = none;
+    Tensor grad_offset = empty_result(grad), grad_mask = empty_result(grad);
     if (need.offset) backward.by_offset_and_mask(grad_offset, grad_mask);
-    return std::array<Tensor, 4>{need.input ? backward.by_input() : none, grad_offset,
-                                 need.weight ? backward.by_weight() : none, grad_mask};
+    return std::array<Tensor, 4>{need.input ? backward.by_input() : empty_result(grad), grad_offset,
+                                 need.weight ? backward.by_weight() : empty_result(grad), grad_mask};
   });
 }
 
@@ -288,8 +287,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> deform_conv2d_backward(Tensor grad, T
                                                                   std::vector<int64_t> padding,
                                                                   std::vector<int64_t> dilation, bool need_input,
                                                                   bool need_offset, bool need_weight, bool allow_tf32) {
-  const DeformConv2dSizes s = check_deform_conv2d(input, offset, weight, std::nullopt, mask, stride, padding, dilation);
-  const auto found = backward("deform_conv2d_backward", s, grad, input, {offset, mask, std::nullopt}, weight,
+  const Modulation modulation{offset, mask, std::nullopt};
+  const DeformConv2dSizes s = check_deform_conv2d(input, modulation, weight, std::nullopt, stride, padding, dilation);
+  const auto found = backward("deform_conv2d_backward", s, grad, input, modulation, weight,
                               {need_input, need_offset, need_weight}, allow_tf32);
   return {found[0], found[1], found[2], found[3]};
 }
@@ -301,8 +301,7 @@ std::tuple<Tensor, Tensor, Tensor> modulated_deform_conv2d_backward(Tensor grad,
                                                                     bool need_offset, bool need_weight,
                                                                     bool allow_tf32) {
   const Modulation parts = parts_of(offset_and_mask, weight);
-  const DeformConv2dSizes s =
-      check_deform_conv2d(input, parts.offset, weight, std::nullopt, parts.mask, stride, padding, dilation);
+  const DeformConv2dSizes s = check_deform_conv2d(input, parts, weight, std::nullopt, stride, padding, dilation);
   const auto found = backward("modulated_deform_conv2d_backward", s, grad, input, parts, weight,
                               {need_input, need_offset, need_weight}, allow_tf32);
   return {found[0], found[1], found[2]};

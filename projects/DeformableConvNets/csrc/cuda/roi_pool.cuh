@@ -29,8 +29,8 @@ struct DenseRoiPoolOperands {
         rois(dense(given_rois, accumulate_type(given_input.scalar_type()))) {
     if (given_offset) offset = dense(*given_offset, given_offset->scalar_type());
     if (given_mask) mask = dense(*given_mask, given_mask->scalar_type());
-    STD_TORCH_CHECK(s.bins() <= kMostOfSize, "RoI pooling on CUDA: output_size must have at most ", kMostOfSize,
-                    " bins, got ", s.out_h, " x ", s.out_w);
+    DCN_CHECK(s.bins() <= kMostOfSize, "RoI pooling on CUDA: output_size must have at most ", kMostOfSize,
+              " bins, got ", s.out_h, " x ", s.out_w);
     pointers.sizes = s;
     pointers.images = input.template const_data_ptr<T>();
     pointers.rois = rois.template const_data_ptr<Accumulate<T>>();
@@ -72,10 +72,9 @@ std::tuple<Tensor, Tensor, Tensor> roi_pool_backward(const RoiPoolSizes& s, cons
   using A = Accumulate<T>;
   const DeviceScope device(input);
   const ScalarType dtype = input.scalar_type(), sum_dtype = accumulate_type(dtype);
-  const Tensor none = empty_result(grad);
   const bool launch = s.rois > 0 && s.channels > 0;
   const auto result = [&](const std::optional<Tensor>& like, bool needed) {
-    if (!needed || !like) return none;
+    if (!needed || !like) return empty_result(grad);
     // Where kernels run, they write all of it.
     return launch ? torch::stable::new_empty(*like, like->sizes()) : torch::stable::new_zeros(*like, like->sizes());
   };
@@ -83,7 +82,12 @@ std::tuple<Tensor, Tensor, Tensor> roi_pool_backward(const RoiPoolSizes& s, cons
   T* offset_data = need_offset && offset ? grad_offset.mutable_data_ptr<T>() : nullptr;
   T* mask_data = need_offset && mask ? grad_mask.mutable_data_ptr<T>() : nullptr;
   if (!launch) {
-    return {need_input ? torch::stable::new_zeros(input, input.sizes()) : none, grad_offset, grad_mask};
+    Tensor zeros = empty_result(grad);
+    if (need_input) {
+      zeros = empty_4d(input, {s.batch, s.input_channels(), s.height, s.width}, dtype, is_channels_last(input));
+      torch::stable::zero_(zeros);
+    }
+    return {zeros, grad_offset, grad_mask};
   }
 
   const DenseRoiPoolOperands<T> operands(s, input, rois, offset, mask, device.stream());
@@ -93,7 +97,7 @@ std::tuple<Tensor, Tensor, Tensor> roi_pool_backward(const RoiPoolSizes& s, cons
                                    channels_last ? s.channels : 1};
 
   RoiPoolGradients<T> gradients{};
-  Tensor sums = none, codes = none, by_bin = none;
+  Tensor sums = empty_result(grad), codes = sums, by_bin = sums;
   if (need_input) {
     // In the order of the images. Where that is the result's too, the sums are the result.
     sums = empty_4d(input, {s.batch, s.input_channels(), s.height, s.width},
@@ -130,7 +134,7 @@ std::tuple<Tensor, Tensor, Tensor> roi_pool_backward(const RoiPoolSizes& s, cons
     DCN_LAUNCH(sum_bins, std::min(divide_up(sums_of_bins, kRoiThreads), kMaxBlocks), kRoiThreads, device.stream(), s,
                bins, by_bin.const_data_ptr<A>(), shared_offsets, shared_masks);
   }
-  if (!need_input) return {none, grad_offset, grad_mask};
+  if (!need_input) return {empty_result(grad), grad_offset, grad_mask};
   if (deterministic) {
     const ReadFixed<A> read{gradients.images.fixed, gradients.codes, gradients.log2_terms};
     return {from_channels_last<T>(read, input, s.cells, device.stream()), grad_offset, grad_mask};

@@ -33,7 +33,7 @@ struct RoiPoolOperands {
   __device__ __forceinline__ bool on_image(int64_t roi) const {
     using A = Accumulate<T>;
     const A image = rois[5 * roi];
-    return image >= A(0) && image < static_cast<A>(sizes.batch);
+    return image >= A(0) && image < static_cast<A>(sizes.batch) && image == std::floor(image);
   }
 };
 

@@ -180,8 +180,8 @@ struct ListTensors {
               int64_t images) {
     const DeformConv2dSizes& s = operands.sizes;
     const int64_t lists = images * image_lists(s), most = images * image_samples(s);
-    STD_TORCH_CHECK(std::max(lists, most) < int64_t{1} << 30, "deform_conv2d: ", most, " samples of ", lists,
-                    " places in an image are too many for the gradient by the input");
+    DCN_CHECK(std::max(lists, most) < int64_t{1} << 30, "deform_conv2d: ", most, " samples of ", lists,
+              " places in an image are too many for the gradient by the input");
     const std::array<int64_t, 1> count{lists + 2}, bytes{most * static_cast<int64_t>(sizeof(ListedSample<A>))};
     Tensor counts = torch::stable::empty(count, ScalarType::Int, std::nullopt, like.device());
     torch::stable::zero_(counts);

@@ -8,13 +8,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.utils import _pair
 
 from ..ops import deform_conv2d, modulated_deform_conv2d
+from ..ops._arguments import integer, integer_or_pair, pair
 from ..ops.modulated_deform_conv2d import split_offset_and_mask
 from ._layer import DeformableLayer
 
 IntOrPair = int | tuple[int, int]
+
+
+def _pair(value: IntOrPair, name: str) -> tuple[int, int]:
+    height, width = pair(value, name)
+    return height, width
 
 
 class _DeformConvBase(DeformableLayer):
@@ -39,6 +44,8 @@ class _DeformConvBase(DeformableLayer):
         activation: Callable[[Tensor], Tensor] | None,
     ) -> None:
         super().__init__()
+        in_channels, out_channels = integer(in_channels, "in_channels"), integer(out_channels, "out_channels")
+        groups, deformable_groups = integer(groups, "groups"), integer(deformable_groups, "deformable_groups")
         # That in_channels is a multiple of deformable_groups is left to the operator: Detectron2's classes can be
         # built, though not used, without it.
         for name, channels in (("in_channels", in_channels), ("out_channels", out_channels)):
@@ -46,10 +53,10 @@ class _DeformConvBase(DeformableLayer):
                 raise ValueError(f"{name} must be a multiple of groups, got {channels} and {groups}")
         self.in_channels = in_channels
         self.out_channels = out_channels
-        self.kernel_size: tuple[int, int] = _pair(kernel_size)
-        self.stride = stride
-        self.padding = padding
-        self.dilation = dilation
+        self.kernel_size = _pair(kernel_size, "kernel_size")
+        self.stride = integer_or_pair(stride, "stride")
+        self.padding = integer_or_pair(padding, "padding")
+        self.dilation = integer_or_pair(dilation, "dilation")
         self.groups = groups
         self.deformable_groups = deformable_groups
         self.norm = norm
@@ -141,9 +148,9 @@ class DeformConv(_DeformConvBase):
             in_channels,
             out_channels,
             kernel_size,
-            _pair(stride),
-            _pair(padding),
-            _pair(dilation),
+            _pair(stride, "stride"),
+            _pair(padding, "padding"),
+            _pair(dilation, "dilation"),
             groups,
             deformable_groups,
             bias,

@@ -6,9 +6,9 @@ from __future__ import annotations
 from typing import ClassVar
 
 from torch import Tensor, nn
-from torch.nn.modules.utils import _pair
 
 from ..ops import deform_roi_pool
+from ..ops._arguments import integer, number, pair
 from ._layer import DeformableLayer
 
 
@@ -37,13 +37,16 @@ class PoolWithOffsetBranch(DeformableLayer):
         gamma: float = 0.1,
     ) -> None:
         super().__init__()
-        self.output_size: tuple[int, int] = _pair(output_size)
-        self.spatial_scale = spatial_scale
+        in_channels = integer(in_channels, "in_channels")
+        deform_fc_channels = integer(deform_fc_channels, "deform_fc_channels")
+        out_h, out_w = pair(output_size, "output_size")
+        bins = out_h * out_w
+        self.output_size = out_h, out_w
+        self.spatial_scale = number(spatial_scale, "spatial_scale")
         self.in_channels = in_channels
         self.deform_fc_channels = deform_fc_channels
-        self.sampling_ratio = sampling_ratio
-        self.gamma = gamma
-        bins = self.output_size[0] * self.output_size[1]
+        self.sampling_ratio = integer(sampling_ratio, "sampling_ratio")
+        self.gamma = number(gamma, "gamma")
         self.offset_fc = nn.Sequential(
             nn.Linear(in_channels * bins, deform_fc_channels),
             nn.ReLU(inplace=True),

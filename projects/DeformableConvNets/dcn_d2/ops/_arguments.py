@@ -3,32 +3,153 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import is_tensor_like
 
 IntPair = int | Sequence[int]
 
 FLOAT_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
+def _index(value: Any) -> Any:
+    """Gives an integer of any kind as Python's own, symbolic ones as they are; None for what is none."""
+    if type(value) is int or isinstance(value, torch.SymInt):
+        return value
+    # A truth value is an integer to Python and to torch, but never what was meant.
+    if isinstance(value, bool) or getattr(value, "dtype", None) == torch.bool:
+        return None
+    try:
+        return operator.index(value)
+    except (TypeError, RuntimeError):  # torch raises the second for a tensor while tracing
+        return None
+
+
+def integer(value: Any, name: str) -> int:
+    """Gives an integer of any kind, such as one of numpy's, as Python's own; symbolic ones stay as they are.
+
+    Raises:
+        ValueError: ``value`` is no integer. True and False are none, nor is 1.0.
+    """
+    found = _index(value)
+    if found is None:
+        raise ValueError(f"{name} must be an integer, got {value!r}")
+    return found
+
+
+def number(value: Any, name: str) -> float:
+    """Gives a real number of any kind, such as one of numpy's, as Python's float; symbolic ones stay as they are.
+
+    Raises:
+        ValueError: ``value`` is no real number, or True or False.
+    """
+    if type(value) is float or isinstance(value, (torch.SymFloat, torch.SymInt)):
+        return value  # type: ignore[return-value]
+    if not isinstance(value, (bool, str, bytes)) and hasattr(value, "__float__"):
+        try:
+            return float(value)
+        except (TypeError, ValueError, RuntimeError):  # an array of several numbers, or a tensor while tracing
+            pass
+    raise ValueError(f"{name} must be a number, got {value!r}")
+
+
 def pair(value: IntPair, name: str) -> list[int]:
-    """Gives [height, width] for a number or a pair of numbers.
+    """Gives [height, width] for an integer or a pair of integers, of any kind.
 
     Raises:
         ValueError: ``value`` is neither.
     """
-    values = [value, value] if isinstance(value, (int, torch.SymInt)) else list(value)
-    if len(values) != 2:
-        raise ValueError(f"{name} must be a number or a pair of numbers, got {value}")
-    return values
+    values: Any = value if isinstance(value, (list, tuple)) else None
+    if values is None:
+        single = _index(value)
+        if single is not None:
+            return [single, single]
+        # A 0-d array has the method __iter__ too.
+        iterable = hasattr(value, "__iter__") and not isinstance(value, (str, bytes)) and getattr(value, "ndim", 1) > 0
+        values = value if iterable else [value]
+    found = [_index(each) for each in values]
+    height_and_width = [each for each in found if each is not None]
+    if len(found) != 2 or len(height_and_width) != 2:
+        raise ValueError(f"{name} must be a number or a pair of numbers, got {value!r}")
+    return height_and_width
 
 
-def new_empty_in_format_of(input: Tensor, shape: Sequence[int]) -> Tensor:
-    """Gives what a kernel allocates: channels_last where `input` is, else contiguous."""
-    empty = input.new_empty(shape)
-    return empty.contiguous(memory_format=torch._prims_common.suggest_memory_format(input))
+def integer_or_pair(value: IntPair, name: str) -> int | tuple[int, int]:
+    """Gives an integer for an integer, else a pair, of any kind of integers.
+
+    Raises:
+        ValueError: ``value`` is neither.
+    """
+    height, width = pair(value, name)
+    return height if _index(value) is not None else (height, width)
+
+
+def check_types(operator: str, optional: Sequence[str] = (), **operands: Any) -> None:
+    """Checks that operands are tensors, or None where that is allowed.
+
+    Raises:
+        TypeError: one is not; the message names it and its type.
+    """
+    for name, value in operands.items():
+        if isinstance(value, Tensor) or is_tensor_like(value) or (value is None and name in optional):
+            continue
+        kind = "None" if value is None else f"a {type(value).__module__}.{type(value).__qualname__}"
+        kind = kind.replace("builtins.", "")
+        way_out = "" if value is None else "; torch.as_tensor makes a tensor of numbers"
+        allowed = "a tensor or None" if name in optional else "a tensor"
+        raise TypeError(f"{operator}: {name} must be {allowed}, got {kind}{way_out}")
+
+
+def is_channels_last(tensor: Tensor) -> bool:
+    """Whether what is computed from (N, C, H, W) `tensor` is channels_last; else it is contiguous.
+
+    The one rule of memory formats, which `is_channels_last` in csrc/tensor.h repeats for the kernels. It is where each
+    pixel's channels lie side by side and pixels, rows and images follow each other, with gaps (as in some channels of
+    a channels_last map) or without. The strides of dimensions of size 1 do not count, since compilers do not keep
+    them; so a tensor of one channel or one pixel is contiguous. torch's own rule heeds them.
+    """
+    if tensor.dim() != 4 or tensor.layout != torch.strided:
+        return False
+    sizes, strides = tensor.shape, tensor.stride()
+    if not _surely(strides[1] == 1) or _surely(sizes[1] < 2) or _surely(sizes[2] * sizes[3] < 2):
+        return False
+    least = sizes[1]
+    for dimension in (3, 2, 0):
+        size, stride = sizes[dimension], strides[dimension]
+        if isinstance(size, int) and size < 2:
+            continue
+        # While tracing, first the stride: of a dense map it is known, whatever the sizes are.
+        if _surely(stride >= least):
+            least = stride * size
+        elif not _surely(size < 2):
+            return False
+    return True
+
+
+def _surely(condition: bool | torch.SymBool) -> bool:
+    """Whether a condition holds; one on sizes that are not known while tracing does not."""
+    if isinstance(condition, bool):
+        return condition
+    from torch.fx.experimental.symbolic_shapes import guard_or_false  # takes a while to import
+
+    return guard_or_false(condition)
+
+
+def new_empty_in_format_of(like: Tensor, shape: Sequence[int]) -> Tensor:
+    """Gives what a kernel allocates: channels_last where `like` is by `is_channels_last`, else contiguous."""
+    memory_format = torch.channels_last if is_channels_last(like) else torch.contiguous_format
+    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=memory_format)
+
+
+def in_strides_of(promised: Tensor, values: Tensor) -> Tensor:
+    """Gives `values` with the dtype and the strides of `promised`, whose own values do not matter."""
+    if values.dtype == promised.dtype and values.stride() == promised.stride():
+        return values
+    return promised.copy_(values)
 
 
 def check(condition: object, message: Callable[[], str]) -> None:
@@ -36,8 +157,17 @@ def check(condition: object, message: Callable[[], str]) -> None:
     torch._check(condition, message)  # type: ignore[arg-type]
 
 
+def check_layout(operator: str, name: str, tensor: Tensor) -> None:
+    """Checks that an operand is a plain dense tensor, not a sparse, quantized, nested or mkldnn one."""
+    kind = str(tensor.layout)
+    if tensor.layout == torch.strided:
+        kind = "quantized" if tensor.is_quantized else "nested" if tensor.is_nested else ""
+    check(not kind, lambda: f"{operator}: {name} must be a dense tensor, got a {kind} one; to_dense() may make it one")
+
+
 def check_tensor(operator: str, name: str, tensor: Tensor, like: Tensor, rank: int) -> None:
-    """Checks one operand's rank, and its dtype and device against those of ``input``."""
+    """Checks one operand's layout and rank, and its dtype and device against those of ``input``."""
+    check_layout(operator, name, tensor)
     check(tensor.dim() == rank, lambda: f"{operator}: {name} must have {rank} dimensions, got {list(tensor.shape)}")
     check(
         tensor.dtype == like.dtype,
@@ -72,6 +202,6 @@ def check_rois(operator: str, rois: Tensor, input: Tensor, batch_index: bool = F
     check(rois.shape[1] == 5, lambda: f"{operator}: rois must have shape [R, 5], got {list(rois.shape)}")
     for row, image in enumerate(rois[:, 0].tolist() if batch_index else ()):
         check(
-            0 <= image < input.shape[0],
-            lambda: f"{operator}: rois[{row}] names image {image}, but input has {input.shape[0]} images",
+            0 <= image < input.shape[0] and image == int(image),
+            lambda: f"{operator}: rois[{row}] names image {image:g}, but input has {input.shape[0]} images",
         )

@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 
+from ._arguments import check_layout
+
 LIBRARY = torch.library.Library("dcn_d2", "DEF")
 _warned: set[str] = set()
 
@@ -55,7 +57,8 @@ missing_kernels = _load_kernels()
 
 def define(schema: str) -> None:
     """Defines an operator; the compiled library brings kernels for it."""
-    LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    # Compilers must hand over operands with the strides that they were traced with: those of results follow from them.
+    LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides))
 
 
 def define_with_tf32(schema: str) -> None:
@@ -80,8 +83,13 @@ def define_with_tf32(schema: str) -> None:
 
 def register_fallback(name: str, reference: Callable[..., Any]) -> None:
     """Runs `reference` on devices for which no kernel was compiled, and warns once."""
+    names = [argument.name for argument in getattr(torch.ops.dcn_d2, name).default._schema.arguments]
 
     def fallback(*args: Any, **kwargs: Any) -> Any:
+        # Those of other layouts come here too, whatever kernels there are.
+        for argument, value in (dict(zip(names, args)) | kwargs).items():
+            if isinstance(value, torch.Tensor):
+                check_layout(name, argument, value)
         device = next(a for a in args if isinstance(a, torch.Tensor)).device.type
         if device not in _warned:
             _warned.add(device)

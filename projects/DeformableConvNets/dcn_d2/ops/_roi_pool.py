@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from ._arguments import new_empty_in_format_of
+from ._arguments import in_strides_of, new_empty_in_format_of
 from ._autograd import register_derivatives, register_second_derivatives
 from ._library import complete_arguments, define, register_autocast, register_fallback
 
@@ -51,13 +51,18 @@ def register_roi_pool(
     def complete(values: Sequence[Any], keywords: dict[str, Any]) -> list[Any]:
         return complete_arguments(operator.default, values, keywords)
 
-    def reference_forward(*values: Any, **keywords: Any) -> Tensor:
-        values = tuple(complete(values, keywords))
+    def differentiable_forward(*values: Any) -> Tensor:
         check_operands(*values)
         check_batch(name, values[1], values[0], True)
         return oracle(*values)
 
-    def reference_backward(
+    def reference_forward(*values: Any, **keywords: Any) -> Tensor:
+        values = tuple(complete(values, keywords))
+        promised = fake(*values)
+        check_batch(name, values[1], values[0], True)
+        return in_strides_of(promised, oracle(*values))
+
+    def differentiable_backward(
         grad: Tensor, input: Tensor, rois: Tensor, offset: Tensor | None, mask: Tensor | None, *rest: Any
     ) -> tuple[Tensor, ...]:
         *geometry, need_input, need_offset, _ = rest
@@ -67,6 +72,10 @@ def register_roi_pool(
 
         return reference.gradients(forward, (input, offset, mask), grad, (need_input, need_offset, need_offset))
 
+    def reference_backward(*values: Any) -> tuple[Tensor, ...]:
+        promised, found = fake_backward(*values), differentiable_backward(*values)
+        return tuple(in_strides_of(*each) for each in zip(promised, found))
+
     def fake(*values: Any, **keywords: Any) -> Tensor:
         values = tuple(complete(values, keywords))
         return values[0].new_empty(check_operands(*values))
@@ -75,9 +84,10 @@ def register_roi_pool(
         grad: Tensor, input: Tensor, rois: Tensor, offset: Tensor | None, mask: Tensor | None, *rest: Any
     ) -> tuple[Tensor, ...]:
         *_, need_input, need_offset, _ = rest
-        none = grad.new_empty(0)
-        grad_input = new_empty_in_format_of(input, input.shape) if need_input else none
-        return grad_input, *(none if t is None or not need_offset else t.new_empty(t.shape) for t in (offset, mask))
+        grad_input = new_empty_in_format_of(input, input.shape) if need_input else grad.new_empty(0)
+        return grad_input, *(
+            grad.new_empty(0) if t is None or not need_offset else t.new_empty(t.shape) for t in (offset, mask)
+        )
 
     def backward(values: Sequence[Any], needed: Sequence[bool], grad: Tensor) -> tuple[Tensor | None, ...]:
         input, rois, offset, *geometry, mask = values
@@ -95,6 +105,6 @@ def register_roi_pool(
     register_fallback(f"{name}_backward", reference_backward)
     torch.library.register_fake(f"dcn_d2::{name}", fake)
     torch.library.register_fake(f"dcn_d2::{name}_backward", fake_backward)
-    register_derivatives(name, backward, reference_forward)
-    register_second_derivatives(f"{name}_backward", reference_backward)
+    register_derivatives(name, backward, differentiable_forward)
+    register_second_derivatives(f"{name}_backward", differentiable_backward)
     register_autocast(name, keep_float32=("rois",))

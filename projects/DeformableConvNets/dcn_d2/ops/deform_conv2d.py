@@ -16,6 +16,8 @@ from ._arguments import (
     check_input_dtype,
     check_shape,
     check_tensor,
+    check_types,
+    in_strides_of,
     new_empty_in_format_of,
     pair,
 )
@@ -49,7 +51,8 @@ def deform_conv2d(
     outside and gets no offset gradient, as in the authors' and MMDetection's kernels. Conv groups and deform groups
     follow from the shapes. A sample is bilinear with zeros outside the map and contributes only for
     -1 < position < size in both axes; NaN and infinite offsets read zero and get zero gradients. Half precision
-    accumulates in float32. A channels_last input gives a channels_last output.
+    accumulates in float32. A channels_last input of several channels gives a channels_last output, any other a
+    contiguous one; so it is with the gradients by input and weight. Those by offset and mask are contiguous.
 
     On CUDA, float32 operands are rounded to TF32 where torch allows that for convolutions, which is its default:
     `torch.backends.cudnn.conv.fp32_precision`. Results and gradients have the same bits from run to run. Conv groups of
@@ -76,15 +79,18 @@ def deform_conv2d(
         (N, out_channels, out_h, out_w) with out = (in + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1.
 
     Raises:
-        RuntimeError: A tensor's rank, shape, dtype or device does not fit; the message names it and both values.
-        ValueError: stride, padding or dilation is not a number or a pair.
+        RuntimeError: A tensor's rank, shape, dtype, device or layout does not fit; the message names it and both
+            values.
+        TypeError: An operand is no tensor.
+        ValueError: stride, padding or dilation is not an integer, of any kind, or a pair of them.
     """
+    check_types("deform_conv2d", ("bias", "mask"), input=input, offset=offset, weight=weight, bias=bias, mask=mask)
     return torch.ops.dcn_d2.deform_conv2d(
         input, offset, weight, bias, pair(stride, "stride"), pair(padding, "padding"), pair(dilation, "dilation"), mask
     )
 
 
-def _check_operands(
+def check_operands(
     input: Tensor,
     offset: Tensor,
     weight: Tensor,
@@ -93,11 +99,17 @@ def _check_operands(
     padding: Sequence[int],
     dilation: Sequence[int],
     mask: Tensor | None,
+    joint: bool = False,
 ) -> tuple[int, int]:
-    """Checks what `csrc/deform_conv2d.h` checks, for the reference and for tracing. Returns (out_h, out_w)."""
-    name = "deform_conv2d"
+    """Checks what `csrc/deform_conv2d.h` checks, for the reference and for tracing. Returns (out_h, out_w).
+
+    With `joint`, `offset` is what modulated_deform_conv2d takes: offsets, and the mask's logits.
+    """
+    name, offset_name, per_tap = (
+        ("modulated_deform_conv2d", "offset_and_mask", 3) if joint else ("deform_conv2d", "offset", 2)
+    )
     check_input_dtype(name, input)
-    for operand, tensor in (("input", input), ("offset", offset), ("weight", weight)):
+    for operand, tensor in (("input", input), (offset_name, offset), ("weight", weight)):
         check_tensor(name, operand, tensor, input, 4)
     batch, in_channels, in_h, in_w = input.shape
     out_channels, group_channels, kernel_h, kernel_w = weight.shape
@@ -114,14 +126,17 @@ def _check_operands(
         out_channels % max(groups, 1) == 0,
         lambda: f"{name}: weight has {out_channels} output channels, which is no multiple of the {groups} groups",
     )
-    deform_groups = offset.shape[1] // (2 * taps)
+    channels = offset.shape[1]
+    deform_groups, kernel = channels // (per_tap * taps), f"{kernel_h} * {kernel_w}"
     check(
-        deform_groups > 0 and offset.shape[1] % (2 * taps) == 0,
-        lambda: f"{name}: offset has {offset.shape[1]} channels, which is no multiple of 2 * {kernel_h} * {kernel_w}",
+        deform_groups > 0 and channels % (per_tap * taps) == 0,
+        lambda: f"{name}: {offset_name} has {channels} channels, which is no multiple of {per_tap} * {kernel}",
     )
     check(
         in_channels % deform_groups == 0,
-        lambda: f"{name}: input has {in_channels} channels, which is no multiple of offset's {deform_groups} groups",
+        lambda: (
+            f"{name}: input has {in_channels} channels, which is no multiple of {offset_name}'s {deform_groups} groups"
+        ),
     )
     out_h, out_w = (
         (size + 2 * pad - step * (kernel - 1) - 1) // jump + 1
@@ -133,7 +148,7 @@ def _check_operands(
             f"{name}: input of {in_h} x {in_w} is too small for weight's kernel: the output would be {out_h} x {out_w}"
         ),
     )
-    check_shape(name, "offset", offset, (batch, offset.shape[1], out_h, out_w))
+    check_shape(name, offset_name, offset, (batch, channels, out_h, out_w))
     if mask is not None:
         check_tensor(name, "mask", mask, input, 4)
         check_shape(name, "mask", mask, (batch, deform_groups * taps, out_h, out_w))
@@ -153,11 +168,17 @@ def _reference_forward(
     dilation: Sequence[int] = (1, 1),
     mask: Tensor | None = None,
 ) -> Tensor:
-    _check_operands(input, offset, weight, bias, stride, padding, dilation, mask)
-    return reference.deform_conv2d(input, offset, weight, bias, stride, padding, dilation, mask)
+    promised = _fake(input, offset, weight, bias, stride, padding, dilation, mask)
+    found = reference.deform_conv2d(input, offset, weight, bias, stride, padding, dilation, mask)
+    return in_strides_of(promised, found)
 
 
-def _reference_backward(
+def _differentiable_forward(*arguments: Any) -> Tensor:
+    check_operands(*arguments)
+    return reference.deform_conv2d(*arguments)
+
+
+def _differentiable_backward(
     grad: Tensor,
     input: Tensor,
     offset: Tensor,
@@ -177,6 +198,11 @@ def _reference_backward(
     return reference.gradients(forward, (input, offset, weight, mask), grad, needed)
 
 
+def _reference_backward(*arguments: Any) -> tuple[Tensor, ...]:
+    promised, found = _fake_backward(*arguments), _differentiable_backward(*arguments)
+    return tuple(in_strides_of(*each) for each in zip(promised, found))
+
+
 register_fallback("deform_conv2d", _reference_forward)
 register_fallback("deform_conv2d_backward", _reference_backward)
 
@@ -192,7 +218,7 @@ def _fake(
     dilation: Sequence[int] = (1, 1),
     mask: Tensor | None = None,
 ) -> Tensor:
-    out_h, out_w = _check_operands(input, offset, weight, bias, stride, padding, dilation, mask)
+    out_h, out_w = check_operands(input, offset, weight, bias, stride, padding, dilation, mask)
     return new_empty_in_format_of(input, (input.shape[0], weight.shape[0], out_h, out_w))
 
 
@@ -210,6 +236,8 @@ def _fake_backward(
     need_offset: bool,
     need_weight: bool,
 ) -> tuple[Tensor, ...]:
+    """Those of input and weight have the memory format of these, those of offset and mask are contiguous."""
+
     def empty(like: Tensor | None, needed: bool) -> Tensor:
         return grad.new_empty(0) if like is None or not needed else like.new_empty(like.shape)
 
@@ -232,6 +260,6 @@ def _backward(arguments: Sequence[Any], needed: Sequence[bool], grad: Tensor) ->
     return grad_input, grad_offset, grad_weight, grad_bias, None, None, None, grad_mask
 
 
-register_derivatives("deform_conv2d", _backward, _reference_forward)
-register_second_derivatives("deform_conv2d_backward", _reference_backward)
+register_derivatives("deform_conv2d", _backward, _differentiable_forward)
+register_second_derivatives("deform_conv2d_backward", _differentiable_backward)
 register_autocast("deform_conv2d")

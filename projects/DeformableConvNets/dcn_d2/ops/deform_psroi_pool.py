@@ -9,7 +9,18 @@ import torch
 from torch import Tensor
 
 from . import reference
-from ._arguments import IntPair, check, check_input_dtype, check_rois, check_shape, check_tensor, pair
+from ._arguments import (
+    IntPair,
+    check,
+    check_input_dtype,
+    check_rois,
+    check_shape,
+    check_tensor,
+    check_types,
+    integer,
+    number,
+    pair,
+)
 from ._roi_pool import define_roi_pool, register_roi_pool, rois_for
 
 define_roi_pool(
@@ -74,20 +85,23 @@ def deform_psroi_pool(
         (R, C, out_h, out_w).
 
     Raises:
-        RuntimeError: A tensor's rank, shape, dtype or device does not fit, or (on CPU) a batch index is outside the
-            batch; the message names it and both values. On CUDA such a RoI gives NaN.
-        ValueError: output_size or part_size is not a number or a pair.
+        RuntimeError: A tensor's rank, shape, dtype, device or layout does not fit, or (on CPU) a batch index is no
+            whole number or outside the batch; the message names it and both values. On CUDA such a RoI gives NaN.
+        TypeError: An operand is no tensor.
+        ValueError: output_size or part_size is not an integer, of any kind, or a pair of them, group_size or
+            sample_per_part no integer, or spatial_scale or trans_std no number.
     """
+    check_types("deform_psroi_pool", ("offset", "mask"), input=input, rois=rois, offset=offset, mask=mask)
     return torch.ops.dcn_d2.deform_psroi_pool(
         input,
         rois_for(input, rois),
         offset,
         pair(output_size, "output_size"),
-        spatial_scale,
-        group_size,
+        number(spatial_scale, "spatial_scale"),
+        integer(group_size, "group_size"),
         None if part_size is None else pair(part_size, "part_size"),
-        sample_per_part,
-        trans_std,
+        integer(sample_per_part, "sample_per_part"),
+        number(trans_std, "trans_std"),
         mask,
     )
 

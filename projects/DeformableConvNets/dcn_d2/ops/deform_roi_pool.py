@@ -9,7 +9,18 @@ import torch
 from torch import Tensor
 
 from . import reference
-from ._arguments import IntPair, check, check_input_dtype, check_rois, check_shape, check_tensor, pair
+from ._arguments import (
+    IntPair,
+    check,
+    check_input_dtype,
+    check_rois,
+    check_shape,
+    check_tensor,
+    check_types,
+    integer,
+    number,
+    pair,
+)
 from ._roi_pool import define_roi_pool, register_roi_pool, rois_for
 
 define_roi_pool(
@@ -38,8 +49,9 @@ def deform_roi_pool(
     With `offset=None` it is RoIAlign with `aligned=True`. The grid of samples follows from the undeformed RoI; bin
     (h, w) is then moved by gamma * roi_width * offset[:, 0, h, w] in x and gamma * roi_height * offset[:, 1, h, w]
     in y: the order of the two is opposite to deformable convolution's. A sample contributes for -1 <= position <=
-    size and is clamped to the map, where its derivative is zero; NaN offsets, and RoIs that are not finite or of no
-    area, give zero. Half precision accumulates in float32. `rois` get no gradient.
+    size and is clamped to the map, where its derivative is zero; NaN offsets and RoIs that
+    are not finite give zero. So does a RoI of no area where sampling_ratio is 0; a fixed sampling_ratio samples it at
+    the line or point that it is, as mmcv does. Half precision accumulates in float32. `rois` get no gradient.
 
     On CUDA, input's gradient is summed by atomics. Under `torch.use_deterministic_algorithms` it is summed in fixed
     point, so that every run gives the same bits; it is all NaN then if any value of the output's gradient or the mask
@@ -65,18 +77,21 @@ def deform_roi_pool(
         (R, C, out_h, out_w).
 
     Raises:
-        RuntimeError: A tensor's rank, shape, dtype or device does not fit, or (on CPU) a batch index is outside the
-            batch; the message names it and both values. On CUDA such a RoI gives NaN.
-        ValueError: output_size is not a number or a pair.
+        RuntimeError: A tensor's rank, shape, dtype, device or layout does not fit, or (on CPU) a batch index is no
+            whole number or outside the batch; the message names it and both values. On CUDA such a RoI gives NaN.
+        TypeError: An operand is no tensor.
+        ValueError: output_size is not an integer, of any kind, or a pair of them, sampling_ratio no integer, or
+            spatial_scale or gamma no number.
     """
+    check_types("deform_roi_pool", ("offset", "mask"), input=input, rois=rois, offset=offset, mask=mask)
     return torch.ops.dcn_d2.deform_roi_pool(
         input,
         rois_for(input, rois),
         offset,
         pair(output_size, "output_size"),
-        spatial_scale,
-        sampling_ratio,
-        gamma,
+        number(spatial_scale, "spatial_scale"),
+        integer(sampling_ratio, "sampling_ratio"),
+        number(gamma, "gamma"),
         mask,
     )
 

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from . import reference
-from ._arguments import IntPair, check, check_tensor, new_empty_in_format_of, pair
+from ._arguments import IntPair, check_layout, check_types, in_strides_of, new_empty_in_format_of, pair
 from ._autograd import register_derivatives, register_second_derivatives
 from ._library import LIBRARY, define_with_tf32, register_autocast
-from .deform_conv2d import _check_operands
+from .deform_conv2d import check_operands
 
 define_with_tf32(
     "modulated_deform_conv2d(Tensor input, Tensor offset_and_mask, Tensor weight, Tensor? bias=None, "
@@ -55,9 +55,14 @@ def modulated_deform_conv2d(
         (N, out_channels, out_h, out_w), in the memory format of `input`.
 
     Raises:
-        RuntimeError: A tensor's rank, shape, dtype or device does not fit; the message names it and both values.
-        ValueError: stride, padding or dilation is not a number or a pair.
+        RuntimeError: A tensor's rank, shape, dtype, device or layout does not fit; the message names it and both
+            values.
+        TypeError: An operand is no tensor.
+        ValueError: stride, padding or dilation is not an integer, of any kind, or a pair of them.
     """
+    check_types(
+        "modulated_deform_conv2d", ("bias",), input=input, offset_and_mask=offset_and_mask, weight=weight, bias=bias
+    )
     return torch.ops.dcn_d2.modulated_deform_conv2d(
         input,
         offset_and_mask,
@@ -85,19 +90,6 @@ def split_offset_and_mask(offset_and_mask: Tensor) -> tuple[Tensor, Tensor]:
     return offset, mask.sigmoid()
 
 
-def _check_offset_and_mask(offset_and_mask: Tensor, weight: Tensor) -> None:
-    """Checks what `csrc/deform_conv2d.h` checks."""
-    name = "modulated_deform_conv2d"
-    check_tensor(name, "weight", weight, weight, 4)
-    check_tensor(name, "offset_and_mask", offset_and_mask, offset_and_mask, 4)
-    kernel_h, kernel_w = weight.shape[2:]
-    channels, taps = offset_and_mask.shape[1], kernel_h * kernel_w
-    check(
-        taps > 0 and channels > 0 and channels % (3 * taps) == 0,
-        lambda: f"{name}: offset_and_mask has {channels} channels, which is no multiple of 3 * {kernel_h} * {kernel_w}",
-    )
-
-
 def _forward_in_parts(
     input: Tensor,
     offset_and_mask: Tensor,
@@ -108,7 +100,10 @@ def _forward_in_parts(
     dilation: Sequence[int] = (1, 1),
 ) -> Tensor:
     """For devices without a kernel of the whole."""
-    _check_offset_and_mask(offset_and_mask, weight)
+    for name, tensor in (("input", input), ("offset_and_mask", offset_and_mask), ("weight", weight), ("bias", bias)):
+        if tensor is not None:
+            check_layout("modulated_deform_conv2d", name, tensor)
+    check_operands(input, offset_and_mask, weight, bias, stride, padding, dilation, None, joint=True)
     offset, mask = split_offset_and_mask(offset_and_mask)
     return torch.ops.dcn_d2.deform_conv2d(input, offset, weight, bias, stride, padding, dilation, mask)
 
@@ -130,7 +125,8 @@ def _backward_in_parts(
         grad, input, offset, weight, mask, stride, padding, dilation, need_input, need_offset, need_weight
     )
     if need_offset:
-        grad_offset = torch.cat([grad_offset, grad_mask * mask * (1 - mask)], dim=1)
+        joined = torch.cat([grad_offset, grad_mask * mask * (1 - mask)], dim=1)
+        grad_offset = in_strides_of(new_empty_in_format_of(offset_and_mask, joined.shape), joined)
     return grad_input, grad_offset, grad_weight
 
 
@@ -138,7 +134,18 @@ LIBRARY.impl("modulated_deform_conv2d", _forward_in_parts, "CompositeExplicitAut
 LIBRARY.impl("modulated_deform_conv2d_backward", _backward_in_parts, "CompositeExplicitAutograd")
 
 
-torch.library.register_fake("dcn_d2::modulated_deform_conv2d", _forward_in_parts)  # on fake tensors
+@torch.library.register_fake("dcn_d2::modulated_deform_conv2d")
+def _fake(
+    input: Tensor,
+    offset_and_mask: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Sequence[int] = (1, 1),
+    padding: Sequence[int] = (0, 0),
+    dilation: Sequence[int] = (1, 1),
+) -> Tensor:
+    out_h, out_w = check_operands(input, offset_and_mask, weight, bias, stride, padding, dilation, None, joint=True)
+    return new_empty_in_format_of(input, (input.shape[0], weight.shape[0], out_h, out_w))
 
 
 @torch.library.register_fake("dcn_d2::modulated_deform_conv2d_backward")
@@ -152,7 +159,7 @@ def _fake_backward(
     )
 
 
-def _reference_forward(
+def _differentiable_forward(
     input: Tensor,
     offset_and_mask: Tensor,
     weight: Tensor,
@@ -161,13 +168,12 @@ def _reference_forward(
     padding: Sequence[int],
     dilation: Sequence[int],
 ) -> Tensor:
-    _check_offset_and_mask(offset_and_mask, weight)
+    check_operands(input, offset_and_mask, weight, bias, stride, padding, dilation, None, joint=True)
     offset, mask = split_offset_and_mask(offset_and_mask)
-    _check_operands(input, offset, weight, bias, stride, padding, dilation, mask)
     return reference.deform_conv2d(input, offset, weight, bias, stride, padding, dilation, mask)
 
 
-def _reference_backward(
+def _differentiable_backward(
     grad: Tensor,
     input: Tensor,
     offset_and_mask: Tensor,
@@ -178,7 +184,7 @@ def _reference_backward(
     *needed: bool,
 ) -> tuple[Tensor, ...]:
     def forward(input: Tensor, offset_and_mask: Tensor, weight: Tensor) -> Tensor:
-        return _reference_forward(input, offset_and_mask, weight, None, stride, padding, dilation)
+        return _differentiable_forward(input, offset_and_mask, weight, None, stride, padding, dilation)
 
     return reference.gradients(forward, (input, offset_and_mask, weight), grad, needed)
 
@@ -193,6 +199,6 @@ def _backward(arguments: Sequence[Any], needed: Sequence[bool], grad: Tensor) ->
     return *found, grad.sum((0, 2, 3)) if need_bias else None, None, None, None
 
 
-register_derivatives("modulated_deform_conv2d", _backward, _reference_forward)
-register_second_derivatives("modulated_deform_conv2d_backward", _reference_backward)
+register_derivatives("modulated_deform_conv2d", _backward, _differentiable_forward)
+register_second_derivatives("modulated_deform_conv2d_backward", _differentiable_backward)
 register_autocast("modulated_deform_conv2d")

@@ -53,7 +53,7 @@ def roi_bin_locations(roi: Tensor, shift: Tensor, spatial_scale: float, sampling
 
     The samples of a bin form a grid with centres at (k + 0.5) * bin_size / grid_size, as in RoIAlign with
     ``aligned=True``; the whole grid of a bin is moved by its shift. The grid has ``sampling_ratio`` samples a
-    side, or ceil(bin_size) where that is 0, and none where the RoI is empty or not finite.
+    side, or ceil(bin_size) where that is 0, so none where the RoI is empty then. A RoI that is not finite has none.
 
     Args:
         roi: (4,) tensor (x0, y0, x1, y1) in image pixels.
@@ -67,6 +67,8 @@ def roi_bin_locations(roi: Tensor, shift: Tensor, spatial_scale: float, sampling
     x0, y0, x1, y1 = (roi * spatial_scale - 0.5).unbind()
     height, width = y1 - y0, x1 - x0
     finite = bool(torch.isfinite(height) & torch.isfinite(width))
+    if not finite:  # without samples, but NaN would reach the gradients by `shift`
+        x0, y0, height, width = (torch.zeros_like(x0) for _ in range(4))
 
     def positions(start: Tensor, size: Tensor, bins: int, index: Tensor, move: Tensor) -> Tensor:
         bin_size = size / bins
@@ -85,7 +87,8 @@ def psroi_bin_locations(
     """Gives the sample rows and columns of the bins of one RoI of deformable position-sensitive RoI pooling.
 
     The RoI's corners are rounded to whole image pixels, half away from zero, and include the last one; a RoI is at
-    least 0.1 feature-map pixels long. Samples lie on the upper left edges of the bin's parts.
+    least 0.1 feature-map pixels long, and has no samples on the map where it is not finite. Samples lie on the upper
+    left edges of the bin's parts.
 
     Args:
         roi: (4,) tensor (x0, y0, x1, y1) in image pixels.
@@ -100,7 +103,10 @@ def psroi_bin_locations(
     x1, y1 = ((rounded[2:] + 1) * spatial_scale - 0.5).unbind()
 
     def positions(start: Tensor, end: Tensor, bins: int, index: Tensor, move: Tensor) -> Tensor:
-        size = (end - start).clamp(min=0.1)
+        size = end - start
+        if not bool(torch.isfinite(size)):  # NaN lies off the map; the size must not reach the gradients by `offset`
+            start, size = torch.full_like(start, torch.nan), torch.zeros_like(size)
+        size = size.clamp(min=0.1)
         edges = torch.arange(sample_per_part, device=roi.device, dtype=roi.dtype) / sample_per_part
         return start + (index + edges) * (size / bins) + (move * trans_std * size)[..., None]
 

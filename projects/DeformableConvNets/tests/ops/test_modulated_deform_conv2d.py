@@ -157,8 +157,14 @@ def test_deterministic_algorithms_are_honoured(dtype: torch.dtype, device: str) 
 BAD_OPERANDS: list[tuple[dict[str, Any], str]] = [
     ({"offset_and_mask": torch.zeros(2, 18, 7, 9)}, r"modulated_.*: offset_and_mask has 18 channels.*3 \* 3 \* 3"),
     ({"offset_and_mask": torch.zeros(2, 27, 63)}, r"offset_and_mask must have 4 dimensions, got \[2, 27, 63\]"),
-    ({"offset_and_mask": torch.zeros(2, 27, 6, 9)}, r"offset must have shape \[2, 18, 7, 9\], got \[2, 18, 6, 9\]"),
-    ({"offset_and_mask": torch.zeros(2, 27, 7, 9, dtype=torch.float64)}, r"offset has dtype .*, but input has"),
+    (
+        {"offset_and_mask": torch.zeros(2, 27, 6, 9)},
+        r"modulated_deform.*: offset_and_mask must have shape \[2, 27, 7, 9\], got \[2, 27, 6, 9\]",
+    ),
+    (
+        {"offset_and_mask": torch.zeros(2, 27, 7, 9, dtype=torch.float64)},
+        r"modulated_.*: offset_and_mask has dtype .*, but",
+    ),
     ({"weight": torch.zeros(6, 4, 3)}, r"weight must have 4 dimensions, got \[6, 4, 3\]"),
     ({"bias": torch.zeros(5)}, r"bias must have shape \[6\], got \[5\]"),
     ({"stride": (0, 1)}, r"stride must be .*at least 1, got \[0, 1\]"),

@@ -1,0 +1,261 @@
+# Copyright (c) the dcn_d2 authors. SPDX-License-Identifier: Apache-2.0
+"""Real kernels return what their fake kernels promise, in strides too: compiled code reads memory by the promise.
+
+A kernel that kept another order gave a stride assertion under Inductor, and wrong numbers where it checks none.
+"""
+
+from __future__ import annotations
+
+import random
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import dcn_d2.ops
+from dcn_d2.ops import deform_conv2d
+
+from .layouts import LAYOUTS, arrange, as_tuple, describe, promised
+from .samples import DEVICES, ConvSample, RoiSample
+
+CONVOLUTIONS = [
+    ConvSample("usual", channels=4),
+    ConvSample("one_image", batch=1, channels=8, out_channels=8),
+    ConvSample("one_channel", channels=1, out_channels=1),
+    ConvSample("one_channel_to_many", channels=1, out_channels=5, batch=1),
+    ConvSample("one_pixel", size=(1, 1)),
+    ConvSample("one_row", size=(1, 6), batch=1),
+    ConvSample("one_column", size=(6, 1)),
+    ConvSample("pointwise", kernel=(1, 1), padding=(0, 0)),
+    ConvSample("one_output", size=(3, 3), padding=(0, 0)),
+    ConvSample("empty_batch", batch=0),
+    ConvSample("no_outputs", out_channels=0),
+    ConvSample("grouped", channels=32, out_channels=32, groups=8),
+    ConvSample("depthwise", channels=6, out_channels=6, groups=6, deform_groups=6),
+]
+POOLINGS = [
+    RoiSample("usual"),
+    RoiSample("one_image", batch=1, rois=((0, 2.3, 3.1, 40.7, 33.9),)),
+    RoiSample("one_channel", channels=1),
+    RoiSample("one_pixel", size=(1, 1)),
+    RoiSample("one_bin", output_size=(1, 1)),
+    RoiSample("no_rois", rois=()),
+    RoiSample("no_channels", channels=0),
+]
+SAMPLES: list[tuple[str, ConvSample | RoiSample]] = [
+    *(
+        (name, sample)
+        for name in ("deform_conv2d", "modulated_deform_conv2d")
+        for sample in CONVOLUTIONS
+        if name == "deform_conv2d" or sample.mask
+    ),
+    *((name, sample) for name in ("deform_roi_pool", "deform_psroi_pool") for sample in POOLINGS),
+    (
+        "deform_psroi_pool",
+        RoiSample("cells", input_channels=12, geometry={"group_size": 2, "part_size": [2, 1]}, offset_shape=(2, 2, 1)),
+    ),
+]
+parametrize_samples = pytest.mark.parametrize(
+    ("name", "sample"), [pytest.param(name, sample, id=f"{name}-{sample.name}") for name, sample in SAMPLES]
+)
+parametrize_devices = pytest.mark.parametrize("device", DEVICES)
+
+
+def operands_of(name: str, sample: ConvSample | RoiSample, dtype: torch.dtype, device: str) -> dict[str, Any]:
+    """Operands and geometry by the names of the operator's schema."""
+    operands: dict[str, Any] = sample.tensors(dtype, device)
+    if isinstance(sample, RoiSample):
+        return operands | sample.arguments
+    if name == "modulated_deform_conv2d":
+        logits = operands.pop("mask").float().logit().to(dtype)
+        operands["offset_and_mask"] = torch.cat([operands.pop("offset"), logits], dim=1)
+    return operands | sample.geometry
+
+
+def arguments_of(name: str, values: dict[str, Any]) -> list[Any]:
+    schema = getattr(torch.ops.dcn_d2, name).default._schema
+    return [values.get(argument.name, argument.default_value) for argument in schema.arguments]
+
+
+def calls(
+    name: str,
+    sample: ConvSample | RoiSample,
+    dtype: torch.dtype,
+    device: str,
+    choose: random.Random,
+    layout: str | None,
+) -> Iterator[tuple[Any, list[Any]]]:
+    """The operator and its backward, each with its arguments."""
+    values = arrange(operands_of(name, sample, dtype, device), choose, layout)
+    forward = getattr(torch.ops.dcn_d2, name).default
+    yield forward, arguments_of(name, values)
+    shape = promised(forward, arguments_of(name, values))[0][0]
+    grad = arrange({"grad": torch.randn(shape).to(device, dtype)}, choose, layout)
+    defaults = dict(zip((a.name for a in forward._schema.arguments), arguments_of(name, values)))
+    for needed in (True, False):
+        wanted = {"need_input": True, "need_offset": needed, "need_weight": needed, "deterministic": False}
+        backward = getattr(torch.ops.dcn_d2, f"{name}_backward").default
+        yield backward, arguments_of(f"{name}_backward", defaults | grad | wanted)
+
+
+@parametrize_devices
+@parametrize_samples
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_results_have_the_promised_strides(
+    name: str, sample: ConvSample | RoiSample, dtype: torch.dtype, device: str
+) -> None:
+    for seed, layout in enumerate([*LAYOUTS, None, None, None]):
+        for operator, arguments in calls(name, sample, dtype, device, random.Random(seed), layout):
+            expected = promised(operator, arguments)
+            found = [describe(result) for result in as_tuple(operator(*arguments))]
+            assert found == expected, f"{operator}, {layout}, seed {seed}"
+
+
+@pytest.mark.filterwarnings("ignore:dcn_d2")
+@parametrize_samples
+def test_the_reference_has_the_promised_strides(name: str, sample: ConvSample | RoiSample) -> None:
+    in_python = torch._C.DispatchKey.CompositeExplicitAutograd
+    for seed, layout in enumerate(["channels_last", "some_channels", "expanded", "permuted", None]):
+        for operator, arguments in calls(name, sample, torch.float32, "cpu", random.Random(seed), layout):
+            expected = promised(operator, arguments)
+            # The dispatcher resolves the negative bit before it calls a kernel.
+            plain = [value.resolve_neg() if isinstance(value, Tensor) else value for value in arguments]
+            found = [describe(result) for result in as_tuple(operator._op_dk(in_python, *plain))]
+            assert found == expected, f"{operator}, {layout}, seed {seed}"
+
+
+OPCHECKED = ["channels_last", "some_channels", "cut_out", "expanded", "permuted", "negative_bit", "odd_strides_of_ones"]
+
+
+@pytest.mark.parametrize("layout", OPCHECKED)
+@pytest.mark.parametrize(
+    ("name", "sample"),
+    [
+        pytest.param(name, sample, id=f"{name}-{sample.name}")
+        for name, sample in SAMPLES
+        if sample.name in ("usual", "one_image", "one_channel", "cells")
+    ],
+)
+def test_opcheck_of_any_layout(name: str, sample: ConvSample | RoiSample, layout: str) -> None:
+    for operator, arguments in calls(name, sample, torch.float64, "cpu", random.Random(1), layout):
+        if not operator._schema.name.endswith("_backward"):
+            arguments = [
+                value.detach().requires_grad_() if isinstance(value, Tensor) and argument.name != "rois" else value
+                for argument, value in zip(operator._schema.arguments, arguments)
+            ]
+        torch.library.opcheck(operator, tuple(arguments))
+
+
+@parametrize_devices
+def test_what_is_channels_last(device: str) -> None:
+    """Slices of a channels_last map stay channels_last, as in torch's convolutions; so they need not be turned."""
+    weight = torch.randn(6, 8, 3, 3, device=device)
+
+    def output_of(x: Tensor) -> Tensor:
+        return deform_conv2d(x, torch.zeros(x.shape[0], 18, *x.shape[2:], device=device), weight, padding=1)
+
+    wide = torch.randn(2, 24, 7, 9, device=device).contiguous(memory_format=torch.channels_last)
+    turned = [wide[:, :8], wide[:, 3:11], wide[:1, :8], wide[:, :8, 1:], wide[:, :8, :, 2:5]]
+    assert all(output_of(x).is_contiguous(memory_format=torch.channels_last) for x in turned)
+    transposed, image = torch.randn(2, 8, 9, 7, device=device).transpose(2, 3), torch.randn(1, 8, 7, 9, device=device)
+    straight = [wide[:, :8].contiguous(), transposed, wide[:, ::3], image.expand(2, -1, -1, -1)]
+    assert all(output_of(x).is_contiguous() for x in straight)
+
+
+def image_first(x: Tensor) -> Tensor:
+    return x.permute(2, 0, 1)[None]
+
+
+COMPILED_LAYOUTS = {
+    "permuted_image": lambda: image_first(torch.rand(9, 11, 8)),
+    "some_channels": lambda: torch.rand(2, 16, 9, 11).contiguous(memory_format=torch.channels_last)[:, :8],
+    "channels_last": lambda: torch.rand(2, 8, 9, 11).contiguous(memory_format=torch.channels_last),
+    "expanded": lambda: torch.rand(1, 8, 9, 11).expand(3, -1, -1, -1),
+    "transposed": lambda: torch.rand(2, 8, 11, 9).transpose(2, 3),
+    "contiguous": lambda: torch.rand(2, 8, 9, 11),
+}
+
+
+class Everything(nn.Module):
+    """All operators, between operations that a compiler fuses and so reads by the promised strides."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.branch = nn.Conv2d(8, 27, 3, padding=1)
+        self.weight = nn.Parameter(torch.randn(6, 8, 3, 3).contiguous(memory_format=torch.channels_last))
+        self.sliced = nn.Parameter(torch.randn(6, 16, 3, 3).contiguous(memory_format=torch.channels_last))
+        self.register_buffer("rois", torch.tensor([[0, 1.3, 0.7, 8.1, 6.9], [0, 2.0, 3.0, 7.5, 5.2]]))
+        self.shift = nn.Parameter(torch.randn(2, 2, 3, 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        joint = self.branch(x)
+        offset, mask = joint.split([18, 9], 1)
+        plain = deform_conv2d(x, offset, self.weight, padding=1, mask=mask.sigmoid()).relu()
+        whole = dcn_d2.ops.modulated_deform_conv2d(x, joint, self.sliced[:, 4:12], padding=1).sin()
+        pools = (dcn_d2.ops.deform_roi_pool, dcn_d2.ops.deform_psroi_pool)
+        pooled = [pool(x, self.rois, self.shift, (3, 2)).cos() for pool in pools]
+        return torch.cat([t.flatten() for t in (plain + whole, *pooled)])
+
+
+def needs_compiler() -> None:
+    if not (shutil.which("g++") or shutil.which("c++") or shutil.which("clang++")):
+        pytest.skip("no C++ compiler, which Inductor needs for the CPU")
+
+
+def train_step(function: Any, model: nn.Module, x: Tensor) -> list[Tensor]:
+    """Output, and gradients by the parameters and by the input, through an operation before and after."""
+    leaf = x.detach().requires_grad_()
+    output = function(leaf)
+    weights = torch.linspace(-1, 1, output.numel())
+    return [output.detach(), *torch.autograd.grad((output * weights).sum(), [leaf, *model.parameters()])]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("layout", "dynamic"), [*((layout, False) for layout in COMPILED_LAYOUTS), ("some_channels", True)]
+)
+def test_inductor_computes_what_eager_does(layout: str, dynamic: bool) -> None:
+    needs_compiler()
+    torch._dynamo.reset()
+    model, x = Everything(), COMPILED_LAYOUTS[layout]()
+    compiled = torch.compile(model, fullgraph=True, dynamic=dynamic)
+    for actual, expected in zip(train_step(compiled, model, x), train_step(model, model, x)):
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+        assert actual.shape == expected.shape
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["permuted_image", "some_channels", "channels_last"])
+def test_aotinductor_computes_what_eager_does(layout: str, tmp_path: Path) -> None:
+    """AOTInductor checks no strides: a broken promise gave wrong numbers without a message."""
+    needs_compiler()
+    model, x = Everything().eval(), COMPILED_LAYOUTS[layout]()
+    with torch.no_grad():
+        program = torch.export.export(model, (x,))
+        package = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "model.pt2"))
+        torch.testing.assert_close(torch._inductor.aoti_load_package(package)(x), model(x), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_one_compiled_graph_serves_every_size() -> None:
+    """The rule of memory formats asks about sizes and strides, which must not tie the graph to those of the first."""
+    torch._dynamo.reset()
+    weight = torch.randn(6, 8, 3, 3)
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+
+    @torch.compile(backend=counter, dynamic=True, fullgraph=True)
+    def function(x: Tensor, offset: Tensor) -> Tensor:
+        return deform_conv2d(x, offset, weight, padding=1).relu()
+
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        counter.clear()
+        for batch, height, width in ((2, 5, 7), (3, 9, 4), (5, 6, 6)):
+            x = torch.randn(batch, 8, height, width).contiguous(memory_format=memory_format)
+            offset = torch.randn(batch, 18, height, width)
+            assert function(x, offset).stride() == deform_conv2d(x, offset, weight, padding=1).stride()
+        assert counter.frame_count <= 1
