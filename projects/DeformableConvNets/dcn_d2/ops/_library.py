@@ -31,7 +31,10 @@ def _load_kernels() -> str:
         try:
             torch.ops.load_library(named)
         except OSError as error:
-            raise OSError(f"the library that DCN_LIBRARY names does not load: {error.__cause__ or error}") from error
+            raise OSError(
+                f"the library {named} that DCN_LIBRARY names does not load: {_reason(error)}. Name another one, or "
+                "unset DCN_LIBRARY to use the installed one"
+            ) from error
         return ""
     try:
         spec = importlib.util.find_spec("dcn_d2._C")
@@ -46,10 +49,18 @@ def _load_kernels() -> str:
     try:
         torch.ops.load_library(spec.origin)
     except OSError as error:
-        # torch's own words name only the file; what the loader missed is behind them.
-        reason = error.__cause__ or error
-        return f"the compiled library {spec.origin} does not load: {reason}. Build it again for this PyTorch"
+        return f"the compiled library {spec.origin} does not load: {_reason(error)}. Build it again for this PyTorch"
     return ""
+
+
+def _reason(error: BaseException) -> str:
+    """What the system's loader said. torch's own words name only the file; the loader's are behind them."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    reason = str(error)
+    if torch.version.cuda is None and any(name in reason for name in ("torch_cuda", "c10_cuda", "cudart")):
+        reason += f" (it was built with CUDA kernels, but PyTorch {torch.__version__} here has no CUDA)"
+    return reason
 
 
 missing_kernels = _load_kernels()
@@ -93,8 +104,11 @@ def register_fallback(name: str, reference: Callable[..., Any]) -> None:
         device = next(a for a in args if isinstance(a, torch.Tensor)).device.type
         if device not in _warned:
             _warned.add(device)
-            reason = missing_kernels or f"dcn_d2._C has no {device} kernels"
-            warnings.warn(f"dcn_d2: {name} on {device} runs the slow Python reference: {reason}.", stacklevel=2)
+            reason = missing_kernels or f"the compiled library dcn_d2._C has no kernels for {device}"
+            warnings.warn(
+                f"dcn_d2: {name} on {device} runs in Python, which is right, but hundreds of times slower: {reason}.",
+                stacklevel=2,
+            )
         return reference(*args, **kwargs)
 
     LIBRARY.impl(name, fallback, "CompositeExplicitAutograd")
