@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -182,3 +183,40 @@ def test_a_cuda_build_that_is_wanted_and_impossible_stops(source: Path, toolkit:
         kernel.unlink()
     said = run_setup_py(incomplete, "--name", code=1, **wanted)
     assert f"CUDA kernels are to be compiled, but {incomplete}/csrc/cuda holds none" in said and "FORCE_CUDA=0" in said
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+@pytest.mark.parametrize("name", ["a b/my env", ".venv"])
+def test_an_environment_in_a_folder_with_spaces(repository: Path, project: Path, tmp_path: Path, name: str) -> None:
+    # The real Makefile, with a set-up that only says what it was asked for and a Python that prints its arguments.
+    shutil.copy(repository / "Makefile", tmp_path)
+    copy = tmp_path / "projects/DeformableConvNets"
+    for file in ("csrc/a.h", "setup.py", "pyproject.toml", *(f"dev/{name}" for name in os.listdir(project / "dev"))):
+        (copy / file).parent.mkdir(parents=True, exist_ok=True)
+        (copy / file).touch()
+    python = '#!/bin/sh\nprintf "[%s]" "$@"\n'
+    (copy / "dev/setup.sh").write_text(
+        "#!/bin/sh\n"
+        'echo "$1 in $VENV"; mkdir -p "$VENV/bin"\n'
+        f"cat > \"$VENV/bin/python\" <<'END'\n{python}END\n"
+        'chmod +x "$VENV/bin/python"\n'
+    )
+    (copy / "dev/setup.sh").chmod(0o755)
+    past = time.time() - 100
+    for path in copy.rglob("*"):
+        os.utime(path, (past, past))
+    venv = tmp_path / name
+
+    def make(*arguments: str) -> str:
+        kept = {key: value for key, value in os.environ.items() if not key.startswith("MAKE")}
+        command = ["make", "-s", *arguments, f"VENV={venv}"]
+        return subprocess.run(command, cwd=tmp_path, env=kept, check=True, capture_output=True, text=True).stdout
+
+    assert make("setup").splitlines() == [f"packages in {venv}", f"extension in {venv}"]
+    assert make("setup") == ""  # all is there
+    (copy / "csrc/a.h").touch()
+    os.utime(copy / "csrc/a.h", (time.time() + 1, time.time() + 1))
+    assert make("setup").splitlines() == [f"extension in {venv}"]
+    os.utime(copy / "csrc/a.h", (past, past))
+    said = make("demo", "OUTPUT=my output")
+    assert "[OUTPUT_DIR][my output]" in said and "[--weights][my output/model_final.pth]" in said
