@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..ops import deform_conv2d, modulated_deform_conv2d
 from ..ops._arguments import integer, integer_or_pair, pair
 from ..ops.modulated_deform_conv2d import split_offset_and_mask
-from ._layer import DeformableLayer
+from ._layer import DeformableLayer, offset_branch
 
 IntOrPair = int | tuple[int, int]
 
@@ -238,7 +238,7 @@ class DeformConvPack(DeformConv):
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
         """Convolves (N, in_channels, H, W) `x` at positions that it predicts from `x`."""
         self._check_in_channels(x)  # before the branch fails for the same reason
-        return self._convolve(x, self.conv_offset(x))
+        return self._convolve(x, offset_branch(self.conv_offset, x))
 
 
 class ModulatedDeformConvPack(ModulatedDeformConv):
@@ -255,4 +255,4 @@ class ModulatedDeformConvPack(ModulatedDeformConv):
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
         """Convolves (N, in_channels, H, W) `x` at positions and with factors that it predicts from `x`."""
         self._check_in_channels(x)  # before the branch fails for the same reason
-        return super().forward(x, self.conv_offset(x))
+        return super().forward(x, offset_branch(self.conv_offset, x))

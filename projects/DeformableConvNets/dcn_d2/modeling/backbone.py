@@ -16,6 +16,7 @@ from detectron2.modeling.backbone.resnet import BottleneckBlock
 from torch import Tensor, nn
 
 from ..layers import DeformConv, ModulatedDeformConv
+from ..layers._layer import offset_branch
 from .norm import fix_batch_norm_statistics
 
 
@@ -85,7 +86,7 @@ class DeformBottleneckBlock(CNNBlockBase):
 
     def _deform(self, x: Tensor) -> Tensor:
         """Runs the offset branch, conv2 and its norm."""
-        return self.conv2(x, self.conv2_offset(x))
+        return self.conv2(x, offset_branch(self.conv2_offset, x))
 
 
 def memory_format_of(cfg: CfgNode) -> torch.memory_format:

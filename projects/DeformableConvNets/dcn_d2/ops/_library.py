@@ -114,10 +114,11 @@ def register_fallback(name: str, reference: Callable[..., Any]) -> None:
     LIBRARY.impl(name, fallback, "CompositeExplicitAutograd")
 
 
-def register_autocast(name: str, keep_float32: tuple[str, ...] = ()) -> None:
+def register_autocast(name: str, keep_float32: tuple[str, ...] = (), float32_on_cpu: tuple[str, ...] = ()) -> None:
     """Under autocast, casts the operands to autocast's dtype, so that half precision stays half.
 
-    Arguments in `keep_float32` become float32 instead; float64 operands stay as they are, as in torch's own rules.
+    Arguments in `keep_float32` become float32 instead. Those in `float32_on_cpu` stay float32 on CPU if they are so,
+    since its kernels take them so. float64 operands stay as they are, as in torch's own rules.
     """
     operator = getattr(torch.ops.dcn_d2, name).default
     names = [argument.name for argument in operator._schema.arguments]
@@ -132,9 +133,11 @@ def register_autocast(name: str, keep_float32: tuple[str, ...] = ()) -> None:
         def autocast(*args: Any, _device_type: str = device_type, _keys: Any = keys, **kwargs: Any) -> Any:
             dtype = torch.get_autocast_dtype(_device_type)
             arguments = dict(zip(names, args)) | kwargs
-            arguments = {
-                key: cast(value, torch.float32 if key in keep_float32 else dtype) for key, value in arguments.items()
-            }
+            for key, value in arguments.items():
+                kept = (
+                    _device_type == "cpu" and key in float32_on_cpu and getattr(value, "dtype", None) == torch.float32
+                )
+                arguments[key] = cast(value, torch.float32 if kept or key in keep_float32 else dtype)
             with torch._C._ExcludeDispatchKeyGuard(_keys):
                 return operator(**arguments)
 

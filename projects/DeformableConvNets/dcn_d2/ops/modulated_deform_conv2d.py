@@ -201,4 +201,4 @@ def _backward(arguments: Sequence[Any], needed: Sequence[bool], grad: Tensor) ->
 
 register_derivatives("modulated_deform_conv2d", _backward, _differentiable_forward)
 register_second_derivatives("modulated_deform_conv2d_backward", _differentiable_backward)
-register_autocast("modulated_deform_conv2d")
+register_autocast("modulated_deform_conv2d", float32_on_cpu=("offset_and_mask",))
