@@ -3,11 +3,14 @@
 
 PROJECT := projects/DeformableConvNets
 VENV ?= .venv
-RUN := $(VENV)/bin/python
+RUN := "$$VENV/bin/python"
 DEMO := $(PROJECT)/examples/nuclei_faster_rcnn_slim_R_50_FPN_mdconv_c3-c5.yaml
 OUTPUT ?= output/demo
 
-export VENV
+export VENV OUTPUT
+# VENV as make writes a file name: in VENV="/my disk/env", the space would end it.
+blank := $() $()
+STAMPS := $(subst $(blank),\ ,$(VENV))
 SOURCES := $(shell find $(PROJECT)/csrc -type f) $(PROJECT)/setup.py $(PROJECT)/pyproject.toml
 PINS := $(addprefix $(PROJECT)/dev/,requirements.txt constraints.txt detectron2.txt pins.py)
 
@@ -23,29 +26,29 @@ help:
 # made an iteration five times as long.
 demo: export OMP_WAIT_POLICY ?= PASSIVE
 demo: setup
-	$(RUN) $(PROJECT)/train_net.py --config-file $(DEMO) --overwrite OUTPUT_DIR $(OUTPUT)
-	$(RUN) $(PROJECT)/demo.py --config-file $(DEMO) --weights $(OUTPUT)/model_final.pth --output $(OUTPUT)/pictures \
+	$(RUN) $(PROJECT)/train_net.py --config-file $(DEMO) --overwrite OUTPUT_DIR "$$OUTPUT"
+	$(RUN) $(PROJECT)/demo.py --config-file $(DEMO) --weights "$$OUTPUT/model_final.pth" --output "$$OUTPUT/pictures" \
 		--stretch-contrast
 
 test: setup
 	$(PROJECT)/dev/check.sh $(ARGS)
 
-setup: $(VENV)/.ready
+setup: $(STAMPS)/.ready
 
-$(VENV)/.packages: $(PINS)
+$(STAMPS)/.packages: $(PINS)
 	@$(PROJECT)/dev/setup.sh packages
-	@touch $@
+	@touch "$@"
 
-$(VENV)/.ready: $(VENV)/.packages $(VENV)/.build-flags $(SOURCES)
+$(STAMPS)/.ready: $(STAMPS)/.packages $(STAMPS)/.build-flags $(SOURCES)
 	@$(PROJECT)/dev/setup.sh extension
-	@touch $@
+	@touch "$@"
 
 # Rewritten only when one of the variables has another value than at the last build. It comes after .packages,
 # which makes the folder.
-$(VENV)/.build-flags: $(VENV)/.packages FORCE
+$(STAMPS)/.build-flags: $(STAMPS)/.packages FORCE
 	@flags="FORCE_CUDA=$$FORCE_CUDA TORCH_CUDA_ARCH_LIST=$$TORCH_CUDA_ARCH_LIST NVCC_FLAGS=$$NVCC_FLAGS"; \
 	flags="$$flags DEBUG=$$DEBUG DCN_WERROR=$$DCN_WERROR CXX=$$CXX"; \
-	[ "$$flags" = "$$(cat $@ 2>/dev/null)" ] || echo "$$flags" > $@
+	[ "$$flags" = "$$(cat "$@" 2>/dev/null)" ] || echo "$$flags" > "$@"
 
 clean:
 	rm -rf .venv output $(PROJECT)/build $(PROJECT)/dcn_d2.egg-info $(PROJECT)/dcn_d2/_C*.so

@@ -60,6 +60,8 @@ def want_cuda(torch: Any, cuda_home: str | None) -> bool:
         missing = f"torch {torch.__version__} is built without CUDA"
     elif cuda_home is None:
         missing = "no CUDA toolkit was found (looked at CUDA_HOME, CUDA_PATH, nvcc on the PATH, /usr/local/cuda)"
+    elif "PYTORCH_NVCC" not in os.environ and not os.path.exists(f"{cuda_home}/bin/nvcc"):
+        missing = f"the CUDA toolkit at {cuda_home} has no compiler, bin/nvcc"
     if not missing:
         say(f"CPU and CUDA kernels: toolkit at {cuda_home}, torch built with CUDA {torch.version.cuda}")
         return True
@@ -128,7 +130,13 @@ def extension() -> tuple[Extension, type[build_ext]]:
 
     cuda = want_cuda(torch, cuda_home)
     if cuda:
-        sources += sorted(glob("csrc/cuda/*.cu"))
+        kernels = sorted(glob("csrc/cuda/*.cu"))
+        if not kernels:
+            raise SystemExit(
+                f"dcn_d2: CUDA kernels are to be compiled, but {os.path.abspath('csrc/cuda')} holds none. Take the "
+                "whole source, or build without them: FORCE_CUDA=0."
+            )
+        sources += kernels
         if not torch.cuda.is_available():
             os.environ.setdefault("TORCH_CUDA_ARCH_LIST", default_arch_list(str(torch.version.cuda)))
             say(f"CUDA architectures: {os.environ['TORCH_CUDA_ARCH_LIST']}")

@@ -66,11 +66,19 @@ inline Modulation parts_of(Tensor offset_and_mask, const Tensor& weight) {
           torch::stable::narrow(offset_and_mask, 1, 2 * logits, logits), offset_and_mask};
 }
 
-// Raises an error that names the operand and both values where something does not fit.
+// Raises an error that names the operand and both values where something does not fit. With `float_positions`, offsets
+// and mask may be float32 where the input is of half precision: rounded to it, they move samples by up to 1/256 of
+// their own size, and over the pixels' borders, where gradients jump.
 inline DeformConv2dSizes check_deform_conv2d(const Tensor& input, const Modulation& modulation, const Tensor& weight,
                                              const std::optional<Tensor>& bias, const std::vector<int64_t>& stride,
-                                             const std::vector<int64_t>& padding,
-                                             const std::vector<int64_t>& dilation) {
+                                             const std::vector<int64_t>& padding, const std::vector<int64_t>& dilation,
+                                             bool float_positions = false) {
+  const auto check_positions = [&](const char* op, const char* name, const Tensor& tensor) {
+    const bool mixed = float_positions && is_half(input.scalar_type()) && tensor.scalar_type() == ScalarType::Float;
+    check_operand(op, name, tensor, mixed ? tensor : input, 4);
+    DCN_CHECK(tensor.device() == input.device(), op, ": ", name, " is on ", to_string(tensor.device()),
+              ", but input is on ", to_string(input.device()));
+  };
   // What the caller gave: offsets, or them and the mask's logits in one.
   const bool joint = modulation.joint.has_value();
   const char* op = joint ? "modulated_deform_conv2d" : "deform_conv2d";
@@ -79,7 +87,7 @@ inline DeformConv2dSizes check_deform_conv2d(const Tensor& input, const Modulati
   const int64_t per_tap = joint ? 3 : 2;
   check_input_dtype(op, input);
   check_operand(op, "input", input, input, 4);
-  check_operand(op, offset_name, offset, input, 4);
+  check_positions(op, offset_name, offset);
   check_operand(op, "weight", weight, input, 4);
   check_least(op, "stride", stride, 1);
   check_least(op, "padding", padding, 0);
@@ -110,7 +118,7 @@ inline DeformConv2dSizes check_deform_conv2d(const Tensor& input, const Modulati
             " has more pixels in an image than ", std::numeric_limits<int32_t>::max());
   check_shape(op, offset_name, offset, {s.batch, offset.size(1), s.out_h, s.out_w});
   if (has_own_mask(modulation)) {
-    check_operand(op, "mask", *modulation.mask, input, 4);
+    check_positions(op, "mask", *modulation.mask);
     check_shape(op, "mask", *modulation.mask, {s.batch, s.deform_groups * taps, s.out_h, s.out_w});
   }
   if (bias) {

@@ -4,11 +4,16 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
+import sys
+import tarfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from dev import pins
 
@@ -114,3 +119,104 @@ def test_existing_environment_without_pip_is_explained(
 ) -> None:
     stub("venv/bin/python", "exit 1")
     assert "has no pip" in run_setup(project, tmp_path)
+
+
+@pytest.fixture(scope="module")
+def source(project: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A source distribution, made where no GPU is visible and unpacked."""
+    folder = tmp_path_factory.mktemp("sdist")
+    copy = folder / "copy"
+    for name in ("csrc", "configs", "dcn_d2"):
+        ignored = shutil.ignore_patterns("__pycache__", "*.so")
+        shutil.copytree(project / name, copy / name, ignore=ignored)
+    for name in ("setup.py", "pyproject.toml", "README.md", "CHANGELOG.md", "MANIFEST.in"):
+        shutil.copy(project / name, copy)
+    run_setup_py(copy, "-q", "sdist", "-d", "../made", CUDA_VISIBLE_DEVICES="")
+    (archive,) = (folder / "made").iterdir()
+    with tarfile.open(archive) as file:
+        file.extractall(folder / "unpacked", filter="data")
+    (unpacked,) = (folder / "unpacked").iterdir()
+    return unpacked
+
+
+def run_setup_py(folder: Path, *arguments: str, code: int = 0, **environment: str) -> str:
+    """Runs setup.py, which must end with the exit code, and returns what it says."""
+    kept = {key: value for key, value in os.environ.items() if key not in ("FORCE_CUDA", "PYTORCH_NVCC")}
+    done = subprocess.run(
+        [sys.executable, "setup.py", *arguments], cwd=folder, env=kept | environment, capture_output=True, text=True
+    )
+    assert done.returncode == code, done.stderr
+    return done.stderr
+
+
+def test_a_source_distribution_made_without_a_gpu_holds_all_sources(project: Path, source: Path) -> None:
+    def files(folder: Path, *patterns: str) -> set[str]:
+        return {str(path.relative_to(folder)) for pattern in patterns for path in folder.glob(pattern)}
+
+    patterns = ("csrc/**/*.h", "csrc/**/*.cuh", "csrc/**/*.cpp", "csrc/**/*.cu", "configs/*.yaml", "dcn_d2/**/*.py")
+    data = ("dcn_d2/data/**/*.png", "dcn_d2/data/**/*.txt", "dcn_d2/py.typed", "pyproject.toml")
+    assert files(source, *patterns, *data) == files(project, *patterns, *data)
+    assert list((source / "csrc/cuda").glob("*.cu"))
+    assert not list(source.rglob("*.so"))
+
+
+@pytest.fixture
+def toolkit(tmp_path: Path) -> Path:
+    """What looks like a CUDA toolkit."""
+    for name in ("include/cuda_runtime.h", "bin/nvcc"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    return tmp_path
+
+
+@pytest.mark.skipif(torch.version.cuda is None, reason="torch is built without CUDA")
+def test_a_cuda_build_that_is_wanted_and_impossible_stops(source: Path, toolkit: Path, tmp_path: Path) -> None:
+    wanted = {"FORCE_CUDA": "1", "CUDA_HOME": str(toolkit), "TORCH_CUDA_ARCH_LIST": "8.0"}
+    assert "CPU and CUDA kernels" in run_setup_py(source, "--name", **wanted)
+    (toolkit / "bin/nvcc").unlink()
+    said = run_setup_py(source, "--name", code=1, **wanted)
+    assert f"FORCE_CUDA=1, but the CUDA toolkit at {toolkit} has no compiler, bin/nvcc" in said
+    (toolkit / "bin/nvcc").touch()
+    incomplete = tmp_path / "incomplete"
+    shutil.copytree(source, incomplete)
+    for kernel in (incomplete / "csrc/cuda").glob("*.cu"):
+        kernel.unlink()
+    said = run_setup_py(incomplete, "--name", code=1, **wanted)
+    assert f"CUDA kernels are to be compiled, but {incomplete}/csrc/cuda holds none" in said and "FORCE_CUDA=0" in said
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+@pytest.mark.parametrize("name", ["a b/my env", ".venv"])
+def test_an_environment_in_a_folder_with_spaces(repository: Path, project: Path, tmp_path: Path, name: str) -> None:
+    # The real Makefile, with a set-up that only says what it was asked for and a Python that prints its arguments.
+    shutil.copy(repository / "Makefile", tmp_path)
+    copy = tmp_path / "projects/DeformableConvNets"
+    for file in ("csrc/a.h", "setup.py", "pyproject.toml", *(f"dev/{name}" for name in os.listdir(project / "dev"))):
+        (copy / file).parent.mkdir(parents=True, exist_ok=True)
+        (copy / file).touch()
+    python = '#!/bin/sh\nprintf "[%s]" "$@"\n'
+    (copy / "dev/setup.sh").write_text(
+        "#!/bin/sh\n"
+        'echo "$1 in $VENV"; mkdir -p "$VENV/bin"\n'
+        f"cat > \"$VENV/bin/python\" <<'END'\n{python}END\n"
+        'chmod +x "$VENV/bin/python"\n'
+    )
+    (copy / "dev/setup.sh").chmod(0o755)
+    past = time.time() - 100
+    for path in copy.rglob("*"):
+        os.utime(path, (past, past))
+    venv = tmp_path / name
+
+    def make(*arguments: str) -> str:
+        kept = {key: value for key, value in os.environ.items() if not key.startswith("MAKE")}
+        command = ["make", "-s", *arguments, f"VENV={venv}"]
+        return subprocess.run(command, cwd=tmp_path, env=kept, check=True, capture_output=True, text=True).stdout
+
+    assert make("setup").splitlines() == [f"packages in {venv}", f"extension in {venv}"]
+    assert make("setup") == ""  # all is there
+    (copy / "csrc/a.h").touch()
+    os.utime(copy / "csrc/a.h", (time.time() + 1, time.time() + 1))
+    assert make("setup").splitlines() == [f"extension in {venv}"]
+    os.utime(copy / "csrc/a.h", (past, past))
+    said = make("demo", "OUTPUT=my output")
+    assert "[OUTPUT_DIR][my output]" in said and "[--weights][my output/model_final.pth]" in said

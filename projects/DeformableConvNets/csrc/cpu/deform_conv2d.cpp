@@ -337,8 +337,9 @@ std::array<Tensor, 4> backward_in_dtype(const char* op, const DeformConv2dSizes&
                                     : backward<float>(s, grad, input, modulation, weight, need);
   if (need.input) gradients[0] = as_result(gradients[0], dtype, is_channels_last(input));
   if (need.offset) {
-    gradients[1] = as_result(gradients[1], dtype, modulation.joint && is_channels_last(*modulation.joint));
-    if (has_own_mask(modulation)) gradients[3] = as_result(gradients[3], dtype, false);
+    const Tensor& offset = modulation.joint ? *modulation.joint : modulation.offset;
+    gradients[1] = as_result(gradients[1], offset.scalar_type(), modulation.joint && is_channels_last(offset));
+    if (has_own_mask(modulation)) gradients[3] = as_result(gradients[3], modulation.mask->scalar_type(), false);
   }
   if (need.weight) gradients[2] = as_result(gradients[2], dtype, is_channels_last(weight));
   for (Tensor& gradient : gradients) {
@@ -351,7 +352,7 @@ Tensor deform_conv2d(Tensor input, Tensor offset, Tensor weight, std::optional<T
                      std::vector<int64_t> stride, std::vector<int64_t> padding, std::vector<int64_t> dilation,
                      std::optional<Tensor> mask) {
   const Modulation modulation{offset, mask, std::nullopt};
-  const DeformConv2dSizes s = check_deform_conv2d(input, modulation, weight, bias, stride, padding, dilation);
+  const DeformConv2dSizes s = check_deform_conv2d(input, modulation, weight, bias, stride, padding, dilation, true);
   return forward_in_dtype(s, input, modulation, weight, bias);
 }
 
@@ -359,7 +360,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> deform_conv2d_backward(
     Tensor grad, Tensor input, Tensor offset, Tensor weight, std::optional<Tensor> mask, std::vector<int64_t> stride,
     std::vector<int64_t> padding, std::vector<int64_t> dilation, bool need_input, bool need_offset, bool need_weight) {
   const Modulation modulation{offset, mask, std::nullopt};
-  const DeformConv2dSizes s = check_deform_conv2d(input, modulation, weight, std::nullopt, stride, padding, dilation);
+  const DeformConv2dSizes s =
+      check_deform_conv2d(input, modulation, weight, std::nullopt, stride, padding, dilation, true);
   const auto gradients = backward_in_dtype("deform_conv2d_backward", s, grad, input, modulation, weight,
                                            {need_input, need_offset, need_weight});
   return {gradients[0], gradients[1], gradients[2], gradients[3]};
@@ -369,7 +371,7 @@ Tensor modulated_deform_conv2d(Tensor input, Tensor offset_and_mask, Tensor weig
                                std::vector<int64_t> stride, std::vector<int64_t> padding,
                                std::vector<int64_t> dilation) {
   const Modulation parts = parts_of(offset_and_mask, weight);
-  const DeformConv2dSizes s = check_deform_conv2d(input, parts, weight, bias, stride, padding, dilation);
+  const DeformConv2dSizes s = check_deform_conv2d(input, parts, weight, bias, stride, padding, dilation, true);
   return forward_in_dtype(s, input, parts, weight, bias);
 }
 
@@ -379,7 +381,7 @@ std::tuple<Tensor, Tensor, Tensor> modulated_deform_conv2d_backward(Tensor grad,
                                                                     std::vector<int64_t> dilation, bool need_input,
                                                                     bool need_offset, bool need_weight) {
   const Modulation parts = parts_of(offset_and_mask, weight);
-  const DeformConv2dSizes s = check_deform_conv2d(input, parts, weight, std::nullopt, stride, padding, dilation);
+  const DeformConv2dSizes s = check_deform_conv2d(input, parts, weight, std::nullopt, stride, padding, dilation, true);
   const auto gradients = backward_in_dtype("modulated_deform_conv2d_backward", s, grad, input, parts, weight,
                                            {need_input, need_offset, need_weight});
   return {gradients[0], gradients[1], gradients[2]};

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..ops import deform_conv2d, modulated_deform_conv2d
 from ..ops._arguments import integer, integer_or_pair, pair
 from ..ops.modulated_deform_conv2d import split_offset_and_mask
+from ._layer import DeformableLayer, offset_branch
 
 IntOrPair = int | tuple[int, int]
 
@@ -21,7 +22,7 @@ def _pair(value: IntOrPair, name: str) -> tuple[int, int]:
     return height, width
 
 
-class _DeformConvBase(nn.Module):
+class _DeformConvBase(DeformableLayer):
     """What the layers of this file share: parameters, checks, and norm and activation after the operator."""
 
     norm: nn.Module | None
@@ -75,6 +76,7 @@ class _DeformConvBase(nn.Module):
             )
 
     def _convolve(self, x: Tensor, offset: Tensor, mask: Tensor | None = None) -> Tensor:
+        self._check_in_channels(x)
         self._check_channels("offset", offset, 2)
         if mask is not None:
             self._check_channels("mask", mask, 1)
@@ -214,6 +216,7 @@ class ModulatedDeformConv(_DeformConvBase):
         """
         if mask is not None:
             return self._convolve(x, offset, mask)
+        self._check_in_channels(x)
         self._check_channels("offset (the branch's output, as there is no mask)", offset, 3)
         if torch.jit.is_tracing() or torch.compiler.is_exporting():
             # An exported graph holds operators that other runtimes know.
@@ -234,7 +237,8 @@ class DeformConvPack(DeformConv):
 
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
         """Convolves (N, in_channels, H, W) `x` at positions that it predicts from `x`."""
-        return self._convolve(x, self.conv_offset(x))
+        self._check_in_channels(x)  # before the branch fails for the same reason
+        return self._convolve(x, offset_branch(self.conv_offset, x))
 
 
 class ModulatedDeformConvPack(ModulatedDeformConv):
@@ -250,4 +254,5 @@ class ModulatedDeformConvPack(ModulatedDeformConv):
 
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
         """Convolves (N, in_channels, H, W) `x` at positions and with factors that it predicts from `x`."""
-        return super().forward(x, self.conv_offset(x))
+        self._check_in_channels(x)  # before the branch fails for the same reason
+        return super().forward(x, offset_branch(self.conv_offset, x))

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ..ops import deform_roi_pool
 from ..ops._arguments import integer, number, pair
+from ._layer import DeformableLayer
 
 
 def _zero_init(linear: nn.Linear) -> nn.Linear:
@@ -17,7 +18,7 @@ def _zero_init(linear: nn.Linear) -> nn.Linear:
     return linear
 
 
-class PoolWithOffsetBranch(nn.Module):
+class PoolWithOffsetBranch(DeformableLayer):
     """What the deformable RoI pooling layers share: the branches that predict offsets and masks.
 
     Parameters have the names of MMDetection's models: `offset_fc.{0,2,4}` and, if modulated, `mask_fc.{0,2}`. The last
@@ -65,13 +66,19 @@ class PoolWithOffsetBranch(nn.Module):
         """Pools (N, in_channels, H, W) `x` over (R, 5) `rois`, (batch index, x0, y0, x1, y1) in image pixels.
 
         Returns:
-            (R, in_channels, output_h, output_w). No RoIs give an empty tensor through which gradients still flow
-            to all parameters, as zeros.
+            (R, in_channels, output_h, output_w), of the dtype of `x`, also under autocast. No RoIs give an empty tensor
+            through which gradients still flow to all parameters, as zeros.
+
+        Raises:
+            RuntimeError: `x` has another number of channels than the layer, or the operator's reasons.
         """
+        self._check_in_channels(x)
         plain = self._pool(x, rois, None, None).flatten(1)
         offset = self.offset_fc(plain).unflatten(1, (2, *self.output_size))  # x before y
         mask = self.mask_fc(plain).unflatten(1, (1, *self.output_size)) if self.modulated else None
-        return self._pool(x, rois, offset, mask)
+        # Autocast pools float32 maps in half precision. Detectron2's poolers collect what the levels give in a tensor
+        # of the maps' dtype, which its own RoIAlign keeps.
+        return self._pool(x, rois, offset, mask).to(x.dtype)
 
     def _pool(self, x: Tensor, rois: Tensor, offset: Tensor | None, mask: Tensor | None) -> Tensor:
         """Runs the operator; without `offset` and `mask` it is the undeformed pooling that both branches read."""

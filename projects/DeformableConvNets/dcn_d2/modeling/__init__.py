@@ -8,6 +8,7 @@ from .backbone import (
     build_dcn_retinanet_resnet_fpn_backbone,
     use_dcn_layers_in_detectron2,
 )
+from .flops import register_flop_handles
 from .mask_heads import MaskHeadPerStage
 from .matcher import MinimumIoUMatcher
 from .norm import FixedStatsBatchNorm2d, fix_batch_norm_statistics
@@ -32,3 +33,5 @@ __all__ = [
     "fix_batch_norm_statistics",
     "use_dcn_layers_in_detectron2",
 ]
+
+register_flop_handles()

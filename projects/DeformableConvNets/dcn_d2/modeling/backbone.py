@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ..config import with_dcn_keys
 from ..config_checks import check_part
 from ..layers import DeformConv, ModulatedDeformConv
+from ..layers._layer import offset_branch
 from .norm import fix_batch_norm_statistics
 
 
@@ -87,7 +88,7 @@ class DeformBottleneckBlock(CNNBlockBase):
 
     def _deform(self, x: Tensor) -> Tensor:
         """Runs the offset branch, conv2 and its norm."""
-        return self.conv2(x, self.conv2_offset(x))
+        return self.conv2(x, offset_branch(self.conv2_offset, x))
 
 
 def memory_format_of(cfg: CfgNode) -> torch.memory_format:

@@ -29,7 +29,8 @@ A registered object is called once for each FPN level, with the keywords
 - sampling_ratio: POOLER_SAMPLING_RATIO of the head's config; 0 leaves the choice to the pooler,
 
 and returns a module that maps an (N, in_channels, H, W) feature map and (R, 5) RoIs, (batch index, x0, y0, x1, y1) in
-image pixels, to (R, in_channels, output_size, output_size). It is also called with no RoIs, and must give its
+image pixels, to (R, in_channels, output_size, output_size) of the map's dtype, also under autocast. The RoIs are
+float32, whatever the map is. It is also called with no RoIs, and must give its
 parameters a gradient (zero) then: distributed training waits for the gradients of all parameters.
 """
 

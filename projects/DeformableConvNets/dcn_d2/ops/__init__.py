@@ -1,6 +1,9 @@
 # Copyright (c) the dcn_d2 authors. SPDX-License-Identifier: Apache-2.0
 """Deformable operators for CPU and CUDA, also as `torch.ops.dcn_d2.*`. Needs torch only."""
 
+import torch
+
+from . import flops
 from .deform_conv2d import deform_conv2d
 from .deform_psroi_pool import deform_psroi_pool
 from .deform_roi_pool import deform_roi_pool
@@ -12,3 +15,8 @@ __all__ = [
     "deform_roi_pool",
     "modulated_deform_conv2d",
 ]
+
+flops.register_formulas()
+# torch.jit.script cannot read these functions, but may call the operators of the same arguments in their place.
+for _name in __all__:
+    torch.jit._builtins._register_builtin(globals()[_name], f"dcn_d2::{_name}")

@@ -179,6 +179,17 @@ def check_tensor(operator: str, name: str, tensor: Tensor, like: Tensor, rank: i
     )
 
 
+def check_positions(operator: str, name: str, tensor: Tensor, input: Tensor) -> None:
+    """Checks offsets or a mask, which the CPU's kernels also take in float32 where the input is of half precision."""
+    half = input.dtype in (torch.float16, torch.bfloat16) and input.device.type != "cuda"
+    mixed = half and tensor.dtype == torch.float32
+    check_tensor(operator, name, tensor, tensor if mixed else input, 4)
+    check(
+        tensor.device == input.device,
+        lambda: f"{operator}: {name} is on {tensor.device}, but input is on {input.device}",
+    )
+
+
 def check_shape(operator: str, name: str, tensor: Tensor, expected: Sequence[int]) -> None:
     """Checks one operand's shape."""
     check(

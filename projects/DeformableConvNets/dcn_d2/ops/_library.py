@@ -31,7 +31,10 @@ def _load_kernels() -> str:
         try:
             torch.ops.load_library(named)
         except OSError as error:
-            raise OSError(f"the library that DCN_LIBRARY names does not load: {error.__cause__ or error}") from error
+            raise OSError(
+                f"the library {named} that DCN_LIBRARY names does not load: {_reason(error)}. Name another one, or "
+                "unset DCN_LIBRARY to use the installed one"
+            ) from error
         return ""
     try:
         spec = importlib.util.find_spec("dcn_d2._C")
@@ -46,10 +49,18 @@ def _load_kernels() -> str:
     try:
         torch.ops.load_library(spec.origin)
     except OSError as error:
-        # torch's own words name only the file; what the loader missed is behind them.
-        reason = error.__cause__ or error
-        return f"the compiled library {spec.origin} does not load: {reason}. Build it again for this PyTorch"
+        return f"the compiled library {spec.origin} does not load: {_reason(error)}. Build it again for this PyTorch"
     return ""
+
+
+def _reason(error: BaseException) -> str:
+    """What the system's loader said. torch's own words name only the file; the loader's are behind them."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    reason = str(error)
+    if torch.version.cuda is None and any(name in reason for name in ("torch_cuda", "c10_cuda", "cudart")):
+        reason += f" (it was built with CUDA kernels, but PyTorch {torch.__version__} here has no CUDA)"
+    return reason
 
 
 missing_kernels = _load_kernels()
@@ -93,17 +104,21 @@ def register_fallback(name: str, reference: Callable[..., Any]) -> None:
         device = next(a for a in args if isinstance(a, torch.Tensor)).device.type
         if device not in _warned:
             _warned.add(device)
-            reason = missing_kernels or f"dcn_d2._C has no {device} kernels"
-            warnings.warn(f"dcn_d2: {name} on {device} runs the slow Python reference: {reason}.", stacklevel=2)
+            reason = missing_kernels or f"the compiled library dcn_d2._C has no kernels for {device}"
+            warnings.warn(
+                f"dcn_d2: {name} on {device} runs in Python, which is right, but hundreds of times slower: {reason}.",
+                stacklevel=2,
+            )
         return reference(*args, **kwargs)
 
     LIBRARY.impl(name, fallback, "CompositeExplicitAutograd")
 
 
-def register_autocast(name: str, keep_float32: tuple[str, ...] = ()) -> None:
+def register_autocast(name: str, keep_float32: tuple[str, ...] = (), float32_on_cpu: tuple[str, ...] = ()) -> None:
     """Under autocast, casts the operands to autocast's dtype, so that half precision stays half.
 
-    Arguments in `keep_float32` become float32 instead; float64 operands stay as they are, as in torch's own rules.
+    Arguments in `keep_float32` become float32 instead. Those in `float32_on_cpu` stay float32 on CPU if they are so,
+    since its kernels take them so. float64 operands stay as they are, as in torch's own rules.
     """
     operator = getattr(torch.ops.dcn_d2, name).default
     names = [argument.name for argument in operator._schema.arguments]
@@ -118,31 +133,18 @@ def register_autocast(name: str, keep_float32: tuple[str, ...] = ()) -> None:
         def autocast(*args: Any, _device_type: str = device_type, _keys: Any = keys, **kwargs: Any) -> Any:
             dtype = torch.get_autocast_dtype(_device_type)
             arguments = dict(zip(names, args)) | kwargs
-            arguments = {
-                key: cast(value, torch.float32 if key in keep_float32 else dtype) for key, value in arguments.items()
-            }
+            for key, value in arguments.items():
+                kept = (
+                    _device_type == "cpu" and key in float32_on_cpu and getattr(value, "dtype", None) == torch.float32
+                )
+                arguments[key] = cast(value, torch.float32 if kept or key in keep_float32 else dtype)
             with torch._C._ExcludeDispatchKeyGuard(_keys):
                 return operator(**arguments)
 
         LIBRARY.impl(name, autocast, key)
 
 
-def needed_gradients(ctx: Any, arguments: int) -> tuple[bool, ...]:
-    """Which arguments need a gradient, also those that the dispatcher left out because they have their defaults."""
-    needed = tuple(ctx.needs_input_grad)
-    return needed + (False,) * (arguments - len(needed))
-
-
-def without_double_backward(backward: Callable[..., Sequence[Any]]) -> Callable[..., Sequence[Any]]:
-    """Makes differentiating what `backward` gives an error; torch alone would only warn and take it for constant."""
-
-    def wrapped(ctx: Any, *grads: Any) -> Sequence[Any]:
-        with torch.no_grad():
-            found = backward(ctx, *grads)
-        if not torch.is_grad_enabled():
-            return found
-        delayed_error = torch._C._functions.DelayedError(b"dcn_d2: there is no double backward", len(found))
-        leaves: list[Any] = [None if t is None else t.detach().requires_grad_() for t in found]
-        return delayed_error(*leaves)
-
-    return wrapped
+def complete_arguments(operator: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> list[Any]:
+    """All arguments in the schema's order, also those that the dispatcher left out because they have their defaults."""
+    rest = operator._schema.arguments[len(args) :]
+    return [*args, *(kwargs.get(argument.name, argument.default_value) for argument in rest)]

@@ -11,13 +11,13 @@ from torch import Tensor
 
 from . import reference
 from ._arguments import in_strides_of, new_empty_in_format_of
-from ._library import (
-    define,
-    needed_gradients,
-    register_autocast,
-    register_fallback,
-    without_double_backward,
-)
+from ._autograd import register_derivatives, register_second_derivatives
+from ._library import complete_arguments, define, register_autocast, register_fallback
+
+
+def rois_for(input: Tensor, rois: Tensor) -> Tensor:
+    """Gives RoIs of a dtype that the operators take: float32 ones, as Detectron2's boxes are, fit any feature map."""
+    return rois.double() if input.dtype == torch.float64 and rois.dtype == torch.float32 else rois
 
 
 def define_roi_pool(name: str, geometry: Sequence[tuple[str, str]]) -> None:
@@ -47,12 +47,14 @@ def register_roi_pool(
     """
     operator = getattr(torch.ops.dcn_d2, name)
     backward_operator = getattr(torch.ops.dcn_d2, f"{name}_backward")
-    arguments = operator.default._schema.arguments
 
     def complete(values: Sequence[Any], keywords: dict[str, Any]) -> list[Any]:
-        """Arguments with the defaults that the dispatcher left out."""
-        rest = arguments[len(values) :]
-        return [*values, *(keywords.get(argument.name, argument.default_value) for argument in rest)]
+        return complete_arguments(operator.default, values, keywords)
+
+    def differentiable_forward(*values: Any) -> Tensor:
+        check_operands(*values)
+        check_batch(name, values[1], values[0], True)
+        return oracle(*values)
 
     def reference_forward(*values: Any, **keywords: Any) -> Tensor:
         values = tuple(complete(values, keywords))
@@ -60,7 +62,7 @@ def register_roi_pool(
         check_batch(name, values[1], values[0], True)
         return in_strides_of(promised, oracle(*values))
 
-    def reference_backward(
+    def differentiable_backward(
         grad: Tensor, input: Tensor, rois: Tensor, offset: Tensor | None, mask: Tensor | None, *rest: Any
     ) -> tuple[Tensor, ...]:
         *geometry, need_input, need_offset, _ = rest
@@ -68,8 +70,10 @@ def register_roi_pool(
         def forward(input: Tensor, offset: Tensor | None, mask: Tensor | None) -> Tensor:
             return oracle(input, rois, offset, *geometry, mask)
 
-        promised = fake_backward(grad, input, rois, offset, mask, *rest)
-        found = reference.gradients(forward, (input, offset, mask), grad, (need_input, need_offset, need_offset))
+        return reference.gradients(forward, (input, offset, mask), grad, (need_input, need_offset, need_offset))
+
+    def reference_backward(*values: Any) -> tuple[Tensor, ...]:
+        promised, found = fake_backward(*values), differentiable_backward(*values)
         return tuple(in_strides_of(*each) for each in zip(promised, found))
 
     def fake(*values: Any, **keywords: Any) -> Tensor:
@@ -85,26 +89,22 @@ def register_roi_pool(
             grad.new_empty(0) if t is None or not need_offset else t.new_empty(t.shape) for t in (offset, mask)
         )
 
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        input, rois, offset, *ctx.geometry, mask = inputs
-        ctx.save_for_backward(input, rois, offset, mask)
-
-    @without_double_backward
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        input, rois, offset, mask = ctx.saved_tensors
-        need_input, _, need_offset, *_, need_mask = needed_gradients(ctx, len(arguments))
+    def backward(values: Sequence[Any], needed: Sequence[bool], grad: Tensor) -> tuple[Tensor | None, ...]:
+        input, rois, offset, *geometry, mask = values
+        need_input, _, need_offset, *_, need_mask = needed
         deterministic = torch.are_deterministic_algorithms_enabled()
         gradients = backward_operator(
-            grad, input, rois, offset, mask, *ctx.geometry, need_input, need_offset or need_mask, deterministic
+            grad, input, rois, offset, mask, *geometry, need_input, need_offset or need_mask, deterministic
         )
         grad_input, grad_offset, grad_mask = (
-            gradient if needed else None for gradient, needed in zip(gradients, (need_input, need_offset, need_mask))
+            gradient if wanted else None for gradient, wanted in zip(gradients, (need_input, need_offset, need_mask))
         )
-        return grad_input, None, grad_offset, *(None for _ in ctx.geometry), grad_mask
+        return grad_input, None, grad_offset, *(None for _ in geometry), grad_mask
 
     register_fallback(name, reference_forward)
     register_fallback(f"{name}_backward", reference_backward)
     torch.library.register_fake(f"dcn_d2::{name}", fake)
     torch.library.register_fake(f"dcn_d2::{name}_backward", fake_backward)
-    torch.library.register_autograd(f"dcn_d2::{name}", backward, setup_context=setup_context)
+    register_derivatives(name, backward, differentiable_forward)
+    register_second_derivatives(f"{name}_backward", differentiable_backward)
     register_autocast(name, keep_float32=("rois",))

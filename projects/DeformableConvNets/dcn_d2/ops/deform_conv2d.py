@@ -14,6 +14,7 @@ from ._arguments import (
     IntPair,
     check,
     check_input_dtype,
+    check_positions,
     check_shape,
     check_tensor,
     check_types,
@@ -21,13 +22,8 @@ from ._arguments import (
     new_empty_in_format_of,
     pair,
 )
-from ._library import (
-    define_with_tf32,
-    needed_gradients,
-    register_autocast,
-    register_fallback,
-    without_double_backward,
-)
+from ._autograd import register_derivatives, register_second_derivatives
+from ._library import define_with_tf32, register_autocast, register_fallback
 
 define_with_tf32(
     "deform_conv2d(Tensor input, Tensor offset, Tensor weight, Tensor? bias=None, int[2] stride=1, "
@@ -59,9 +55,16 @@ def deform_conv2d(
     accumulates in float32. A channels_last input of several channels gives a channels_last output, any other a
     contiguous one; so it is with the gradients by input and weight. Those by offset and mask are contiguous.
 
+    On CPU, offsets and mask may be float32 beside operands of half precision, and stay so under autocast: offsets of
+    some pixels, rounded to bfloat16, put gradients 10 % off, since these jump where a sample passes a pixel's border;
+    not rounded, 0.4 %. On CUDA they have the dtype of the input, also under autocast.
+
     On CUDA, float32 operands are rounded to TF32 where torch allows that for convolutions, which is its default:
     `torch.backends.cudnn.conv.fp32_precision`. Results and gradients have the same bits from run to run. Conv groups of
     few channels are multiplied together, so that an infinite or NaN input also shows in the outputs of other groups.
+
+    Gradients of gradients, and all that is differentiated in forward mode (`torch.func.jvp`, `jacfwd`, dual numbers),
+    are computed by the reference in Python: right, but slow. `torch.vmap` calls the operator for each sample.
 
     Sources: Dai et al., "Deformable Convolutional Networks", ICCV 2017; Zhu et al., "Deformable ConvNets v2: More
     Deformable, Better Results", CVPR 2019; numerics of `torchvision.ops.deform_conv2d`.
@@ -111,8 +114,9 @@ def check_operands(
         ("modulated_deform_conv2d", "offset_and_mask", 3) if joint else ("deform_conv2d", "offset", 2)
     )
     check_input_dtype(name, input)
-    for operand, tensor in (("input", input), (offset_name, offset), ("weight", weight)):
+    for operand, tensor in (("input", input), ("weight", weight)):
         check_tensor(name, operand, tensor, input, 4)
+    check_positions(name, offset_name, offset, input)
     batch, in_channels, in_h, in_w = input.shape
     out_channels, group_channels, kernel_h, kernel_w = weight.shape
     taps = kernel_h * kernel_w
@@ -152,7 +156,7 @@ def check_operands(
     )
     check_shape(name, offset_name, offset, (batch, channels, out_h, out_w))
     if mask is not None:
-        check_tensor(name, "mask", mask, input, 4)
+        check_positions(name, "mask", mask, input)
         check_shape(name, "mask", mask, (batch, deform_groups * taps, out_h, out_w))
     if bias is not None:
         check_tensor(name, "bias", bias, input, 1)
@@ -175,7 +179,12 @@ def _reference_forward(
     return in_strides_of(promised, found)
 
 
-def _reference_backward(
+def _differentiable_forward(*arguments: Any) -> Tensor:
+    check_operands(*arguments)
+    return reference.deform_conv2d(*arguments)
+
+
+def _differentiable_backward(
     grad: Tensor,
     input: Tensor,
     offset: Tensor,
@@ -192,9 +201,11 @@ def _reference_backward(
         return reference.deform_conv2d(input, offset, weight, None, stride, padding, dilation, mask)
 
     needed = (need_input, need_offset, need_weight, need_offset)
-    geometry = (stride, padding, dilation, need_input, need_offset, need_weight)
-    promised = _fake_backward(grad, input, offset, weight, mask, *geometry)
-    found = reference.gradients(forward, (input, offset, weight, mask), grad, needed)
+    return reference.gradients(forward, (input, offset, weight, mask), grad, needed)
+
+
+def _reference_backward(*arguments: Any) -> tuple[Tensor, ...]:
+    promised, found = _fake_backward(*arguments), _differentiable_backward(*arguments)
     return tuple(in_strides_of(*each) for each in zip(promised, found))
 
 
@@ -241,36 +252,20 @@ def _fake_backward(
     return grad_input, empty(offset, need_offset), grad_weight, empty(mask, need_offset)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    input, offset, weight, bias, ctx.stride, ctx.padding, ctx.dilation, mask = inputs
-    ctx.has_bias, ctx.has_mask = bias is not None, mask is not None
-    ctx.save_for_backward(input, offset, weight, mask)
-
-
-@without_double_backward
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    input, offset, weight, mask = ctx.saved_tensors
-    need_input, need_offset, need_weight, need_bias, *_, need_mask = needed_gradients(ctx, 8)
+def _backward(arguments: Sequence[Any], needed: Sequence[bool], grad: Tensor) -> tuple[Tensor | None, ...]:
+    input, offset, weight, _, stride, padding, dilation, mask = arguments
+    need_input, need_offset, need_weight, need_bias, *_, need_mask = needed
     gradients: Sequence[Tensor | None] = torch.ops.dcn_d2.deform_conv2d_backward(
-        grad,
-        input,
-        offset,
-        weight,
-        mask,
-        ctx.stride,
-        ctx.padding,
-        ctx.dilation,
-        need_input,
-        need_offset or need_mask,
-        need_weight,
+        grad, input, offset, weight, mask, stride, padding, dilation, need_input, need_offset or need_mask, need_weight
     )
     grad_input, grad_offset, grad_weight, grad_mask = (
-        gradient if needed else None
-        for gradient, needed in zip(gradients, (need_input, need_offset, need_weight, need_mask and ctx.has_mask))
+        gradient if wanted else None
+        for gradient, wanted in zip(gradients, (need_input, need_offset, need_weight, need_mask))
     )
-    grad_bias = grad.sum((0, 2, 3)) if need_bias and ctx.has_bias else None
+    grad_bias = grad.sum((0, 2, 3)) if need_bias else None
     return grad_input, grad_offset, grad_weight, grad_bias, None, None, None, grad_mask
 
 
-torch.library.register_autograd("dcn_d2::deform_conv2d", _backward, setup_context=_setup_context)
-register_autocast("deform_conv2d")
+register_derivatives("deform_conv2d", _backward, _differentiable_forward)
+register_second_derivatives("deform_conv2d_backward", _differentiable_backward)
+register_autocast("deform_conv2d", float32_on_cpu=("offset", "mask"))

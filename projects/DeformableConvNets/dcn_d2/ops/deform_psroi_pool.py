@@ -21,7 +21,7 @@ from ._arguments import (
     number,
     pair,
 )
-from ._roi_pool import define_roi_pool, register_roi_pool
+from ._roi_pool import define_roi_pool, register_roi_pool, rois_for
 
 define_roi_pool(
     "deform_psroi_pool",
@@ -61,6 +61,9 @@ def deform_psroi_pool(
     point, so that every run gives the same bits; it is all NaN then if any value of the output's gradient or the mask
     is not finite.
 
+    Gradients of gradients, and all that is differentiated in forward mode, are computed by the reference in Python:
+    right, but slow.
+
     Sources: Dai et al., "Deformable Convolutional Networks", ICCV 2017, section 2.2 and the authors' code; numerics of
     `deform_psroi_pooling` in MMDetection up to 2.2.
 
@@ -68,7 +71,7 @@ def deform_psroi_pool(
         input: (N, C * group_size**2, H, W), float64, float32, float16 or bfloat16. Bin (h, w) of output channel c reads
             input channel (c * group_size + gh) * group_size + gw, where (gh, gw) is its cell of a grid of
             group_size x group_size; 1 is pooling that is not position-sensitive.
-        rois: (R, 5) of (batch index, x0, y0, x1, y1) in image pixels; input's dtype, or float32 with half precision.
+        rois: (R, 5) of (batch index, x0, y0, x1, y1) in image pixels; input's dtype, or float32.
         offset: (R, 2 * classes, part_h, part_w), in (x, y) order, as a fraction of the RoI's size before trans_std;
             each class moves C / classes channels, and usually there is one. None is plain pooling.
         output_size: bins, a number or (out_h, out_w).
@@ -91,7 +94,7 @@ def deform_psroi_pool(
     check_types("deform_psroi_pool", ("offset", "mask"), input=input, rois=rois, offset=offset, mask=mask)
     return torch.ops.dcn_d2.deform_psroi_pool(
         input,
-        rois,
+        rois_for(input, rois),
         offset,
         pair(output_size, "output_size"),
         number(spatial_scale, "spatial_scale"),

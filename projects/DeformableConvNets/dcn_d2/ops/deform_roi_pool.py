@@ -21,7 +21,7 @@ from ._arguments import (
     number,
     pair,
 )
-from ._roi_pool import define_roi_pool, register_roi_pool
+from ._roi_pool import define_roi_pool, register_roi_pool, rois_for
 
 define_roi_pool(
     "deform_roi_pool",
@@ -57,12 +57,15 @@ def deform_roi_pool(
     point, so that every run gives the same bits; it is all NaN then if any value of the output's gradient or the mask
     is not finite.
 
+    Gradients of gradients, and all that is differentiated in forward mode, are computed by the reference in Python:
+    right, but slow.
+
     Sources: Dai et al., "Deformable Convolutional Networks", ICCV 2017, section 2.2; Zhu et al., "Deformable ConvNets
     v2", CVPR 2019; numerics of `mmcv.ops.deform_roi_pool`, whose offset gradient differs in the clamped border strip.
 
     Args:
         input: (N, C, H, W), float64, float32, float16 or bfloat16.
-        rois: (R, 5) of (batch index, x0, y0, x1, y1) in image pixels; input's dtype, or float32 with half precision.
+        rois: (R, 5) of (batch index, x0, y0, x1, y1) in image pixels; input's dtype, or float32.
         offset: (R, 2, out_h, out_w), in (x, y) order, as a fraction of the RoI's size before gamma; or None.
         output_size: bins, a number or (out_h, out_w).
         spatial_scale: feature-map pixels per image pixel.
@@ -83,7 +86,7 @@ def deform_roi_pool(
     check_types("deform_roi_pool", ("offset", "mask"), input=input, rois=rois, offset=offset, mask=mask)
     return torch.ops.dcn_d2.deform_roi_pool(
         input,
-        rois,
+        rois_for(input, rois),
         offset,
         pair(output_size, "output_size"),
         number(spatial_scale, "spatial_scale"),

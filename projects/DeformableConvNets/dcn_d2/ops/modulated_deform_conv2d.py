@@ -9,14 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import reference
 from ._arguments import IntPair, check_layout, check_types, in_strides_of, new_empty_in_format_of, pair
-from ._library import (
-    LIBRARY,
-    define_with_tf32,
-    needed_gradients,
-    register_autocast,
-    without_double_backward,
-)
+from ._autograd import register_derivatives, register_second_derivatives
+from ._library import LIBRARY, define_with_tf32, register_autocast
 from .deform_conv2d import check_operands
 
 define_with_tf32(
@@ -163,23 +159,46 @@ def _fake_backward(
     )
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    input, offset_and_mask, weight, bias, ctx.stride, ctx.padding, ctx.dilation = inputs
-    ctx.has_bias = bias is not None
-    ctx.save_for_backward(input, offset_and_mask, weight)
+def _differentiable_forward(
+    input: Tensor,
+    offset_and_mask: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+) -> Tensor:
+    check_operands(input, offset_and_mask, weight, bias, stride, padding, dilation, None, joint=True)
+    offset, mask = split_offset_and_mask(offset_and_mask)
+    return reference.deform_conv2d(input, offset, weight, bias, stride, padding, dilation, mask)
 
 
-@without_double_backward
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    input, offset_and_mask, weight = ctx.saved_tensors
-    *needed, need_bias = needed_gradients(ctx, 7)[:4]
+def _differentiable_backward(
+    grad: Tensor,
+    input: Tensor,
+    offset_and_mask: Tensor,
+    weight: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    *needed: bool,
+) -> tuple[Tensor, ...]:
+    def forward(input: Tensor, offset_and_mask: Tensor, weight: Tensor) -> Tensor:
+        return _differentiable_forward(input, offset_and_mask, weight, None, stride, padding, dilation)
+
+    return reference.gradients(forward, (input, offset_and_mask, weight), grad, needed)
+
+
+def _backward(arguments: Sequence[Any], needed: Sequence[bool], grad: Tensor) -> tuple[Tensor | None, ...]:
+    input, offset_and_mask, weight, _, *geometry = arguments
+    *of_operands, need_bias = needed[:4]
     gradients: Sequence[Tensor] = torch.ops.dcn_d2.modulated_deform_conv2d_backward(
-        grad, input, offset_and_mask, weight, ctx.stride, ctx.padding, ctx.dilation, *needed
+        grad, input, offset_and_mask, weight, *geometry, *of_operands
     )
-    found = [gradient if wanted else None for gradient, wanted in zip(gradients, needed)]
-    grad_bias = grad.sum((0, 2, 3)) if need_bias and ctx.has_bias else None
-    return *found, grad_bias, None, None, None
+    found = [gradient if wanted else None for gradient, wanted in zip(gradients, of_operands)]
+    return *found, grad.sum((0, 2, 3)) if need_bias else None, None, None, None
 
 
-torch.library.register_autograd("dcn_d2::modulated_deform_conv2d", _backward, setup_context=_setup_context)
-register_autocast("modulated_deform_conv2d")
+register_derivatives("modulated_deform_conv2d", _backward, _differentiable_forward)
+register_second_derivatives("modulated_deform_conv2d_backward", _differentiable_backward)
+register_autocast("modulated_deform_conv2d", float32_on_cpu=("offset_and_mask",))

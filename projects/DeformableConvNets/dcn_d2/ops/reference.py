@@ -7,6 +7,7 @@ They are plain differentiable torch, so autograd gives the reference gradients. 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -143,16 +144,40 @@ def deform_psroi_pool(
     return output.to(dtype)
 
 
+def pull_back(
+    function: Callable[..., Any], arguments: Sequence[Any], needed: Sequence[bool], grads: Sequence[Tensor]
+) -> list[Tensor | None]:
+    """Differentiates `function` at `arguments`, so that the gradients can be differentiated again.
+
+    Args:
+        function: gives a tensor or a tuple of tensors.
+        arguments: all that it takes.
+        needed: which of them want a gradient; for one that is no tensor, or not wanted, there is None.
+        grads: one for each tensor that `function` gives.
+    """
+    wanted = [index for index, need in enumerate(needed) if need and isinstance(arguments[index], Tensor)]
+    gradients: list[Tensor | None] = [None] * len(arguments)
+    if not wanted:
+        return gradients
+
+    def of_wanted(*tensors: Tensor) -> Any:
+        values = list(arguments)
+        for index, tensor in zip(wanted, tensors):
+            values[index] = tensor
+        return function(*values)
+
+    # torch.autograd.grad would not do: inside another transform of torch.func its operands cannot require gradients.
+    output, pull = torch.func.vjp(  # type: ignore[misc]
+        of_wanted, *(arguments[index] for index in wanted)
+    )
+    for index, gradient in zip(wanted, pull(grads[0] if isinstance(output, Tensor) else tuple(grads))):
+        gradients[index] = gradient
+    return gradients
+
+
 def gradients(
     forward: Callable[..., Tensor], operands: Sequence[Tensor | None], grad: Tensor, needed: Sequence[bool]
 ) -> tuple[Tensor, ...]:
-    """Differentiates `forward` at `operands` by autograd; one that is None or not needed gives an empty tensor."""
-    with torch.enable_grad():
-        leaves = [None if t is None else t.detach().requires_grad_(need) for t, need in zip(operands, needed)]
-        output = forward(*leaves)
-        wanted = [leaf for leaf in leaves if leaf is not None and leaf.requires_grad]
-        if output.requires_grad:
-            found = iter(torch.autograd.grad(output, wanted, grad, allow_unused=True, materialize_grads=True))
-        else:  # of an empty batch nothing is computed
-            found = iter([torch.zeros_like(leaf) for leaf in wanted])
-    return tuple(grad.new_empty(0) if leaf is None or not leaf.requires_grad else next(found) for leaf in leaves)
+    """Differentiates `forward` at `operands`; one that is None or not needed gives an empty tensor."""
+    found = pull_back(forward, operands, needed, (grad,))
+    return tuple(grad.new_empty(0) if gradient is None else gradient for gradient in found)

@@ -170,6 +170,25 @@ def test_offsets_for_another_number_of_groups_are_refused() -> None:
         v2(x, offset.repeat(1, 2, 1, 1), mask)
 
 
+@pytest.mark.parametrize("layer_class", [DeformConv, DeformConvPack, ModulatedDeformConv, ModulatedDeformConvPack])
+def test_twice_the_channels_are_not_two_conv_groups(layer_class: type[nn.Module]) -> None:
+    layer = layer_class(4, 4, 3, padding=1)
+    x, offset, mask = operands(layer, (5, 6))
+    arguments = [offset, mask] if layer_class is ModulatedDeformConv else [offset] if layer_class is DeformConv else []
+    layer(x, *arguments)
+    message = rf"^{layer_class.__name__}: the input must have in_channels=4 channels, got 8 \(shape \[2, 8, 5, 6\]\)"
+    with pytest.raises(RuntimeError, match=message):
+        layer(torch.cat([x, x], dim=1), *arguments)
+    if layer_class is ModulatedDeformConv:
+        with pytest.raises(RuntimeError, match=message):
+            layer(torch.cat([x, x], dim=1), torch.cat([offset, mask], dim=1))
+
+
+def test_scripting_is_refused_in_words() -> None:
+    with pytest.raises(RuntimeError, match=r"^DeformConvPack cannot be compiled by torch.jit.script. Use torch.export"):
+        torch.jit.script(nn.Sequential(nn.Conv2d(3, 4, 1), DeformConvPack(4, 4, 3)))
+
+
 def test_arguments_that_do_not_fit_are_refused() -> None:
     with pytest.raises(ValueError, match="out_channels must be a multiple of groups, got 4 and 3"):
         DeformConv(6, 4, kernel_size=3, groups=3)

@@ -122,6 +122,12 @@ def test_no_rois_give_an_empty_output_and_zero_gradients(layer_class: type[nn.Mo
     assert all(tensor.grad is not None and not tensor.grad.any() for tensor in (features, *layer.parameters()))
 
 
+@pytest.mark.parametrize("layer_class", LAYERS)
+def test_maps_of_other_channels_are_refused(layer_class: type[nn.Module]) -> None:
+    with pytest.raises(RuntimeError, match=r"the input must have in_channels=5 channels, got 6"):
+        make(layer_class)(torch.zeros(2, 6, 28, 36), rois())
+
+
 def test_repr_shows_the_arguments() -> None:
     shown = "output_size=(3, 4), spatial_scale=0.25, in_channels=5, deform_fc_channels=8, sampling_ratio=0, gamma=0.1"
     assert shown in repr(make(DeformRoIPool))

@@ -164,6 +164,31 @@ def test_half_precision_stays_half() -> None:
     torch.testing.assert_close(pooled.float(), pooler(features(), boxes()), rtol=0.1, atol=0.1)
 
 
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("mmdet_levels", [False, True])
+@pytest.mark.parametrize("levels", [1, 4])
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_maps_of_any_dtype_with_boxes_in_float32(
+    name: str, mmdet_levels: bool, levels: int, autocast: torch.dtype | None, dtype: torch.dtype
+) -> None:
+    # float32 maps under autocast come from an FPN with LayerNorm or GroupNorm: autocast leaves theirs in float32.
+    pooler = randomise(make(name, mmdet_levels))
+    if levels == 1:
+        finest = pooler.level_poolers[0]
+        pooler = DCNROIPooler(3, [0.25], 0, "ROIAlignV2", lambda _: finest, mmdet_levels)
+    expected = pooler(features()[:levels], boxes())
+    if autocast is None or dtype == torch.float64:
+        pooler = pooler.to(dtype)
+    maps = [level.detach().to(dtype).requires_grad_() for level in features()[:levels]]
+    with torch.autocast("cpu", autocast or torch.bfloat16, enabled=autocast is not None):
+        pooled = pooler(maps, boxes())
+    assert pooled.dtype == dtype
+    torch.testing.assert_close(pooled.float(), expected, rtol=0.1, atol=0.1)
+    for gradient, level in zip(torch.autograd.grad(pooled.sum(), maps), maps):
+        assert gradient.dtype == level.dtype and bool(gradient.isfinite().all())
+
+
 # Each process has boxes on one level, and another one than the other process has; in the second step, none at all.
 TRAIN = """
 import sys, torch

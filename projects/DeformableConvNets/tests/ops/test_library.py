@@ -2,6 +2,7 @@
 """The library around the operators: fallback, instruction sets, threads."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -63,6 +64,17 @@ assert len(messages) == 1 and "pip install" in messages[0] and "dcn_d2._C was no
     assert "Error" not in output
 
 
+# Prints why the library in the braces cannot be used in the place of the installed one.
+INSTALLED = """
+import importlib.util, types
+find = importlib.util.find_spec
+broken = types.SimpleNamespace(origin={!r})
+importlib.util.find_spec = lambda name, package=None: broken if name == "dcn_d2._C" else find(name, package)
+from dcn_d2.ops import _library
+print(_library.missing_kernels)
+"""
+
+
 def test_a_library_that_does_not_load_is_reported_with_the_loaders_reason(tmp_path: Path) -> None:
     """Torch's own message names only the file."""
     broken = tmp_path / "broken.so"
@@ -70,15 +82,39 @@ def test_a_library_that_does_not_load_is_reported_with_the_loaders_reason(tmp_pa
     code = "try:\n    import dcn_d2.ops\nexcept OSError as error:\n    print(error)"
     found = run_python(code, DCN_LIBRARY=str(broken))
     assert "DCN_LIBRARY names does not load" in found and "broken.so: file too short" in found
-    code = f"""
-import importlib.util, types
-find = importlib.util.find_spec
-broken = types.SimpleNamespace(origin={str(broken)!r})
-importlib.util.find_spec = lambda name, package=None: broken if name == "dcn_d2._C" else find(name, package)
-from dcn_d2.ops import _library
-print(_library.missing_kernels)
-"""
+    code = INSTALLED.format(str(broken))
     assert "broken.so: file too short. Build it again" in run_python(code, DCN_LIBRARY="")
+
+
+@pytest.fixture(scope="module")
+def library_without_its_cuda(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A library that needs another one which is not there, as a CUDA build does on a CPU-only torch."""
+    compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
+    if compiler is None:
+        pytest.skip("needs a C compiler")
+    folder = tmp_path_factory.mktemp("library")
+    (folder / "needed.c").write_text("int needed(void) { return 1; }")
+    (folder / "ours.c").write_text("int needed(void); int ours(void) { return needed(); }")
+    for command in (
+        ["needed.c", "-o", "libtorch_cuda_that_is_gone.so"],
+        ["ours.c", "-o", "ours.so", "-L.", "-ltorch_cuda_that_is_gone"],
+    ):
+        subprocess.run([compiler, "-shared", "-fPIC", *command], cwd=folder, check=True)
+    (folder / "libtorch_cuda_that_is_gone.so").unlink()
+    return folder / "ours.so"
+
+
+def test_the_library_that_is_missing_is_named(library_without_its_cuda: Path) -> None:
+    without_cuda = "import torch\ntorch.version.cuda = None\n"
+    code = without_cuda + "try:\n    import dcn_d2.ops\nexcept OSError as error:\n    print(error)"
+    found = run_python(code, DCN_LIBRARY=str(library_without_its_cuda))
+    assert f"the library {library_without_its_cuda} that DCN_LIBRARY names does not load" in found
+    assert "libtorch_cuda_that_is_gone.so: cannot open shared object file" in found
+    assert "built with CUDA kernels, but PyTorch" in found and "has no CUDA" in found
+    code = without_cuda + INSTALLED.format(str(library_without_its_cuda))
+    found = run_python(code, DCN_LIBRARY="")
+    assert f"the compiled library {library_without_its_cuda} does not load: libtorch_cuda_that_is_gone.so" in found
+    assert "Build it again for this PyTorch" in found
 
 
 @pytest.mark.parametrize("capability", ["default", "avx2", "avx512"])
@@ -130,3 +166,14 @@ def test_operators_are_registered() -> None:
     for name in dcn_d2.ops.__all__:
         for operator in (name, f"{name}_backward"):
             assert torch._C._dispatch_has_kernel_for_dispatch_key(f"dcn_d2::{operator}", "CPU")
+
+
+def scripted(x: torch.Tensor, offset: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    return dcn_d2.ops.deform_conv2d(x, offset, weight, padding=1)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script")
+def test_scripted_functions_may_call_operators() -> None:
+    operands = torch.randn(1, 2, 5, 6), torch.randn(1, 18, 5, 6), torch.randn(3, 2, 3, 3)
+    function = torch.jit.script(scripted)
+    assert torch.equal(function(*operands), scripted(*operands))

@@ -137,7 +137,9 @@ def test_autocast_stays_half(device: str) -> None:
     with torch.autocast(device, torch.bfloat16):
         found = gradients(functools.partial(compiled, SAMPLES[0]), operands)
     assert found["output"].dtype == torch.bfloat16 and found["offset_and_mask"].dtype == torch.float32
-    rounded = {name: t.bfloat16().double() for name, t in operands.items()}
+    # The CPU's kernels take positions in float32.
+    exact = {n: t if device == "cpu" and n == "offset_and_mask" else t.bfloat16() for n, t in operands.items()}
+    rounded = {name: t.double() for name, t in exact.items()}
     assert_same(found, gradients(functools.partial(oracle, SAMPLES[0]), rounded), TOLERANCE[torch.bfloat16])
 
 
@@ -152,13 +154,6 @@ def test_deterministic_algorithms_are_honoured(dtype: torch.dtype, device: str) 
     finally:
         torch.use_deterministic_algorithms(False)
     assert all(torch.equal(first[name], other[name]) for other in others for name in first)
-
-
-def test_double_backward_is_refused() -> None:
-    operands = {name: t.requires_grad_() for name, t in branch_output(SAMPLES[0]).items()}
-    (grad,) = torch.autograd.grad(compiled(SAMPLES[0], **operands).sum(), operands["input"], create_graph=True)
-    with pytest.raises(RuntimeError, match="no double backward"):
-        grad.square().sum().backward()
 
 
 BAD_OPERANDS: list[tuple[dict[str, Any], str]] = [

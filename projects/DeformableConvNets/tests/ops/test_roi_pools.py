@@ -123,6 +123,15 @@ def test_autocast_keeps_rois_in_float32(name: str, device: str) -> None:
 
 
 @parametrize_operators
+def test_rois_in_float32_fit_maps_in_float64(name: str) -> None:
+    # Detectron2's boxes are float32 always.
+    operands = RoiSample("mixed").tensors(torch.float64)
+    operands["rois"] = operands["rois"].float()
+    expected = compiled(name, RoiSample("mixed"), **operands | {"rois": operands["rois"].double()})
+    assert torch.equal(compiled(name, RoiSample("mixed"), **operands), expected)
+
+
+@parametrize_operators
 @pytest.mark.parametrize("threads", [1, 2, 5])
 def test_any_number_of_threads(name: str, threads: int) -> None:
     sample = RoiSample("threads", channels=70)

@@ -1,0 +1,43 @@
+# Copyright (c) the dcn_d2 authors. SPDX-License-Identifier: Apache-2.0
+"""What all layers share."""
+
+from __future__ import annotations
+
+from typing import NoReturn
+
+import torch
+from torch import Tensor, nn
+
+
+def offset_branch(branch: nn.Conv2d, x: Tensor) -> Tensor:
+    """Runs the convolution that predicts offsets, in float32 under autocast on CPU.
+
+    In bfloat16, offsets of some pixels are a hundredth of a pixel off. Where that takes a sample over a pixel's border,
+    the gradients that reach it jump: those of the input and the branch were 10 % off, and are 0.4 % off so. The
+    operators on CUDA read offsets in the dtype of the input, so that there is nothing to gain there.
+    """
+    if x.device.type != "cpu" or not torch.is_autocast_enabled("cpu") or x.dtype == torch.float64:
+        return branch(x)
+    with torch.autocast("cpu", enabled=False):
+        return branch(x.to(branch.weight.dtype))
+
+
+class DeformableLayer(nn.Module):
+    """A layer whose input has a fixed number of channels."""
+
+    in_channels: int
+
+    def _check_in_channels(self, x: Tensor) -> None:
+        # The operators cannot: to them, twice the channels are two conv groups, and pooling takes any number.
+        if x.dim() == 4 and x.shape[1] != self.in_channels:
+            raise RuntimeError(
+                f"{type(self).__name__}: the input must have in_channels={self.in_channels} channels, got "
+                f"{x.shape[1]} (shape {list(x.shape)})"
+            )
+
+    def __prepare_scriptable__(self) -> NoReturn:  # what torch.jit.script calls first, also for parts of a model
+        raise RuntimeError(
+            f"{type(self).__name__} cannot be compiled by torch.jit.script. Use torch.export.export, torch.compile or "
+            "torch.jit.trace; of what dcn_d2 has, only the operators, such as dcn_d2.ops.deform_conv2d, may be called "
+            "in scripted functions."
+        )

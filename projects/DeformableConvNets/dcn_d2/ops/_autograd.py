@@ -1,0 +1,120 @@
+# Copyright (c) the dcn_d2 authors. SPDX-License-Identifier: Apache-2.0
+"""What torch's derivatives and transforms need of an operator: gradients, second ones, forward mode, vmap.
+
+`torch.library.register_autograd` would do for gradients alone. What it registers refuses `torch.func.grad`, and gives
+zeros, without a word, in forward mode and for gradients of gradients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._functorch.utils import enable_single_level_autograd_function
+from torch.autograd import forward_ad
+from torch.autograd.forward_ad import _set_fwd_grad_enabled
+
+from ._library import LIBRARY
+from .reference import pull_back
+
+
+def register_derivatives(
+    name: str,
+    backward: Callable[..., Sequence[Tensor | None]],
+    reference: Callable[..., Any],
+    forward_mode: Callable[..., Any] | None = None,
+) -> None:
+    """Makes an operator differentiable, also by `torch.func`, in forward mode, and under `torch.vmap`.
+
+    Args:
+        name: the operator's.
+        backward: called as (arguments, needed, *grads), where `needed` says which of the operator's `arguments` want a
+            gradient. Returns one for each argument, or None. To be differentiable again it calls differentiable
+            operators only.
+        reference: the operator in plain differentiable torch. It computes whatever is differentiated in forward mode,
+            and the gradients too while that mode is on: slow, and right for every order.
+        forward_mode: takes the place of `reference` for operands that have tangents.
+    """
+    operator = getattr(torch.ops.dcn_d2, name).default
+    below_autograd = torch._C._after_autograd_keyset
+    defaults = [argument.default_value for argument in operator._schema.arguments]
+
+    # torch.func wraps the operands before the dispatcher brings them here, level by level; hence one level is right,
+    # and `torch.autograd.Function`, which would wrap them once more, is not.
+    class Node(torch.autograd.function._SingleLevelFunction):
+        @staticmethod
+        def forward(ctx: Any, keyset: Any, *arguments: Any) -> Any:
+            ctx.save_for_backward(*(argument if isinstance(argument, Tensor) else None for argument in arguments))
+            ctx.others = [None if isinstance(argument, Tensor) else argument for argument in arguments]
+            if not torch._C._are_functorch_transforms_active():
+                with torch._C._AutoDispatchBelowAutograd():
+                    return operator.redispatch(keyset & below_autograd, *arguments)
+            # Both were turned off for this function, and the transform below this one may be about either.
+            with torch.enable_grad(), _set_fwd_grad_enabled(True), torch._C._AutoDispatchBelowAutograd():
+                return operator.redispatch(keyset & below_autograd, *arguments)
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Tensor) -> Any:
+            arguments = [other if saved is None else saved for saved, other in zip(ctx.saved_tensors, ctx.others)]
+            needed = ctx.needs_input_grad[1:]
+            if forward_ad._current_level >= 0:
+                # A kernel would lose the tangents, which may be below what is seen here.
+                return None, *pull_back(reference, arguments, needed, grads)
+            return None, *backward(arguments, needed, *grads)
+
+    Node.__name__ = f"{name}_node"
+
+    def autograd(keyset: Any, *args: Any) -> Any:
+        if forward_ad._current_level >= 0 and any(map(_has_tangent, args)):
+            return (forward_mode or reference)(*args, *defaults[len(args) :])
+        if not (torch.is_grad_enabled() and torch._C._any_requires_grad(*args)):
+            with torch._C._AutoDispatchBelowAutograd():
+                return operator.redispatch(keyset & below_autograd, *args)
+        arguments = (*args, *defaults[len(args) :])  # the dispatcher takes away what equals its default
+        if not torch._C._are_functorch_transforms_active():
+            return Node.apply(keyset, *arguments)  # type: ignore[attr-defined]
+        with enable_single_level_autograd_function():
+            return Node.apply(keyset, *arguments)  # type: ignore[attr-defined]
+
+    LIBRARY.impl(name, autograd, "Autograd", with_keyset=True)
+    torch.library.register_vmap(f"dcn_d2::{name}", _sample_by_sample(operator), lib=LIBRARY)
+
+
+def register_second_derivatives(name: str, reference: Callable[..., tuple[Tensor, ...]]) -> None:
+    """Makes a backward operator differentiable, as often as one likes, by the reference: slow, and right."""
+
+    def backward(arguments: Sequence[Any], needed: Sequence[bool], *grads: Tensor) -> list[Tensor | None]:
+        return pull_back(reference, arguments, needed, grads)
+
+    def forward_mode(*_: Any) -> Any:
+        raise RuntimeError(
+            f"torch.ops.dcn_d2.{name} is not differentiable in forward mode (torch.func.jvp, jacfwd, dual numbers). "
+            "Call the operator without _backward in its name, and differentiate that."
+        )
+
+    register_derivatives(name, backward, reference, forward_mode)
+
+
+def _has_tangent(argument: Any) -> bool:
+    return isinstance(argument, Tensor) and forward_ad.unpack_dual(argument).tangent is not None
+
+
+def _sample_by_sample(operator: Any) -> Callable[..., Any]:
+    """The vmap rule: calls the operator for each sample, and stacks what it gives."""
+
+    def rule(info: Any, in_dims: Sequence[Any], *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        def sample(index: int) -> Any:
+            chosen = (
+                arg.select(dim, index) if isinstance(arg, Tensor) and dim is not None else arg
+                for arg, dim in zip(args, in_dims)
+            )
+            return operator(*chosen, **kwargs)
+
+        results = [sample(index) for index in range(info.batch_size)]
+        if isinstance(results[0], Tensor):
+            return torch.stack(results), 0
+        return tuple(map(torch.stack, zip(*results))), (0,) * len(results[0])
+
+    return rule
