@@ -304,9 +304,7 @@ def test_weights_of_the_backbone_alone_are_not_evaluated(tmp_path: Path) -> None
     model = build_model(engine.load_config(str(NUCLEI), ["MODEL.DEVICE", "cpu"]))
     bottom = {k.removeprefix("backbone.bottom_up."): v for k, v in model.state_dict().items() if ".bottom_up." in k}
     torch.save({"model": bottom}, tmp_path / "imagenet.pth")
-    with pytest.raises(
-        SystemExit, match="heads are not trained: .*imagenet.pth holds weights for 291 of "
-    ):
+    with pytest.raises(SystemExit, match="heads are not trained: .*imagenet.pth holds weights for 291 of "):
         train_net.run(["--eval-only", *arguments, "MODEL.WEIGHTS", str(tmp_path / "imagenet.pth")])
 
 
