@@ -53,6 +53,8 @@ def deform_roi_pool(
     are not finite give zero. So does a RoI of no area where sampling_ratio is 0; a fixed sampling_ratio samples it at
     the line or point that it is, as mmcv does. Half precision accumulates in float32. `rois` get no gradient.
 
+    Results are contiguous, but the gradient by a channels_last input of several channels is channels_last.
+
     On CUDA, input's gradient is summed by atomics. Under `torch.use_deterministic_algorithms` it is summed in fixed
     point, so that every run gives the same bits; it is all NaN then if any value of the output's gradient or the mask
     is not finite.
