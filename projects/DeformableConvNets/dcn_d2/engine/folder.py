@@ -20,9 +20,9 @@ import torch
 logger = logging.getLogger(__name__)
 
 LOCK = ".lock"
-# What a run writes and --overwrite removes. Other files are the user's.
+# What a run writes and --overwrite removes, and metrics.json. Other files are the user's.
 _CHECKPOINT = re.compile(r"model_(\d{7,}|final)\.pth")
-_RECORDS = ("last_checkpoint", "metrics.json")
+_RECORDS = re.compile(r"last_checkpoint|events\.out\.tfevents\..*")
 
 # Locks of this process: folder -> open file, and how often it was locked. They belong to the process and not to the
 # file (POSIX record locks), so that a killed run's workers, which live some seconds longer, do not hold them, and a
@@ -128,10 +128,10 @@ def remove_earlier_run(folder: str) -> None:
         return
     removed = []
     for file in Path(folder).iterdir():
-        if _CHECKPOINT.fullmatch(file.name) or file.name == _RECORDS[0]:
+        if _CHECKPOINT.fullmatch(file.name) or _RECORDS.fullmatch(file.name):
             file.unlink()
             removed.append(file.name)
-        elif file.name == _RECORDS[1] and file.stat().st_size:
+        elif file.name == "metrics.json" and file.stat().st_size:
             os.truncate(file, 0)  # not unlink: it is open for appending
             removed.append(file.name)
     if removed:

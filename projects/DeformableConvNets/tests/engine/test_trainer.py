@@ -102,9 +102,20 @@ def test_second_run_in_a_used_folder_is_refused(tmp_path: Path) -> None:
 def test_used_folder_may_be_overwritten_on_purpose(tmp_path: Path) -> None:
     train(tmp_path, "SOLVER.CHECKPOINT_PERIOD", 1)
     (tmp_path / "mine.pth").write_bytes(b"1")
+    curves = set(tmp_path.glob("events.out.tfevents.*"))
     train(tmp_path, "SOLVER.MAX_ITER", 2, overwrite=True)
     assert {path.name for path in tmp_path.glob("*.pth")} == {"mine.pth", "model_final.pth"}
     assert iterations(tmp_path) == [1]
+    assert curves and not curves & set(tmp_path.glob("events.out.tfevents.*"))
+
+
+def test_weights_in_the_folder_that_is_overwritten_are_read_before(tmp_path: Path) -> None:
+    train(tmp_path)
+    trainer = train(
+        tmp_path, "MODEL.WEIGHTS", str(tmp_path / "model_final.pth"), "SOLVER.BASE_LR", 1e-9, overwrite=True
+    )
+    assert "_path" in vars(trainer.checkpointer) and trainer.start_iter == 0
+    assert "Loading from" in (tmp_path / "log.txt").read_text().split("removed of an earlier run")[0]
 
 
 def test_resumed_run_records_each_iteration_once(tmp_path: Path) -> None:
@@ -333,7 +344,9 @@ assert any(prefix.startswith("mmdet:") for prefix in PathManager._path_handlers)
     "error, line",
     [
         (KeyError("no key"), "no key"),
+        (KeyError("p7"), "KeyError: p7"),
         (AssertionError(), "AssertionError:"),
+        (RuntimeError("no\n  room"), "RuntimeError: no room"),
         (OSError(28, "no room for a.pth"), "no room for a.pth"),
         (FileNotFoundError(2, "No such file or directory", "a"), "[Errno 2] No such file or directory: 'a'"),
         (ValueError("one\n  two\n"), "one two"),
