@@ -147,27 +147,28 @@ def cut_metrics(folder: str, iteration: int) -> None:
     path = Path(folder) / "metrics.json"
     if not is_local(folder) or not path.is_file():
         return
-    start = keep = 0  # of the last line that stays, and its end
-    last: dict[str, Any] = {}
-    after: dict[str, Any] = {}
-    lines = path.read_bytes().splitlines(keepends=True)
-    for line in lines:
+    kept: dict[int, dict[str, Any]] = {}
+    changed = False
+    for line in path.read_text().splitlines():
         try:
             entry = json.loads(line)
             number = int(entry["iteration"])
         except (ValueError, TypeError, KeyError):  # a line that a kill has cut off
-            break
-        if number >= iteration:
-            if number == iteration and "total_loss" not in entry and keep:
-                after = entry
-            break
-        start, keep, last = keep, keep + len(line), entry
-    if keep == sum(map(len, lines)):
+            changed = True
+            continue
+        if number == iteration and "total_loss" not in entry and number - 1 in kept:
+            kept[number - 1] = entry | kept[number - 1]
+            changed = True
+        elif number < iteration and number not in kept:  # one that failed comes before the last whole one
+            kept[number] = entry
+        else:
+            changed = True
+    if not changed:
         return
-    os.truncate(path, start if after else keep)
-    if after:
-        with path.open("a") as file:
-            file.write(json.dumps(after | last, sort_keys=True) + "\n")
+    # In place and not as a new file: Detectron2's writer has it open for appending.
+    with path.open("r+") as file:
+        file.write("".join(json.dumps(entry, sort_keys=True) + "\n" for entry in kept.values()))
+        file.truncate()
     logger.info(f"{path} is cut at iteration {iteration}, from which training goes on")
 
 
