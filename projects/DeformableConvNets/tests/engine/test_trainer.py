@@ -340,7 +340,7 @@ assert any(prefix.startswith("mmdet:") for prefix in PathManager._path_handlers)
         (AssertionError(), "AssertionError:"),
         (RuntimeError("no\n  room"), "RuntimeError: no room"),
         (OSError(28, "no room for a.pth"), "no room for a.pth"),
-        (FileNotFoundError(2, "No such file or directory", "a"), "[Errno 2] No such file or directory: 'a'"),
+        (FileNotFoundError(2, "No such file or directory", "a"), "a: No such file or directory"),
         (ValueError("one\n  two\n"), "one two"),
         (
             ValueError("Caught ValueError in process 0.\nTraceback (most recent call last):\n x\nValueError: y"),
