@@ -146,9 +146,11 @@ def check_input_format(cfg: CfgNode) -> None:
 
 def _upper_8_bits(pixels: np.ndarray, name: str) -> np.ndarray:
     text = f"{name} has 16 bits a channel: of all such images the upper 8 are taken (value // 256)"
-    if pixels.max() < 2**14:
+    if pixels.max() >= 2**14:
+        log_first_n(logging.WARNING, text, name=__name__)
+    else:  # counted by itself, so that an earlier bright image does not silence it
         text += f"; its largest value is {pixels.max()} of 65535, so it comes out dark: better scale the files first"
-    log_first_n(logging.WARNING, text, name=__name__)
+        log_first_n(logging.WARNING, text, name=__name__)
     return (pixels >> 8).astype(np.uint8)
 
 
