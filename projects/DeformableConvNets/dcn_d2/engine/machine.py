@@ -9,6 +9,8 @@ import os
 import torch
 from detectron2.config import CfgNode
 
+from ..config import with_dcn_keys
+
 logger = logging.getLogger(__name__)
 
 
@@ -50,7 +52,7 @@ def fit_to_machine(cfg: CfgNode, processes: int = 1) -> None:
 
 def scale_learning_rate(cfg: CfgNode) -> None:
     """Scales BASE_LR to the batch size if SOLVER.REFERENCE_IMS_PER_BATCH says which one it is meant for."""
-    reference, batch_size = cfg.SOLVER.REFERENCE_IMS_PER_BATCH, cfg.SOLVER.IMS_PER_BATCH
+    reference, batch_size = with_dcn_keys(cfg).SOLVER.REFERENCE_IMS_PER_BATCH, cfg.SOLVER.IMS_PER_BATCH
     if reference <= 0 or reference == batch_size:
         return
     scaled = cfg.SOLVER.BASE_LR * batch_size / reference

@@ -7,13 +7,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.engine import HookBase
 from torch import nn
 
-from dcn_d2.engine import DCNTrainer, load_config, one_line
+from dcn_d2.engine import DCNPredictor, DCNTrainer, load_config, one_line
 from dcn_d2.engine.optimizer import fit_saved_state
 
 from .tiny import tiny_config
@@ -247,6 +248,38 @@ def test_data_sets_that_are_not_measured_as_coco_are_refused(kind: str, tmp_path
     finally:
         DatasetCatalog.remove("odd")
         MetadataCatalog.remove("odd")
+
+
+def test_keypoints_without_tolerances_failed_after_the_training(tmp_path: Path) -> None:
+    keypoints = ("MODEL.KEYPOINT_ON", True, "MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS", 3)
+    cfg = tiny_config(tmp_path, "DATASETS.TEST", ("nuclei_val",), *keypoints)
+    message = "TEST.KEYPOINT_OKS_SIGMAS has 0 values, but MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS is 3"
+    with pytest.raises(ValueError, match=message):
+        DCNTrainer.check_data(cfg)
+
+
+def test_tolerances_of_keypoints_were_ignored(tmp_path: Path) -> None:
+    cfg = tiny_config(tmp_path, "MODEL.KEYPOINT_ON", True, "TEST.KEYPOINT_OKS_SIGMAS", [0.1] * 17)
+    assert DCNTrainer.build_evaluator(cfg, "nuclei_val")._kpt_oks_sigmas == [0.1] * 17
+
+
+def test_config_made_without_dcn_d2_trains_and_predicts(tmp_path: Path) -> None:
+    cfg = tiny_config(tmp_path, "SOLVER.MAX_ITER", 1, "DATASETS.TEST", ("nuclei_val",))
+    for node, key in (
+        (cfg.MODEL, "DCN"),
+        (cfg, "PUBLISHED"),
+        (cfg.INPUT, "RESIZE_WITH"),
+        (cfg.SOLVER, "REFERENCE_IMS_PER_BATCH"),
+        (cfg.SOLVER, "OFFSET_LR_FACTOR"),
+    ):
+        del node[key]
+    trainer = DCNTrainer(cfg)
+    assert set(trainer.train()) == {"bbox"}
+    assert "PUBLISHED" not in cfg and trainer.cfg.SOLVER.OFFSET_LR_FACTOR == 1
+    DCNTrainer.test(cfg, trainer.model)
+    DCNTrainer.build_optimizer(cfg, trainer.model)
+    cfg.MODEL.WEIGHTS = str(tmp_path / "model_final.pth")
+    assert "instances" in DCNPredictor(cfg)(np.zeros((50, 60, 3), np.uint8))
 
 
 def test_augmentation_at_test_time_is_refused(tmp_path: Path) -> None:
