@@ -24,9 +24,7 @@ def fit_to_machine(cfg: CfgNode, processes: int = 1) -> None:
         cfg: changed in place.
         processes: how many processes of this job run on this machine.
     """
-    if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
-        logger.info(f"MODEL.DEVICE is {cfg.MODEL.DEVICE}, but there is no GPU: running on the CPU")
-        cfg.MODEL.DEVICE = "cpu"
+    fit_device(cfg)
     if cfg.MODEL.DEVICE != "cpu":
         return
     if cfg.SOLVER.AMP.ENABLED:
@@ -48,6 +46,13 @@ def fit_to_machine(cfg: CfgNode, processes: int = 1) -> None:
         cfg.DATALOADER.NUM_WORKERS = workers
     if processes > 1 and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, cores // processes))
+
+
+def fit_device(cfg: CfgNode) -> None:
+    """Changes MODEL.DEVICE to the CPU where there is no GPU, as `fit_to_machine` does."""
+    if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
+        logger.info(f"MODEL.DEVICE is {cfg.MODEL.DEVICE}, but there is no GPU: running on the CPU")
+        cfg.MODEL.DEVICE = "cpu"
 
 
 def scale_learning_rate(cfg: CfgNode) -> None:

@@ -201,6 +201,7 @@ class DCNTrainer(DefaultTrainer):
         except _Ended as ended:
             raise ended.error from None
         finally:
+            self._may_start = self._overwrite = False  # a second call would overwrite what this one has written
             if main:
                 folder.unlock_folder(where)
         return getattr(self, "_last_eval_results", None) if main else None

@@ -100,6 +100,14 @@ def test_second_run_in_a_used_folder_is_refused(tmp_path: Path) -> None:
     assert {path.name: path.read_bytes() for path in tmp_path.glob("*.pth")} == before
 
 
+def test_trainer_that_trains_again_does_not_overwrite_its_run(tmp_path: Path) -> None:
+    trainer = train(tmp_path)
+    before = (tmp_path / "model_final.pth").read_bytes()
+    with pytest.raises(FileExistsError, match="holds an earlier run .*resume_or_load"):
+        trainer.train()
+    assert (tmp_path / "model_final.pth").read_bytes() == before
+
+
 def test_used_folder_may_be_overwritten_on_purpose(tmp_path: Path) -> None:
     train(tmp_path, "SOLVER.CHECKPOINT_PERIOD", 1)
     (tmp_path / "mine.pth").write_bytes(b"1")
@@ -280,6 +288,20 @@ def test_config_made_without_dcn_d2_trains_and_predicts(tmp_path: Path) -> None:
     DCNTrainer.build_optimizer(cfg, trainer.model)
     cfg.MODEL.WEIGHTS = str(tmp_path / "model_final.pth")
     assert "instances" in DCNPredictor(cfg)(np.zeros((50, 60, 3), np.uint8))
+
+
+def test_predictor_takes_the_config_that_the_trainer_took(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    cfg = tiny_config(tmp_path, "SOLVER.MAX_ITER", 1, "MODEL.DEVICE", "cuda")
+    cfg.freeze()
+    DCNTrainer(cfg).train()
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.MODEL.WEIGHTS = str(tmp_path / "model_final.pth")
+    cfg.freeze()
+    predictor = DCNPredictor(cfg)
+    assert next(predictor.model.parameters()).device.type == "cpu" and cfg.MODEL.DEVICE == "cuda"
+    assert "instances" in predictor(np.zeros((50, 60, 3), np.uint8))
 
 
 def test_augmentation_at_test_time_is_refused(tmp_path: Path) -> None:
