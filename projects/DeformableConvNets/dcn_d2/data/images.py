@@ -69,6 +69,8 @@ def convert_image(image: Image.Image, format: str, name: str = "the image") -> n
     """Gives the pixels of a Pillow image by the rules of this module; arguments and result as in `read_image`."""
     if fault := fault_of(image):
         raise ImageError(f"{name} {fault}")
+    if 0 in image.size:
+        raise ImageError(f"{name} has {image.width} x {image.height} pixels")
     image.load()  # also finds out that a file is cut off
     sixteen = _has_16_bits(image)
     image = _apply_exif_orientation(image)

@@ -26,7 +26,7 @@ from torch import nn
 from ..checkpoint import DCNCheckpointer
 from ..config import add_dcn_keys, load_config, with_dcn_keys
 from ..config_checks import check_config
-from ..data.checks import check_data
+from ..data.checks import advise_on_data, check_data
 from ..data.mapper import DCNDatasetMapper
 from . import checks, folder
 from .logs import log_to
@@ -128,13 +128,15 @@ class DCNTrainer(DefaultTrainer):
 
     @classmethod
     def check_data(cls, cfg: CfgNode, train: bool = True) -> None:
-        """As `check`, for the data sets; those that a subclass loads or measures in its own way are left to it."""
+        """As `check`, for the data sets; of those that a subclass loads or measures in its own way it only warns."""
         evaluates = cls._is_ours("build_evaluator")
         if evaluates:
             checks.check_evaluators(cfg.DATASETS.TEST)
             checks.check_keypoint_sigmas(cfg)
         trains = train and cls._is_ours("build_train_loader")
         check_data(cfg, train=trains, test=cls._is_ours("build_test_loader"), coco_evaluation=evaluates)
+        methods = ("build_train_loader", "build_test_loader", "build_evaluator")
+        advise_on_data(cfg, train, [name for name in methods if not cls._is_ours(name)])
 
     @classmethod
     def _is_ours(cls, name: str) -> bool:

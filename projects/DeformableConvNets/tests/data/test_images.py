@@ -233,6 +233,7 @@ REFUSED = {
     "empty": (np.zeros((0, 5, 3), np.uint8), r"shape \(0, 5, 3\)"),
     "None": (None, "the image is None, which OpenCV gives for what it cannot read"),
     "tensor": (torch.zeros(4, 5, 3, dtype=torch.uint8), "the image is a torch.Tensor"),
+    "empty PIL image": (Image.new("RGB", (0, 5)), "the image has 0 x 5 pixels"),
     "list": ([[1, 2]], "the image is a builtins.list"),
 }
 

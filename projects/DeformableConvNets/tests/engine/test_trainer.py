@@ -2,6 +2,7 @@
 import json
 import logging
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,8 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog, build_detection_train_loader
+from detectron2.data.datasets import register_coco_instances
 from detectron2.engine import HookBase
+from detectron2.evaluation import COCOEvaluator
+from PIL import Image
 from torch import nn
 
 from dcn_d2.engine import DCNPredictor, DCNTrainer, load_config, one_line
@@ -253,6 +257,53 @@ def test_data_sets_that_are_not_measured_as_coco_are_refused(kind: str, tmp_path
                 return None
 
         Own.check_data(cfg)  # an evaluator of one's own may measure it
+    finally:
+        DatasetCatalog.remove("odd")
+        MetadataCatalog.remove("odd")
+
+
+class OwnLoader(DCNTrainer):
+    @classmethod
+    def build_train_loader(cls, cfg: Any) -> Any:
+        return build_detection_train_loader(cfg, mapper=DatasetMapper(cfg, is_train=True))
+
+
+class OwnEvaluator(DCNTrainer):
+    @classmethod
+    def build_evaluator(cls, cfg: Any, dataset_name: str) -> Any:
+        return COCOEvaluator(dataset_name, output_dir=cfg.OUTPUT_DIR)
+
+
+@pytest.mark.parametrize("kind", [OwnLoader, OwnEvaluator])
+def test_own_loader_or_evaluator_was_no_reason_to_check_nothing(
+    kind: type[DCNTrainer], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
+    coco = {
+        "images": [{"id": 1, "file_name": "a.png", "width": 64, "height": 64}],
+        "annotations": [{"id": 1, "image_id": 1, "category_id": 2, "bbox": [8, 8, 20, 20], "area": 400}],
+        "categories": [{"id": 1, "name": "one"}, {"id": 2, "name": "two"}],
+    }
+    (tmp_path / "odd.json").write_text(json.dumps(coco))
+    register_coco_instances("odd", {}, str(tmp_path / "odd.json"), str(tmp_path))
+    keys = {OwnLoader: "DATASETS.TRAIN", OwnEvaluator: "DATASETS.TEST"}
+    faults = {
+        OwnLoader: r"NUM_CLASSES is 1, but the data set has 2 categories .* the last ones train as background",
+        OwnEvaluator: "1 of 1 annotations have no 'iscrowd', which COCO's evaluation reads",
+    }
+    cfg = tiny_config(tmp_path / "out", "MODEL.ROI_HEADS.NUM_CLASSES", 1 if kind is OwnLoader else 2)
+    cfg.merge_from_list(["DATASETS.TRAIN", (), keys[kind], ("odd",)])
+    try:
+        with pytest.raises(ValueError, match=faults[kind]):
+            DCNTrainer.check_data(cfg, train=kind is OwnLoader)
+        caplog.clear()
+        kind.check_data(cfg, train=kind is OwnLoader)
+        (message,) = [record.getMessage() for record in caplog.records if record.name.startswith("dcn_d2")]
+        assert re.search(faults[kind], message)
+        assert "only a warning because the trainer has its own build_" in message
+        if kind is OwnLoader:  # which may take its data from anywhere
+            cfg.merge_from_list([keys[kind], ("not registered",)])
+            kind.check_data(cfg)
     finally:
         DatasetCatalog.remove("odd")
         MetadataCatalog.remove("odd")
