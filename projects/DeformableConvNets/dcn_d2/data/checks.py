@@ -19,6 +19,7 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
+from detectron2.utils.logger import log_first_n
 
 from .coco_json import check_coco_json, read_json
 from .findings import Findings, show
@@ -116,7 +117,8 @@ def advise_on_data(cfg: CfgNode, train: bool, own: Collection[str]) -> None:
             check_data_sets([name])
             _check_one(name, needs, "", hand_on=needs.train, quiet=said)
         except Exception as error:  # the data set's loader may be anyone's
-            logger.warning(f"{error}\nThis is only a warning because the trainer has its own {', '.join(sorted(own))}")
+            why = f"This is only a warning because the trainer has its own {', '.join(sorted(own))}"
+            log_first_n(logging.WARNING, f"{error}\n{why}", name=__name__, key="message")  # not at each evaluation
 
 
 def _check(cfg: CfgNode, train: bool, test: bool, coco_evaluation: bool) -> None:
