@@ -19,7 +19,7 @@ import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dcn_d2.quiet import silence_detectron2_warnings
 
@@ -107,7 +107,28 @@ def list_images(args: argparse.Namespace, cfg: CfgNode) -> list[dict[str, Any]]:
         raise ValueError("the config names no DATASETS.TEST: say what to draw with --input or --dataset")
     name = args.dataset or cfg.DATASETS.TEST[0]
     check_data_sets([name])
-    return DatasetCatalog.get(name)[: args.max_images]
+    samples = DatasetCatalog.get(name)  # a list, or what has a length and is read by numbers
+    samples = [samples[index] for index in range(min(len(samples), args.max_images))]
+    if not samples:
+        raise ValueError(f"data set {name} has no images")
+    if any("file_name" not in sample for sample in samples):
+        raise ValueError(f"data set {name} has images without 'file_name'")
+    return samples
+
+
+class Names(NamedTuple):
+    """Names of the classes of the model, and of the data set that is drawn, which may have others."""
+
+    model: list[str]
+    truth: list[str]
+
+
+def find_names(args: argparse.Namespace, cfg: CfgNode) -> Names:
+    from detectron2.data import MetadataCatalog
+
+    model = class_names(args, cfg)
+    drawn = "" if args.input else args.dataset or cfg.DATASETS.TEST[0]
+    return Names(model, list(MetadataCatalog.get(drawn).get("thing_classes", [])) or model if drawn else model)
 
 
 def class_names(args: argparse.Namespace, cfg: CfgNode) -> list[str]:
@@ -167,7 +188,10 @@ def draw_truth(image: np.ndarray, sample: dict[str, Any], names: list[str]) -> n
     masks: list[Any] = []
     for number, annotation in enumerate(sample["annotations"]):
         try:
-            boxes.append(BoxMode.convert(list(annotation["bbox"]), annotation["bbox_mode"], BoxMode.XYXY_ABS))
+            box = BoxMode.convert(list(annotation["bbox"]), annotation["bbox_mode"], BoxMode.XYXY_ABS)
+            if not np.isfinite(box).all():
+                raise ValueError(f"its 'bbox' is {annotation['bbox']}")
+            boxes.append(np.clip(box, 0, [*size[::-1], *size[::-1]]))
             shape = annotation.get("segmentation") or []
             if isinstance(shape, list):
                 masks.append([(np.reshape(part, (-1, 2)) * scale).reshape(-1) for part in shape])
@@ -278,7 +302,7 @@ def draw_image(
     stem: str,
     predictor: DCNPredictor,
     folder: PictureFolder,
-    names: list[str],
+    names: Names,
     args: argparse.Namespace,
 ) -> None:
     """Draws and writes the pictures of one image; raises OSError or ValueError with the file's name if it cannot."""
@@ -296,10 +320,10 @@ def draw_image(
     found = found[found.scores >= args.confidence]
     image = display_image(image_bgr, args.stretch_contrast)
     large = enlarge(image, PANEL)
-    columns = [[draw_detections(large, found, names)]]
+    columns = [[draw_detections(large, found, names.model)]]
     titles = [f"detections: {len(found)} with a score of at least {args.confidence:.0%}"]
     if "annotations" in sample:
-        columns.insert(0, [draw_truth(large, sample, names)])
+        columns.insert(0, [draw_truth(large, sample, names.truth)])
         titles.insert(0, f"ground truth: {len(sample['annotations'])}")
     print(f"wrote {folder.write(f'{stem}_detections.png', compose(columns, titles))}")
     columns = draw_sampling(image, predictor, record, found, args.points) if record.layers else []
@@ -311,8 +335,8 @@ def draw_image(
         print(f"{stem}: no sampling to draw ({len(record.layers)} deformable layers, {len(found)} detections)")
 
 
-def prepare(args: argparse.Namespace) -> tuple[list[dict[str, Any]], PictureFolder, DCNPredictor, list[str]]:
-    """Gives the images, the folder for their pictures, the predictor, and the names of its classes."""
+def prepare(args: argparse.Namespace) -> tuple[list[dict[str, Any]], PictureFolder, DCNPredictor, Names]:
+    """Gives the images, the folder for their pictures, the predictor, and the names of classes."""
     from dcn_d2.engine import DCNPredictor
     from dcn_d2.outputs import PictureFolder
 
@@ -322,7 +346,7 @@ def prepare(args: argparse.Namespace) -> tuple[list[dict[str, Any]], PictureFold
     folder = PictureFolder(args.output, read)
     if not cfg.MODEL.WEIGHTS:
         raise ValueError("no weights are given: --weights FILE names those of a trained model")
-    return samples, folder, DCNPredictor(cfg), class_names(args, cfg)
+    return samples, folder, DCNPredictor(cfg), find_names(args, cfg)
 
 
 def main(arguments: list[str] | None = None) -> None:

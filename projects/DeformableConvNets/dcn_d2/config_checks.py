@@ -8,6 +8,7 @@ that says what is wrong.
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
 from typing import Any
@@ -76,7 +77,7 @@ def find_problems(cfg: CfgNode, below: str = "", checks: Sequence[Check] | None 
     """
     problems = []
     for key, rule in RULES.items():
-        if not key.startswith(below):
+        if not key.startswith(below) or _is_for_others(cfg, key):
             continue
         value = value_of(cfg, key, missing := object())
         problem = None if value is missing else rule(value)
@@ -85,6 +86,27 @@ def find_problems(cfg: CfgNode, below: str = "", checks: Sequence[Check] | None 
     if checks is None:
         checks = (*_MODEL_CHECKS, _check_images)
     return problems or [problem for check in checks for problem in check(cfg)]
+
+
+# Keys whose values a part of one's own may extend: a ResNet of another depth, another pooler, boxes with an angle.
+_EXTENDED_BY = {
+    "MODEL.BACKBONE.NAME": r"MODEL\.(RESNETS|FPN)\..*",
+    "MODEL.PROPOSAL_GENERATOR.NAME": r"MODEL\.RPN\.BBOX_REG_LOSS_TYPE",
+    "MODEL.ROI_HEADS.NAME": r"MODEL\.ROI_\w+_HEAD\.(POOLER_TYPE|BBOX_REG_LOSS_TYPE|NORM)",
+}
+
+
+def _is_for_others(cfg: CfgNode, key: str) -> bool:
+    """Whether a part that is neither dcn_d2's nor Detectron2's reads the key: it knows what the value may be."""
+    import detectron2.modeling as modeling
+
+    registries = (modeling.BACKBONE_REGISTRY, modeling.PROPOSAL_GENERATOR_REGISTRY, modeling.ROI_HEADS_REGISTRY)
+    for (reader, keys), registry in zip(_EXTENDED_BY.items(), registries):
+        if re.fullmatch(keys, key):
+            name = value_of(cfg, reader)
+            part = _part(registry, name) if isinstance(name, str) else None
+            return part is not None and not _is_known(part)
+    return False
 
 
 def raise_problems(problems: list[Problem]) -> None:
@@ -357,6 +379,27 @@ def _check_labels(cfg: CfgNode) -> Iterator[Problem]:
             yield key, f"{key} must have one value more than MODEL.{node}.IOU_THRESHOLDS ({thresholds}), got {labels}"
 
 
+def _check_box_weights(cfg: CfgNode) -> Iterator[Problem]:
+    """Boxes have four numbers, rotated ones five."""
+    from detectron2.modeling import PROPOSAL_GENERATOR_REGISTRY
+    from detectron2.modeling.proposal_generator.rrpn import RRPN
+    from detectron2.modeling.roi_heads.rotated_fast_rcnn import RROIHeads
+
+    readers: list[tuple[str, Any, type]] = []
+    if _reads_proposals(cfg) and _has_rpn(cfg):
+        generator = _part(PROPOSAL_GENERATOR_REGISTRY, cfg.MODEL.PROPOSAL_GENERATOR.NAME)
+        readers.append(("MODEL.RPN", generator, RRPN))
+    if _reads_roi_heads(cfg):
+        readers.append(("MODEL.ROI_BOX_HEAD", _roi_heads(cfg), RROIHeads))
+    for node, part, rotated in readers:
+        if not _is_known(part):
+            continue
+        key, expected = f"{node}.BBOX_REG_WEIGHTS", 5 if issubclass(part, rotated) else 4
+        weights = value_of(cfg, key)
+        if len(weights) != expected:
+            yield key, f"{key} must have {expected} values, which the boxes of {part.__name__} have, got {weights}"
+
+
 def _check_poolers(cfg: CfgNode) -> Iterator[Problem]:
     """Only the heads of dcn_d2 build the poolers of dcn_d2."""
     from .modeling.roi_heads import DCNROIHeads
@@ -476,6 +519,7 @@ _MODEL_CHECKS = (
     _check_fpn,
     _check_features,
     _check_labels,
+    _check_box_weights,
     _check_poolers,
     _check_heads,
     _check_cascade,

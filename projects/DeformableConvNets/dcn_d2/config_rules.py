@@ -213,6 +213,7 @@ iou_or_off = number(0, 1, besides=-1)
 norm = choice(*NORMS)
 box_loss = choice(*BOX_LOSSES)
 four_weights = several(number(0, above=True), length=4)
+box_weights = several(number(0, above=True), least=4)  # 5 where boxes are rotated
 names = several(name)
 some_names = several(name, least=1)
 lists_of_sizes = several(several(number(0, above=True), least=1), least=1)
@@ -285,7 +286,7 @@ DETECTRON2_RULES: dict[str, Rule] = {
     "MODEL.RPN.POSITIVE_FRACTION": fraction,
     "MODEL.RPN.BBOX_REG_LOSS_TYPE": box_loss,
     "MODEL.RPN.BBOX_REG_LOSS_WEIGHT": factor,
-    "MODEL.RPN.BBOX_REG_WEIGHTS": four_weights,
+    "MODEL.RPN.BBOX_REG_WEIGHTS": box_weights,
     "MODEL.RPN.SMOOTH_L1_BETA": factor,
     "MODEL.RPN.LOSS_WEIGHT": factor,
     "MODEL.RPN.PRE_NMS_TOPK_TRAIN": count,
@@ -307,7 +308,7 @@ DETECTRON2_RULES: dict[str, Rule] = {
     "MODEL.ROI_BOX_HEAD.NAME": text,
     "MODEL.ROI_BOX_HEAD.BBOX_REG_LOSS_TYPE": box_loss,
     "MODEL.ROI_BOX_HEAD.BBOX_REG_LOSS_WEIGHT": factor,
-    "MODEL.ROI_BOX_HEAD.BBOX_REG_WEIGHTS": several(number(0, above=True)),  # 5 where boxes are rotated
+    "MODEL.ROI_BOX_HEAD.BBOX_REG_WEIGHTS": box_weights,
     "MODEL.ROI_BOX_HEAD.SMOOTH_L1_BETA": factor,
     "MODEL.ROI_BOX_HEAD.POOLER_RESOLUTION": whole(1, 1024),
     "MODEL.ROI_BOX_HEAD.POOLER_SAMPLING_RATIO": whole(0, 1024, meaning="0: as many as the bin is large"),

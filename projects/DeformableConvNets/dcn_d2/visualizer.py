@@ -278,6 +278,8 @@ class SamplingAnnotator:
     ) -> None:
         if depth < 1 or not colors:
             raise ValueError(f"depth must be at least 1 and colors not empty, got {depth} and {colors}")
+        if radius is not None and not 0 <= radius < math.inf:
+            raise ValueError(f"radius must be finite and not negative, got {radius}")
         self.depth, self.colors, self.radius, self.label, self.group = depth, tuple(colors), radius, label, group
 
     def __call__(
@@ -312,6 +314,8 @@ class SamplingAnnotator:
             if not 0 <= index < len(record.image_sizes):
                 raise IndexError(f"index is {index}, but the record is of {len(record.image_sizes)} images")
             window = (0, 0, *record.image_sizes[index])
+        if not (window[0] < window[2] and window[1] < window[3]):  # False for NaN too
+            raise ValueError(f"window must be (y0, x0, y1, x1) with an area, got {window}")
         origin = np.array(window[:2])
         scale = np.array(image.shape[:2]) / (np.array(window[2:]) - origin)
         # Half a pixel is added and taken because scaling keeps the image's corner, not its first pixel's centre.

@@ -372,3 +372,33 @@ def test_a_part_of_ones_own_is_left_alone() -> None:
     cfg.MODEL.RESNETS.DEFORM_ON_PER_STAGE, cfg.MODEL.RESNETS.DEFORM_NUM_GROUPS = [False, False, True, True], 5
     with pytest.raises(ConfigError, match="DEFORM_NUM_GROUPS must divide the 64 channels .* of res4, such as"):
         build(cfg, ShapeSpec(channels=3))
+
+
+def test_values_that_a_backbone_of_ones_own_reads_were_refused() -> None:
+    # ResNeSt has 200 layers, others have norms and stages of their own, all in Detectron2's keys.
+    cfg = slim_config(DEPTH=200, NORM="TheirNorm", OUT_FEATURES=["stage1"], RES5_DILATION=4)
+    own = [f"MODEL.RESNETS.{key}" for key in ("DEPTH", "NORM", "OUT_FEATURES", "RES5_DILATION")]
+    assert sorted(key for key, _ in find_problems(cfg)) == sorted(own)
+    BACKBONE_REGISTRY._do_register("build_theirs", lambda cfg, shape: None)
+    try:
+        cfg.MODEL.BACKBONE.NAME = "build_theirs"
+        assert find_problems(cfg) == []
+    finally:
+        del BACKBONE_REGISTRY._obj_map["build_theirs"]
+
+
+class TestBoxWeights:
+    def test_rotated_boxes_were_refused(self) -> None:
+        cfg = slim_config()
+        cfg.MODEL.ANCHOR_GENERATOR.NAME, cfg.MODEL.PROPOSAL_GENERATOR.NAME = "RotatedAnchorGenerator", "RRPN"
+        cfg.MODEL.ROI_HEADS.NAME, cfg.MODEL.ROI_BOX_HEAD.POOLER_TYPE = "RROIHeads", "ROIAlignRotated"
+        cfg.MODEL.RPN.BBOX_REG_WEIGHTS = cfg.MODEL.ROI_BOX_HEAD.BBOX_REG_WEIGHTS = (10, 10, 5, 5, 1)
+        check_config(cfg)
+        build_model(cfg)
+
+    @pytest.mark.parametrize("node", ["RPN", "ROI_BOX_HEAD"])
+    def test_another_number_failed_at_the_first_iteration(self, node: str) -> None:
+        cfg = slim_config()
+        cfg.MODEL[node].BBOX_REG_WEIGHTS = (10, 10, 5, 5, 1)
+        with pytest.raises(ConfigError, match=f"MODEL.{node}.BBOX_REG_WEIGHTS must have 4 values, .* got "):
+            check_config(cfg)

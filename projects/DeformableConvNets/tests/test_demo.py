@@ -280,6 +280,64 @@ def test_annotations_that_cannot_be_drawn_are_named(
         draw(options=("--dataset", name))
 
 
+@pytest.mark.parametrize("box, drawn", [([1e9, 6, 40, 30], 1), ([-1e9, 6, 30, 30], 1), ([8, 6, float("nan"), 3], 0)])
+def test_an_odd_box_ended_the_demo(
+    draw: Callable[..., Path], data_set: Callable[..., str], tmp_path: Path, box: list[float], drawn: int
+) -> None:
+    options = ("--dataset", data_set(noise(tmp_path / "a.png"), (60, 90), {"bbox": box}))
+    MetadataCatalog.remove("drawn")
+    MetadataCatalog.get("drawn").thing_classes = ["one", "two"]  # so that there are labels
+    if drawn:
+        draw(options=options)
+    else:
+        with pytest.raises(SystemExit, match=r"a\.png: annotation 0 cannot be drawn: .* nan"):
+            draw(options=options)
+    assert len(names_in(tmp_path / "pictures")) == drawn
+
+
+def test_truth_has_the_names_of_its_own_data_set(
+    draw: Callable[..., Path],
+    data_set: Callable[..., str],
+    tmp_path: Path,
+    demo: ModuleType,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    name = data_set(noise(tmp_path / "a.png"), (60, 90), {}, {"category_id": 1})
+    MetadataCatalog.remove("drawn")
+    MetadataCatalog.get("drawn").thing_classes = ["one", "two"]  # the model has one class
+    labels = []
+    draw_boxes = demo.draw_boxes
+    monkeypatch.setattr(demo, "draw_boxes", lambda *args: labels.extend(args[3:4]) or draw_boxes(*args))
+    draw(options=("--dataset", name))
+    assert ["one", "two"] in labels
+
+
+class TestDataSets:
+    @pytest.fixture(autouse=True)
+    def forget(self) -> Iterator[None]:
+        yield
+        DatasetCatalog.remove("drawn")
+
+    def test_what_is_no_list_is_drawn(self, draw: Callable[..., Path], tmp_path: Path) -> None:
+        files = [noise(tmp_path / f"{name}.png") for name in "abc"]
+
+        class Own(torch.utils.data.Dataset):
+            def __len__(self) -> int:
+                return len(files)
+
+            def __getitem__(self, index: int) -> dict[str, Any]:
+                return {"file_name": str(files[index])}
+
+        DatasetCatalog.register("drawn", Own)
+        assert names_in(draw(options=("--dataset", "drawn", "--max-images", "2"))) == ["a", "b"]
+
+    @pytest.mark.parametrize("samples, message", [([], "has no images"), ([{"image_id": 1}], "without 'file_name'")])
+    def test_nothing_to_draw_is_said(self, draw: Callable[..., Path], samples: list[Any], message: str) -> None:
+        DatasetCatalog.register("drawn", lambda: samples)
+        with pytest.raises(SystemExit, match=f"demo.py: data set drawn .*{message}"):
+            draw(options=("--dataset", "drawn"))
+
+
 def test_classes_scores_and_masks_are_drawn(demo: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     found = Instances((60, 90))
     found.pred_boxes = Boxes(torch.tensor([[8.0, 6, 48, 36], [50, 10, 80, 50]]))

@@ -208,6 +208,18 @@ def test_images_of_other_kinds_are_refused(image: np.ndarray) -> None:
 def test_bad_settings_are_refused() -> None:
     with pytest.raises(ValueError, match="got 0"):
         SamplingAnnotator(depth=0)
+    for radius in (-3, float("nan"), float("inf")):  # these were errors of OpenCV
+        with pytest.raises(ValueError, match="radius must be finite and not negative"):
+            SamplingAnnotator(radius=radius)
+
+
+@pytest.mark.parametrize("window", [(0, 0, 0, 0), (8, 8, 4, 4), (0, 0, float("nan"), 8)])
+def test_a_window_without_an_area_was_drawn_as_noise(window: tuple[float, float, float, float]) -> None:
+    model = Stages()
+    with record_sampling(model) as record:
+        model(torch.zeros(1, 3, 16, 16))
+    with pytest.raises(ValueError, match="window must be .* with an area"):
+        SamplingAnnotator()(np.zeros((16, 16, 3), np.uint8), record, (4, 4), window=window)
 
 
 def test_two_threads_in_one_model_record_their_own_calls_only() -> None:

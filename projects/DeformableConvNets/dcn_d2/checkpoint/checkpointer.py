@@ -43,7 +43,8 @@ class DCNCheckpointer(DetectionCheckpointer):
     Args:
         model: see `DetectionCheckpointer`, as for the rest.
         save_dir: where `save` writes.
-        fine_tune: allows that heads, neck and offset branches differ, for example because the number of classes does.
+        fine_tune: allows that heads, neck and offset branches differ, for example because the number of classes does,
+            and the stem's input, because images are grey.
             They keep their initial values, and the log lists them. Resuming is always exact.
 
     Attributes:
@@ -306,6 +307,9 @@ class DCNCheckpointer(DetectionCheckpointer):
         if not any(".conv2_offset." in name for name in found):  # an ordinary ResNet: the branches start from zero
             own = {name: value for name, value in own.items() if ".conv2_offset." not in name}
         problems = _differences(own, found)
+        for name in self._stem_for_other_images(own, found) if self.fine_tune else ():
+            logger.warning(f"fine-tuning from {self._path}: {problems.pop(name)}: the stem starts afresh")
+            del found[name]
         if problems:
             raise ValueError(_listed(f"{self._path} does not fit the model's ResNet", problems))
         rest = len([name for name in model if name not in found and not _OPTIONAL.fullmatch(name)])
@@ -322,12 +326,34 @@ class DCNCheckpointer(DetectionCheckpointer):
                 problems.pop(f"{name}.running_var", None)
         fatal = problems
         if self.fine_tune:
-            fatal = {name: text for name, text in problems.items() if not _may_start_afresh(name)}
+            stem = self._stem_for_other_images(self._model_state(), weights)
+            fatal = {name: text for name, text in problems.items() if not (_may_start_afresh(name) or name in stem)}
         if fatal:
             raise ValueError(_listed(f"{self._path} does not fit the model", fatal))
         if problems:
             fate = "what does not fit is left out, and the model's entries keep their initial values"
             logger.warning(_listed(f"fine-tuning from {self._path}: {fate}", problems))
+
+    def _stem_for_other_images(self, model: Mapping[str, Any], weights: Mapping[str, Any]) -> list[str]:
+        """The entries of the stem whose number of image channels is another one, grey instead of colour for example.
+
+        Raises:
+            ValueError: They are frozen, so that a fresh one would never learn.
+        """
+        frozen = {unwrap_name(name) for name, value in self.model.named_parameters() if not value.requires_grad}
+        found = []
+        for name in (name for name in model if name.endswith("stem.conv1.weight") and name in weights):
+            mine, theirs = list(model[name].shape), list(weights[name].shape)
+            if mine == theirs or mine[:1] + mine[2:] != theirs[:1] + theirs[2:]:
+                continue
+            if name in frozen:
+                raise ValueError(
+                    f"{self._path}: {name} is {theirs}, the model's is {mine}, for images of {mine[1]} channel(s). It "
+                    "would have to start afresh, but is frozen: set MODEL.BACKBONE.FREEZE_AT to 0, or take images of "
+                    f"{theirs[1]} channel(s) (INPUT.FORMAT, MODEL.PIXEL_MEAN)"
+                )
+            found.append(name)
+        return found
 
 
 def _iteration_of(path: Path) -> int | None:
@@ -351,7 +377,8 @@ def unwrap_module(model: nn.Module) -> nn.Module:
 
 def _may_start_afresh(name: str) -> bool:
     """Whether training may start without an entry; the ResNet, offset branches aside, has to be there."""
-    return not name.startswith("backbone.") or ".conv2_offset." in name or name.startswith("backbone.fpn_")
+    neck = name.startswith(("backbone.fpn_", "backbone.top_block."))
+    return not name.startswith("backbone.") or ".conv2_offset." in name or neck
 
 
 def _differences(model: Mapping[str, Any], weights: Mapping[str, Any]) -> dict[str, str]:

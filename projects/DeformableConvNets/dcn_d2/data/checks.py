@@ -12,13 +12,14 @@ import gc
 import logging
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Any
 
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
+from detectron2.utils.logger import log_first_n
 
 from .coco_json import check_coco_json, read_json
 from .findings import Findings, show
@@ -90,6 +91,36 @@ def check_data(cfg: CfgNode, train: bool, test: bool = True, coco_evaluation: bo
         raise ValueError(f"the main process found this in the data: {told}")
 
 
+def advise_on_data(cfg: CfgNode, train: bool, own: Collection[str]) -> None:
+    """Warns of what `check_data` would refuse, in data sets that a trainer loads or measures in its own way.
+
+    There it may be meant: a mapper of one's own may drop annotations or number the classes anew.
+
+    Args:
+        cfg: with DATASETS.TRAIN and DATASETS.TEST.
+        train: whether it trains.
+        own: which of build_train_loader, build_test_loader and build_evaluator are its own.
+    """
+    if not comm.is_main_process():
+        return
+    asked = []
+    if train and "build_train_loader" in own:
+        asked += [(name, read_needs(cfg, train=True)) for name in cfg.DATASETS.TRAIN]
+    if "build_test_loader" in own or "build_evaluator" in own:
+        measured = [name for name in cfg.DATASETS.TEST if MetadataCatalog.get(name).get("evaluator_type", "") == "coco"]
+        asked += [(name, read_needs(cfg, train=False)) for name in measured]
+    for name, needs in asked:
+        if name not in DatasetCatalog:
+            continue
+        said = not needs.train and "build_test_loader" not in own  # by `check_data`
+        try:
+            check_data_sets([name])
+            _check_one(name, needs, "", hand_on=needs.train, quiet=said)
+        except Exception as error:  # the data set's loader may be anyone's
+            why = f"This is only a warning because the trainer has its own {', '.join(sorted(own))}"
+            log_first_n(logging.WARNING, f"{error}\n{why}", name=__name__, key="message")  # not at each evaluation
+
+
 def _check(cfg: CfgNode, train: bool, test: bool, coco_evaluation: bool) -> None:
     train_sets, test_sets = tuple(cfg.DATASETS.TRAIN), tuple(cfg.DATASETS.TEST) if test else ()
     if train and not train_sets:
@@ -110,8 +141,11 @@ def _check(cfg: CfgNode, train: bool, test: bool, coco_evaluation: bool) -> None
         _check_one(name, read_needs(cfg, train=False, coco_evaluation=coco_evaluation), reference, hand_on=not train)
 
 
-def _check_one(name: str, needs: Needs, reference: str, hand_on: bool) -> None:
-    """Checks one data set, and its names of categories against those of the data set `reference`, unless that is ""."""
+def _check_one(name: str, needs: Needs, reference: str, hand_on: bool, quiet: bool = False) -> None:
+    """Checks one data set, and its names of categories against those of the data set `reference`, unless that is "".
+
+    With `quiet`, nothing but errors is told.
+    """
     metadata = MetadataCatalog.get(name)
     path, image_root = metadata.get("json_file", None), str(metadata.get("image_root", None) or "")
     findings = Findings(f"data set {name}{f' ({path})' if path else ''}")
@@ -132,7 +166,8 @@ def _check_one(name: str, needs: Needs, reference: str, hand_on: bool) -> None:
             looked = check_image_files(records, findings)
             annotations = sum(len(record.get("annotations") or ()) for record in records)
             summary = f"{len(records)} images, {annotations} annotations, {looked} image files looked at"
-    findings.warn(logger)
+    if not quiet:
+        findings.warn(logger)
     findings.refuse()
     logger.info(f"{findings.subject}: checked in {time.perf_counter() - begin:.1f} s: {summary}")
     _checked[name, needs] = fingerprint

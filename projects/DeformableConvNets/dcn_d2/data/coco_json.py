@@ -181,6 +181,11 @@ def _is_segmentation(value: Any) -> bool:
     return type(value) is list and all(type(polygon) is list for polygon in value)
 
 
+def _has_short_polygon(value: Any) -> bool:
+    # pycocotools looks at the first polygon; what it makes of later ones has no area.
+    return type(value) is list and bool(value) and type(value[0]) is list and len(value[0]) < 6
+
+
 def _check_for_evaluation(annotations: Sequence[dict[str, Any]], needs: Needs, report: Callable[..., bool]) -> None:
     """What COCO's evaluation reads, at the end of all."""
     numbers = (int, float)
@@ -194,6 +199,9 @@ def _check_for_evaluation(annotations: Sequence[dict[str, Any]], needs: Needs, r
     if needs.masks:
         empty = [i for i, annotation in enumerate(annotations) if annotation.get("segmentation") == []]
         report(empty, "have an empty 'segmentation', which COCO's evaluation of masks cannot read")
+        short = [i for i, annotation in enumerate(annotations) if _has_short_polygon(annotation.get("segmentation"))]
+        what = "have a 'segmentation' with a polygon of less than 3 points (6 numbers)"
+        report(short, f"{what}, which COCO's evaluation of masks takes for a box, or cannot read")
     zero = [i for i, annotation in enumerate(annotations) if annotation.get("id") == 0]
     report(
         zero,

@@ -69,6 +69,8 @@ def convert_image(image: Image.Image, format: str, name: str = "the image") -> n
     """Gives the pixels of a Pillow image by the rules of this module; arguments and result as in `read_image`."""
     if fault := fault_of(image):
         raise ImageError(f"{name} {fault}")
+    if 0 in image.size:
+        raise ImageError(f"{name} has {image.width} x {image.height} pixels")
     image.load()  # also finds out that a file is cut off
     sixteen = _has_16_bits(image)
     image = _apply_exif_orientation(image)
@@ -146,9 +148,11 @@ def check_input_format(cfg: CfgNode) -> None:
 
 def _upper_8_bits(pixels: np.ndarray, name: str) -> np.ndarray:
     text = f"{name} has 16 bits a channel: of all such images the upper 8 are taken (value // 256)"
-    if pixels.max() < 2**14:
+    if pixels.max() >= 2**14:
+        log_first_n(logging.WARNING, text, name=__name__)
+    else:  # counted by itself, so that an earlier bright image does not silence it
         text += f"; its largest value is {pixels.max()} of 65535, so it comes out dark: better scale the files first"
-    log_first_n(logging.WARNING, text, name=__name__)
+        log_first_n(logging.WARNING, text, name=__name__)
     return (pixels >> 8).astype(np.uint8)
 
 

@@ -8,6 +8,8 @@ from detectron2.config import CfgNode
 from detectron2.data import transforms as T
 from detectron2.data.detection_utils import build_augmentation as build_detectron2_augmentation
 
+from ..config import with_dcn_keys
+
 
 class OpenCVResizeTransform(T.ResizeTransform):
     """Resizes with OpenCV: bilinear on the pixels as they are, without the smoothing that PIL does to shrink an image.
@@ -81,6 +83,7 @@ def build_augmentation(cfg: CfgNode, is_train: bool) -> list[T.Augmentation]:
 
     Cropping, where the config has it for training, comes first, as in Detectron2's `DatasetMapper`.
     """
+    cfg = with_dcn_keys(cfg)
     augmentations = build_detectron2_augmentation(cfg, is_train)
     if is_train and cfg.INPUT.CROP.ENABLED:
         augmentations.insert(0, T.RandomCrop(cfg.INPUT.CROP.TYPE, cfg.INPUT.CROP.SIZE))

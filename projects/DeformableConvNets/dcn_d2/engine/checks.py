@@ -73,6 +73,18 @@ def check_evaluators(names: Iterable[str]) -> None:
             )
 
 
+def check_keypoint_sigmas(cfg: CfgNode) -> None:
+    """Refuses keypoints that COCO's evaluation has no tolerance for: by itself it knows those of COCO's 17."""
+    if not (cfg.MODEL.KEYPOINT_ON and cfg.DATASETS.TEST):
+        return
+    keypoints, sigmas = cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS, len(cfg.TEST.KEYPOINT_OKS_SIGMAS)
+    if sigmas != keypoints and (sigmas or keypoints != 17):
+        raise ValueError(
+            f"TEST.KEYPOINT_OKS_SIGMAS has {sigmas} values, but MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS is {keypoints}: "
+            "COCO's evaluation needs a tolerance for each keypoint (empty: those of COCO's 17)"
+        )
+
+
 def check_no_augmentation(cfg: CfgNode) -> None:
     """Refuses TEST.AUG.ENABLED."""
     if cfg.TEST.AUG.ENABLED:

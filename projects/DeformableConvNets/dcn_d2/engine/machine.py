@@ -9,6 +9,8 @@ import os
 import torch
 from detectron2.config import CfgNode
 
+from ..config import with_dcn_keys
+
 logger = logging.getLogger(__name__)
 
 
@@ -22,9 +24,7 @@ def fit_to_machine(cfg: CfgNode, processes: int = 1) -> None:
         cfg: changed in place.
         processes: how many processes of this job run on this machine.
     """
-    if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
-        logger.info(f"MODEL.DEVICE is {cfg.MODEL.DEVICE}, but there is no GPU: running on the CPU")
-        cfg.MODEL.DEVICE = "cpu"
+    fit_device(cfg)
     if cfg.MODEL.DEVICE != "cpu":
         return
     if cfg.SOLVER.AMP.ENABLED:
@@ -48,9 +48,16 @@ def fit_to_machine(cfg: CfgNode, processes: int = 1) -> None:
         torch.set_num_threads(max(1, cores // processes))
 
 
+def fit_device(cfg: CfgNode) -> None:
+    """Changes MODEL.DEVICE to the CPU where there is no GPU, as `fit_to_machine` does."""
+    if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
+        logger.info(f"MODEL.DEVICE is {cfg.MODEL.DEVICE}, but there is no GPU: running on the CPU")
+        cfg.MODEL.DEVICE = "cpu"
+
+
 def scale_learning_rate(cfg: CfgNode) -> None:
     """Scales BASE_LR to the batch size if SOLVER.REFERENCE_IMS_PER_BATCH says which one it is meant for."""
-    reference, batch_size = cfg.SOLVER.REFERENCE_IMS_PER_BATCH, cfg.SOLVER.IMS_PER_BATCH
+    reference, batch_size = with_dcn_keys(cfg).SOLVER.REFERENCE_IMS_PER_BATCH, cfg.SOLVER.IMS_PER_BATCH
     if reference <= 0 or reference == batch_size:
         return
     scaled = cfg.SOLVER.BASE_LR * batch_size / reference

@@ -19,6 +19,7 @@ from ..checkpoint import DCNCheckpointer
 from ..config_checks import check_config
 from ..data.images import ImageError, check_input_format, pixels_of
 from ..data.transforms import build_augmentation
+from .machine import fit_device
 
 
 class DCNPredictor(DefaultPredictor):
@@ -28,7 +29,7 @@ class DCNPredictor(DefaultPredictor):
     that training knows, "L" (grey) too, and refuses what is no image instead of predicting nonsense.
 
     MODEL.WEIGHTS is read by `DCNCheckpointer`: as data only, converted if it is a file of MMDetection, and refused with
-    a list if it does not fit the model.
+    a list if it does not fit the model. Where there is no GPU it runs on the CPU, as the trainer does.
 
     Args:
         cfg: of the model, as for `DefaultPredictor`.
@@ -39,7 +40,9 @@ class DCNPredictor(DefaultPredictor):
         # Not DefaultPredictor's, which takes no INPUT.FORMAT but RGB and BGR, and whose checkpointer runs pickles.
         check_config(cfg)
         check_input_format(cfg)
-        self.cfg = cfg.clone()  # building the model may change it
+        self.cfg = cfg.clone()  # this and building the model may change it
+        self.cfg.defrost()
+        fit_device(self.cfg)
         self.model = build_model(self.cfg).eval()
         if cfg.DATASETS.TEST:
             self.metadata = MetadataCatalog.get(cfg.DATASETS.TEST[0])

@@ -24,9 +24,9 @@ from detectron2.utils.logger import setup_logger
 from torch import nn
 
 from ..checkpoint import DCNCheckpointer
-from ..config import load_config
+from ..config import add_dcn_keys, load_config, with_dcn_keys
 from ..config_checks import check_config
-from ..data.checks import check_data
+from ..data.checks import advise_on_data, check_data
 from ..data.mapper import DCNDatasetMapper
 from . import checks, folder
 from .logs import log_to
@@ -125,12 +125,15 @@ class DCNTrainer(DefaultTrainer):
 
     @classmethod
     def check_data(cls, cfg: CfgNode, train: bool = True) -> None:
-        """As `check`, for the data sets; those that a subclass loads or measures in its own way are left to it."""
+        """As `check`, for the data sets; of those that a subclass loads or measures in its own way it only warns."""
         evaluates = cls._is_ours("build_evaluator")
         if evaluates:
             checks.check_evaluators(cfg.DATASETS.TEST)
+            checks.check_keypoint_sigmas(cfg)
         trains = train and cls._is_ours("build_train_loader")
         check_data(cfg, train=trains, test=cls._is_ours("build_test_loader"), coco_evaluation=evaluates)
+        methods = ("build_train_loader", "build_test_loader", "build_evaluator")
+        advise_on_data(cfg, train, [name for name in methods if not cls._is_ours(name)])
 
     @classmethod
     def _is_ours(cls, name: str) -> bool:
@@ -143,6 +146,7 @@ class DCNTrainer(DefaultTrainer):
         """A copy of `cfg` for this machine, number of processes and batch size; applied twice it changes nothing."""
         frozen, cfg = cfg.is_frozen(), cfg.clone()
         cfg.defrost()
+        add_dcn_keys(cfg)
         fit_to_machine(cfg, processes=comm.get_local_size())
         scale_learning_rate(cfg)
         cfg = cls.auto_scale_workers(cfg, comm.get_world_size())
@@ -203,6 +207,7 @@ class DCNTrainer(DefaultTrainer):
         finally:
             for mark in marks:
                 mark.remove()
+            self._may_start = self._overwrite = False  # a second call would overwrite what this one has written
             if main:
                 folder.unlock_folder(where)
         return getattr(self, "_last_eval_results", None) if main else None
@@ -299,7 +304,7 @@ class DCNTrainer(DefaultTrainer):
     def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
         """Builds Detectron2's optimizer, with SOLVER.OFFSET_LR_FACTOR for convolutions that predict offsets."""
         optimizer = super().build_optimizer(cfg, model)
-        split_offset_branches(optimizer, model, cfg.SOLVER.OFFSET_LR_FACTOR)
+        split_offset_branches(optimizer, model, with_dcn_keys(cfg).SOLVER.OFFSET_LR_FACTOR)
         return optimizer
 
     @classmethod
@@ -330,6 +335,7 @@ class DCNTrainer(DefaultTrainer):
         return COCOEvaluator(
             dataset_name,
             tasks=[task for task, predicted in tasks.items() if predicted],
+            kpt_oks_sigmas=cfg.TEST.KEYPOINT_OKS_SIGMAS,
             output_dir=str(Path(cfg.OUTPUT_DIR) / "inference" / dataset_name),
         )
 

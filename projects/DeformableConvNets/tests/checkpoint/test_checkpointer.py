@@ -165,6 +165,52 @@ def test_fine_tuning_needs_the_backbone(source: nn.Module, tmp_path: Path) -> No
         DCNCheckpointer(build(), fine_tune=True).load(str(tmp_path / "model.pth"))
 
 
+STEM = "backbone.bottom_up.stem.conv1.weight"
+GREY: dict[str, Any] = {"PIXEL_MEAN": [30.0], "PIXEL_STD": [20.0]}
+
+
+@pytest.mark.parametrize("kind", ["detector", "ResNet"])
+def test_grey_images_could_not_be_learnt_from_weights_for_colour(
+    source: nn.Module, kind: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    weights = source.state_dict()
+    if kind == "ResNet":
+        prefix = "backbone.bottom_up."
+        weights = {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
+    torch.save({"model": weights}, tmp_path / "model.pth")
+    model = build(**GREY)
+    before = state(model)
+    with pytest.raises(ValueError, match=rf"{STEM} is \[32, 3, 7, 7\], the model's is \[32, 1, 7, 7\]"):
+        DCNCheckpointer(model).load(str(tmp_path / "model.pth"))
+    own = DCNCheckpointer(model, fine_tune=True)
+    own.load(str(tmp_path / "model.pth"))
+    assert torch.equal(model.state_dict()[STEM], before[STEM]) and STEM in own.initial
+    res2 = "backbone.bottom_up.res2.0.conv1.weight"
+    assert torch.equal(model.state_dict()[res2], source.state_dict()[res2])
+    assert [text for text in caplog.messages if text.startswith("fine-tuning") and STEM in text]
+
+
+def test_stem_that_starts_afresh_is_not_frozen(source: nn.Module, tmp_path: Path) -> None:
+    torch.save(source.state_dict(), tmp_path / "model.pth")
+    model = build(**GREY, BACKBONE__FREEZE_AT=1)
+    with pytest.raises(ValueError, match="frozen: set MODEL.BACKBONE.FREEZE_AT to 0, or take images of 3 channel"):
+        DCNCheckpointer(model, fine_tune=True).load(str(tmp_path / "model.pth"))
+
+
+def test_retinanet_could_not_start_from_a_model_without_p6_and_p7(source: nn.Module, tmp_path: Path) -> None:
+    torch.save(source.state_dict(), tmp_path / "model.pth")
+    levels = ["res3", "res4", "res5"]
+    model = build(
+        META_ARCHITECTURE="RetinaNet",
+        BACKBONE__NAME="build_dcn_retinanet_resnet_fpn_backbone",
+        RESNETS__OUT_FEATURES=levels,
+        FPN__IN_FEATURES=levels,
+    )
+    own = DCNCheckpointer(model, fine_tune=True)
+    own.load(str(tmp_path / "model.pth"))
+    assert "backbone.top_block.p6.weight" in own.initial and STEM not in own.initial
+
+
 def test_resuming_is_exact_even_when_fine_tuning(source: nn.Module, tmp_path: Path) -> None:
     DCNCheckpointer(source, str(tmp_path)).save("model_0000001", iteration=1)
     own = DCNCheckpointer(build(ROI_HEADS__NUM_CLASSES=2), str(tmp_path), fine_tune=True)

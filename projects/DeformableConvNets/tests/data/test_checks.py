@@ -306,6 +306,15 @@ def test_an_empty_segmentation_in_a_file_is_named(data: Data) -> None:
     assert "my_train.json" in told and "image 2" in told and "MODEL.MASK_ON False" in told
 
 
+@pytest.mark.parametrize("polygon", [[10, 10, 30, 40], [10, 10], []])
+def test_a_polygon_of_two_points_stopped_the_evaluation_after_the_training(data: Data, polygon: list[int]) -> None:
+    data.register_file("my_val", change(data.coco(), "annotations", 1, "segmentation", to=[polygon]))
+    told = error_of(config("", "my_val", *MASKS), train=False)
+    assert "1 of 3 annotations have a 'segmentation' with a polygon of less than 3 points" in told
+    assert "id 12 of image 2" in told
+    check_data(config("", "my_val"), train=False)  # the evaluation of boxes does not read it
+
+
 def test_masks_as_run_lengths_need_the_other_format(data: Data) -> None:
     mask = np.zeros((60, 80), np.uint8, order="F")
     mask[10:40, 10:30] = 1

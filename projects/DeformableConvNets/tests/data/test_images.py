@@ -142,6 +142,18 @@ def test_16_bit_is_said_once_and_dark_data_are_named(
     assert "its largest value is 4095 of 65535" in record.message
 
 
+def test_dark_data_are_named_after_an_image_that_is_bright(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(detectron2_logger, "_LOG_COUNTER", detectron2_logger.Counter())
+    for name, high in (("a.png", 2**16), ("b.png", 4096)):
+        Image.fromarray(pixels(48, 64, high=high, dtype=np.uint16)).save(tmp_path / name)
+        with caplog.at_level(logging.WARNING, "dcn_d2"):
+            read_image(tmp_path / name)
+    assert "comes out dark" not in caplog.records[0].message
+    assert "b.png" in caplog.records[1].message and "so it comes out dark" in caplog.records[1].message
+
+
 def test_files_without_a_rule_are_refused_with_name_and_mode(tmp_path: Path) -> None:
     Image.fromarray(np.linspace(0, 1, 48 * 64, dtype=np.float32).reshape(48, 64)).save(tmp_path / "float.tif")
     Image.fromarray(np.full((48, 64), 70000, np.int32)).save(tmp_path / "int.tif")
@@ -221,6 +233,7 @@ REFUSED = {
     "empty": (np.zeros((0, 5, 3), np.uint8), r"shape \(0, 5, 3\)"),
     "None": (None, "the image is None, which OpenCV gives for what it cannot read"),
     "tensor": (torch.zeros(4, 5, 3, dtype=torch.uint8), "the image is a torch.Tensor"),
+    "empty PIL image": (Image.new("RGB", (0, 5)), "the image has 0 x 5 pixels"),
     "list": ([[1, 2]], "the image is a builtins.list"),
 }
 

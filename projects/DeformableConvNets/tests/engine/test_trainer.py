@@ -3,19 +3,24 @@ import json
 import logging
 import os
 import pickle
+import re
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog, build_detection_train_loader
+from detectron2.data.datasets import register_coco_instances
 from detectron2.engine import HookBase
+from detectron2.evaluation import COCOEvaluator
 from detectron2.utils.events import EventStorage
+from PIL import Image
 from torch import nn
 
-from dcn_d2.engine import DCNTrainer, load_config, one_line
+from dcn_d2.engine import DCNPredictor, DCNTrainer, load_config, one_line
 from dcn_d2.engine.optimizer import fit_saved_state
 
 from .tiny import tiny_config
@@ -107,6 +112,14 @@ def test_second_run_in_a_used_folder_is_refused(tmp_path: Path) -> None:
     with pytest.raises(FileExistsError, match="holds an earlier run"):
         trainer.train()  # without resume_or_load
     assert {path.name: path.read_bytes() for path in tmp_path.glob("*.pth")} == before
+
+
+def test_trainer_that_trains_again_does_not_overwrite_its_run(tmp_path: Path) -> None:
+    trainer = train(tmp_path)
+    before = (tmp_path / "model_final.pth").read_bytes()
+    with pytest.raises(FileExistsError, match="holds an earlier run .*resume_or_load"):
+        trainer.train()
+    assert (tmp_path / "model_final.pth").read_bytes() == before
 
 
 def test_used_folder_may_be_overwritten_on_purpose(tmp_path: Path) -> None:
@@ -267,6 +280,99 @@ def test_data_sets_that_are_not_measured_as_coco_are_refused(kind: str, tmp_path
     finally:
         DatasetCatalog.remove("odd")
         MetadataCatalog.remove("odd")
+
+
+class OwnLoader(DCNTrainer):
+    @classmethod
+    def build_train_loader(cls, cfg: Any) -> Any:
+        return build_detection_train_loader(cfg, mapper=DatasetMapper(cfg, is_train=True))
+
+
+class OwnEvaluator(DCNTrainer):
+    @classmethod
+    def build_evaluator(cls, cfg: Any, dataset_name: str) -> Any:
+        return COCOEvaluator(dataset_name, output_dir=cfg.OUTPUT_DIR)
+
+
+@pytest.mark.parametrize("kind", [OwnLoader, OwnEvaluator])
+def test_own_loader_or_evaluator_was_no_reason_to_check_nothing(
+    kind: type[DCNTrainer], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
+    coco = {
+        "images": [{"id": 1, "file_name": "a.png", "width": 64, "height": 64}],
+        "annotations": [{"id": 1, "image_id": 1, "category_id": 2, "bbox": [8, 8, 20, 20], "area": 400}],
+        "categories": [{"id": 1, "name": "one"}, {"id": 2, "name": "two"}],
+    }
+    (tmp_path / "odd.json").write_text(json.dumps(coco))
+    register_coco_instances("odd", {}, str(tmp_path / "odd.json"), str(tmp_path))
+    keys = {OwnLoader: "DATASETS.TRAIN", OwnEvaluator: "DATASETS.TEST"}
+    faults = {
+        OwnLoader: r"NUM_CLASSES is 1, but the data set has 2 categories .* the last ones train as background",
+        OwnEvaluator: "1 of 1 annotations have no 'iscrowd', which COCO's evaluation reads",
+    }
+    cfg = tiny_config(tmp_path / "out", "MODEL.ROI_HEADS.NUM_CLASSES", 1 if kind is OwnLoader else 2)
+    cfg.merge_from_list(["DATASETS.TRAIN", (), keys[kind], ("odd",)])
+    try:
+        with pytest.raises(ValueError, match=faults[kind]):
+            DCNTrainer.check_data(cfg, train=kind is OwnLoader)
+        caplog.clear()
+        kind.check_data(cfg, train=kind is OwnLoader)
+        (message,) = [record.getMessage() for record in caplog.records if record.name.startswith("dcn_d2")]
+        assert re.search(faults[kind], message)
+        assert "only a warning because the trainer has its own build_" in message
+        if kind is OwnLoader:  # which may take its data from anywhere
+            cfg.merge_from_list([keys[kind], ("not registered",)])
+            kind.check_data(cfg)
+    finally:
+        DatasetCatalog.remove("odd")
+        MetadataCatalog.remove("odd")
+
+
+def test_keypoints_without_tolerances_failed_after_the_training(tmp_path: Path) -> None:
+    keypoints = ("MODEL.KEYPOINT_ON", True, "MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS", 3)
+    cfg = tiny_config(tmp_path, "DATASETS.TEST", ("nuclei_val",), *keypoints)
+    message = "TEST.KEYPOINT_OKS_SIGMAS has 0 values, but MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS is 3"
+    with pytest.raises(ValueError, match=message):
+        DCNTrainer.check_data(cfg)
+
+
+def test_tolerances_of_keypoints_were_ignored(tmp_path: Path) -> None:
+    cfg = tiny_config(tmp_path, "MODEL.KEYPOINT_ON", True, "TEST.KEYPOINT_OKS_SIGMAS", [0.1] * 17)
+    assert DCNTrainer.build_evaluator(cfg, "nuclei_val")._kpt_oks_sigmas == [0.1] * 17
+
+
+def test_config_made_without_dcn_d2_trains_and_predicts(tmp_path: Path) -> None:
+    cfg = tiny_config(tmp_path, "SOLVER.MAX_ITER", 1, "DATASETS.TEST", ("nuclei_val",))
+    for node, key in (
+        (cfg.MODEL, "DCN"),
+        (cfg, "PUBLISHED"),
+        (cfg.INPUT, "RESIZE_WITH"),
+        (cfg.SOLVER, "REFERENCE_IMS_PER_BATCH"),
+        (cfg.SOLVER, "OFFSET_LR_FACTOR"),
+    ):
+        del node[key]
+    trainer = DCNTrainer(cfg)
+    assert set(trainer.train()) == {"bbox"}
+    assert "PUBLISHED" not in cfg and trainer.cfg.SOLVER.OFFSET_LR_FACTOR == 1
+    DCNTrainer.test(cfg, trainer.model)
+    DCNTrainer.build_optimizer(cfg, trainer.model)
+    cfg.MODEL.WEIGHTS = str(tmp_path / "model_final.pth")
+    assert "instances" in DCNPredictor(cfg)(np.zeros((50, 60, 3), np.uint8))
+
+
+def test_predictor_takes_the_config_that_the_trainer_took(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    cfg = tiny_config(tmp_path, "SOLVER.MAX_ITER", 1, "MODEL.DEVICE", "cuda")
+    cfg.freeze()
+    DCNTrainer(cfg).train()
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.MODEL.WEIGHTS = str(tmp_path / "model_final.pth")
+    cfg.freeze()
+    predictor = DCNPredictor(cfg)
+    assert next(predictor.model.parameters()).device.type == "cpu" and cfg.MODEL.DEVICE == "cuda"
+    assert "instances" in predictor(np.zeros((50, 60, 3), np.uint8))
 
 
 def test_augmentation_at_test_time_is_refused(tmp_path: Path) -> None:
