@@ -123,7 +123,8 @@ def _have_tangents(arguments: Sequence[Any]) -> bool:
 def _has_tangent(tensor: Tensor) -> bool:
     while is_batchedtensor(tensor):
         tensor = get_unwrapped(tensor)
-    return torch._VF._unpack_dual(tensor, level=0).tangent is not None
+    with torch._C._DisableTorchDispatch():  # or what this makes would show in traced graphs
+        return torch._VF._unpack_dual(tensor, level=0).tangent is not None
 
 
 def _sample_by_sample(operator: Any) -> Callable[..., Any]:

@@ -15,6 +15,7 @@ from torch._dynamo import compiled_autograd
 from torch.autograd import forward_ad
 from torch.autograd.functional import hessian
 from torch.func import grad, jacfwd, jacrev, jvp, vjp, vmap
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from dcn_d2.ops import deform_conv2d, deform_psroi_pool, deform_roi_pool, modulated_deform_conv2d, reference
 
@@ -405,3 +406,16 @@ def test_vmap_over_no_samples_gives_none(case: Case) -> None:
     assert found.shape == (0, *shape)
     found.sum().backward()
     assert not operands[others[0]].grad.any()
+
+
+def test_a_traced_graph_holds_the_operators_and_nothing_else() -> None:
+    """Looking for tangents leaves no views behind."""
+
+    def gradients(*tensors: Tensor) -> tuple[Tensor, ...]:
+        inputs = [tensor.detach().requires_grad_() for tensor in tensors]
+        return torch.autograd.grad(deform_conv2d(*inputs).sum(), inputs)
+
+    operands = (torch.rand(1, 2, 4, 4), torch.rand(1, 18, 2, 2), torch.rand(2, 2, 3, 3))
+    nodes = [str(node.target) for node in make_fx(gradients, pre_dispatch=True)(*operands).graph.nodes]
+    assert nodes.count("dcn_d2.deform_conv2d.default") == nodes.count("dcn_d2.deform_conv2d_backward.default") == 1
+    assert nodes.count("aten.alias.default") <= len(operands)  # made by torch for detach()
