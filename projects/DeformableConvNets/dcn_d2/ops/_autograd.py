@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._functorch import TransformType, get_interpreter_stack, get_unwrapped, is_batchedtensor
 from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
 from torch.autograd.forward_ad import _set_fwd_grad_enabled
@@ -59,15 +60,19 @@ def register_derivatives(
         def backward(ctx: Any, *grads: Tensor) -> Any:
             arguments = [other if saved is None else saved for saved, other in zip(ctx.saved_tensors, ctx.others)]
             needed = ctx.needs_input_grad[1:]
-            if forward_ad._current_level >= 0:
+            if _in_forward_mode() or _have_tangents((*arguments, *grads)):
                 # A kernel would lose the tangents, which may be below what is seen here.
                 return None, *pull_back(reference, arguments, needed, grads)
             return None, *backward(arguments, needed, *grads)
 
+        @staticmethod
+        def _compiled_autograd_key(ctx: Any) -> tuple[int]:  # which torch.autograd.Function has, but not its base
+            return (ctx._autograd_function_id,)
+
     Node.__name__ = f"{name}_node"
 
     def autograd(keyset: Any, *args: Any) -> Any:
-        if forward_ad._current_level >= 0 and any(map(_has_tangent, args)):
+        if _have_tangents(args):
             return (forward_mode or reference)(*args, *defaults[len(args) :])
         if not (torch.is_grad_enabled() and torch._C._any_requires_grad(*args)):
             with torch._C._AutoDispatchBelowAutograd():
@@ -97,8 +102,29 @@ def register_second_derivatives(name: str, reference: Callable[..., tuple[Tensor
     register_derivatives(name, backward, reference, forward_mode)
 
 
-def _has_tangent(argument: Any) -> bool:
-    return isinstance(argument, Tensor) and forward_ad.unpack_dual(argument).tangent is not None
+def _in_forward_mode() -> bool:
+    """Whether forward mode is on, as far as can be told without operands."""
+    # Dynamo, which reads the code of gradients, can tell no more.
+    if forward_ad._current_level >= 0 or torch.compiler.is_dynamo_compiling():
+        return forward_ad._current_level >= 0
+    # A graph that was made from torch.func.jvp enters its level past the one counted above.
+    return torch._C._are_functorch_transforms_active() and any(
+        interpreter.key() == TransformType.Jvp for interpreter in get_interpreter_stack() or ()
+    )
+
+
+def _have_tangents(arguments: Sequence[Any]) -> bool:
+    # Asking a tensor takes as long as a small operator. Under a mode, as while compilers trace, none but it can tell.
+    if not (_in_forward_mode() or (not torch.compiler.is_dynamo_compiling() and torch._C._len_torch_dispatch_stack())):
+        return False
+    return any(isinstance(argument, Tensor) and _has_tangent(argument) for argument in arguments)
+
+
+def _has_tangent(tensor: Tensor) -> bool:
+    while is_batchedtensor(tensor):
+        tensor = get_unwrapped(tensor)
+    with torch._C._DisableTorchDispatch():  # or what this makes would show in traced graphs
+        return torch._VF._unpack_dual(tensor, level=0).tangent is not None
 
 
 def _sample_by_sample(operator: Any) -> Callable[..., Any]:
@@ -107,14 +133,22 @@ def _sample_by_sample(operator: Any) -> Callable[..., Any]:
     def rule(info: Any, in_dims: Sequence[Any], *args: Any, **kwargs: Any) -> tuple[Any, Any]:
         def sample(index: int) -> Any:
             chosen = (
-                arg.select(dim, index) if isinstance(arg, Tensor) and dim is not None else arg
+                # A sum over no samples is zero.
+                (arg.select(dim, index) if info.batch_size else arg.sum(dim))
+                if isinstance(arg, Tensor) and dim is not None
+                else arg
                 for arg, dim in zip(args, in_dims)
             )
             return operator(*chosen, **kwargs)
 
-        results = [sample(index) for index in range(info.batch_size)]
+        # No samples give what none of those of one sample are.
+        results = [sample(index) for index in range(max(info.batch_size, 1))]
+
+        def stacked(*tensors: Tensor) -> Tensor:
+            return torch.stack(tensors)[: info.batch_size]
+
         if isinstance(results[0], Tensor):
-            return torch.stack(results), 0
-        return tuple(map(torch.stack, zip(*results))), (0,) * len(results[0])
+            return stacked(*results), 0
+        return tuple(map(stacked, *results)), (0,) * len(results[0])
 
     return rule

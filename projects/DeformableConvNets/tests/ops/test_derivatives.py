@@ -11,9 +11,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo import compiled_autograd
 from torch.autograd import forward_ad
 from torch.autograd.functional import hessian
 from torch.func import grad, jacfwd, jacrev, jvp, vjp, vmap
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from dcn_d2.ops import deform_conv2d, deform_psroi_pool, deform_roi_pool, modulated_deform_conv2d, reference
 
@@ -337,3 +339,83 @@ print("equal")
         DCN_LIBRARY="",
     )
     assert "equal" in output
+
+
+SMALL_OPERANDS = SMALL.tensors()
+
+
+def linear_in_weight(weight: Tensor) -> Tensor:
+    return deform_conv2d(**(SMALL_OPERANDS | {"weight": weight}), **SMALL.geometry).sum() + weight.sum()
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    "transformed",
+    [
+        lambda w: jvp(linear_in_weight, (w,), (w,))[1],
+        jacfwd(linear_in_weight),
+        lambda w: jvp(grad(lambda w: linear_in_weight(w) ** 2), (w,), (w,))[1],
+        torch.func.hessian(lambda w: linear_in_weight(w) ** 2),
+        jacrev(jacrev(lambda w: linear_in_weight(w) ** 2)),
+    ],
+    ids=["jvp", "jacfwd", "jvp of grad", "hessian", "jacrev of jacrev"],
+)
+def test_compiled_forward_mode_keeps_the_operators_tangents(transformed: Function) -> None:
+    """Graphs enter forward mode past Python's count of levels; the operator's share of the result was zero."""
+    torch._dynamo.reset()
+    weight = SMALL_OPERANDS["weight"]
+    compiled = torch.compile(transformed, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(weight), transformed(weight))
+
+
+@pytest.mark.filterwarnings("ignore")
+@parametrize_cases
+def test_compiled_autograd_takes_the_operators(case: Case) -> None:
+    torch._dynamo.reset()
+    operands = [tensor.clone().requires_grad_() for tensor in case.operands.values()]
+    expected = torch.autograd.grad(case.operator(*operands).pow(2).sum(), operands)
+    loss = case.operator(*operands).pow(2).sum()
+    with compiled_autograd._enable(torch.compile(backend="aot_eager", fullgraph=True)):
+        loss.backward()
+    torch.testing.assert_close([operand.grad for operand in operands], list(expected))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_compiled_autograd_does_not_mix_up_geometries() -> None:
+    torch._dynamo.reset()
+    operands = [t.detach().requires_grad_() for t in (torch.rand(1, 2, 4, 4), torch.rand(1, 18, 4, 4))]
+    weight = torch.rand(2, 2, 3, 3, requires_grad=True)
+    for dilation, padding in ((1, 1), (2, 2), (1, 1), (3, 3)):  # of one and the same output size
+        inputs = [*operands, weight]
+        loss = deform_conv2d(*inputs, padding=padding, dilation=dilation).pow(2).sum()
+        expected = torch.autograd.grad(loss, inputs, retain_graph=True)
+        for tensor in inputs:
+            tensor.grad = None
+        with compiled_autograd._enable(torch.compile(backend="aot_eager")):
+            loss.backward()
+        torch.testing.assert_close([tensor.grad for tensor in inputs], list(expected))
+
+
+@parametrize_cases
+def test_vmap_over_no_samples_gives_none(case: Case) -> None:
+    operands = {name: tensor.clone().requires_grad_() for name, tensor in case.operands.items()}
+    shape = case.operator(*operands.values()).shape
+    name, *others = operands
+    empty = torch.empty(0, *operands[name].shape, dtype=torch.float64)
+    found = vmap(case.operator, in_dims=(0, *(None for _ in others)))(empty, *(operands[other] for other in others))
+    assert found.shape == (0, *shape)
+    found.sum().backward()
+    assert not operands[others[0]].grad.any()
+
+
+def test_a_traced_graph_holds_the_operators_and_nothing_else() -> None:
+    """Looking for tangents leaves no views behind."""
+
+    def gradients(*tensors: Tensor) -> tuple[Tensor, ...]:
+        inputs = [tensor.detach().requires_grad_() for tensor in tensors]
+        return torch.autograd.grad(deform_conv2d(*inputs).sum(), inputs)
+
+    operands = (torch.rand(1, 2, 4, 4), torch.rand(1, 18, 2, 2), torch.rand(2, 2, 3, 3))
+    nodes = [str(node.target) for node in make_fx(gradients, pre_dispatch=True)(*operands).graph.nodes]
+    assert nodes.count("dcn_d2.deform_conv2d.default") == nodes.count("dcn_d2.deform_conv2d_backward.default") == 1
+    assert nodes.count("aten.alias.default") <= len(operands)  # made by torch for detach()
