@@ -168,7 +168,7 @@ def compare_with_published(published: dict[str, float], results: dict[str, Any])
 
 def train(args: argparse.Namespace) -> Any:
     """Trains; returns the results of the last evaluation in the main process."""
-    from dcn_d2.engine import DCNTrainer, one_line, setup
+    from dcn_d2.engine import DCNTrainer, log_traceback, one_line, setup
     from dcn_d2.engine.folder import unlock_folder
 
     cfg = setup(args)
@@ -177,7 +177,8 @@ def train(args: argparse.Namespace) -> Any:
         trainer.resume_or_load(resume=args.resume, overwrite=args.overwrite)
         try:
             return trainer.train()
-        except Exception as error:  # Detectron2 has put its traceback into the log, where it needs one
+        except Exception as error:
+            log_traceback(error)
             fail(one_line(error))
     finally:
         unlock_folder(cfg.OUTPUT_DIR)

@@ -141,7 +141,11 @@ class DCNCheckpointer(DetectionCheckpointer):
         return bool(self.get_checkpoint_file())
 
     def get_checkpoint_file(self) -> str:
-        """The checkpoint that `last_checkpoint` names, else the whole one of most iterations; "" if there is none."""
+        """The checkpoint that `last_checkpoint` names, else the whole one of most iterations; "" if there is none.
+
+        One of more iterations that was written after `last_checkpoint` comes before both: the process was killed in
+        between.
+        """
         return self._last_checkpoint()[0]
 
     def _last_checkpoint(self) -> tuple[str, list[str]]:
@@ -152,6 +156,7 @@ class DCNCheckpointer(DetectionCheckpointer):
         if not self.save_dir or not folder.is_dir():
             return "", []
         problems = []
+        noted = -1  # when last_checkpoint was written, if it names a whole checkpoint
         try:
             name = tag.read_text(errors="replace").strip()
             if not name or os.path.basename(name) != name or not name.isprintable():
@@ -159,10 +164,12 @@ class DCNCheckpointer(DetectionCheckpointer):
             elif problem := self._problem_of(str(folder / name)):
                 problems.append(f"{tag} names {name}, and {problem}")
             else:
-                return str(folder / name), []
+                noted = tag.stat().st_mtime_ns
         except FileNotFoundError:
             name = ""
             problems.append(f"{tag} is missing")
+        if noted >= 0:
+            return self._written_after(noted, folder / name)
         candidates, tagged = [], name
         for file in folder.glob("*.pth"):
             try:
@@ -179,6 +186,16 @@ class DCNCheckpointer(DetectionCheckpointer):
             if Path(file_name).name != tagged:
                 problems.append(problem)
         return "", problems if candidates or len(problems) > 1 or tagged else []
+
+    def _written_after(self, noted: int, named: Path) -> tuple[str, list[str]]:
+        """As `_last_checkpoint`, where `last_checkpoint`, of the time `noted`, names the whole checkpoint `named`."""
+        later = [file for file in named.parent.glob("*.pth") if file != named and file.stat().st_mtime_ns > noted]
+        candidates = [(iteration, file) for file in later if (iteration := _iteration_of(file)) is not None]
+        own = _iteration_of(named)
+        for iteration, file in sorted(candidates, reverse=True):
+            if own is not None and iteration > own and not self._problem_of(str(file)):
+                return str(file), [f"last_checkpoint names {named.name}, but {file.name} was written after it"]
+        return str(named), []
 
     def _problem_of(self, path: str) -> str:
         """What is wrong with a checkpoint; "" if it is whole."""
@@ -337,6 +354,15 @@ class DCNCheckpointer(DetectionCheckpointer):
                 )
             found.append(name)
         return found
+
+
+def _iteration_of(path: Path) -> int | None:
+    """The iteration of a checkpoint of a training run; None for other files."""
+    try:
+        iteration = peek(path).get("iteration")
+    except (OSError, ValueError):
+        return None
+    return iteration if type(iteration) is int else None
 
 
 def unwrap_module(model: nn.Module) -> nn.Module:

@@ -27,7 +27,9 @@ def one_line(error: BaseException) -> str:
     lines = [line.strip() for line in message.splitlines() if line.strip()]
     if any("Traceback (most recent call last)" in line for line in lines):  # an error in a process that loads data
         lines = lines[-1:]
-    if isinstance(error, (RecursionError, ImportError, AssertionError)) or message.strip() in ("", "()"):
+    # These say by themselves what is wrong; a key alone does not.
+    clear = (OSError, ValueError, KeyError, yaml.YAMLError, SystemExit)
+    if not isinstance(error, clear) or (isinstance(error, KeyError) and " " not in message):
         lines.insert(0, f"{type(error).__name__}:")
     return " ".join(lines)
 

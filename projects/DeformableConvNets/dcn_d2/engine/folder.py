@@ -20,9 +20,9 @@ import torch
 logger = logging.getLogger(__name__)
 
 LOCK = ".lock"
-# What a run writes and --overwrite removes. Other files are the user's.
+# What a run writes and --overwrite removes, and metrics.json. Other files are the user's.
 _CHECKPOINT = re.compile(r"model_(\d{7,}|final)\.pth")
-_RECORDS = ("last_checkpoint", "metrics.json")
+_RECORDS = re.compile(r"last_checkpoint|events\.out\.tfevents\..*")
 
 # Locks of this process: folder -> open file, and how often it was locked. They belong to the process and not to the
 # file (POSIX record locks), so that a killed run's workers, which live some seconds longer, do not hold them, and a
@@ -128,10 +128,10 @@ def remove_earlier_run(folder: str) -> None:
         return
     removed = []
     for file in Path(folder).iterdir():
-        if _CHECKPOINT.fullmatch(file.name) or file.name == _RECORDS[0]:
+        if _CHECKPOINT.fullmatch(file.name) or _RECORDS.fullmatch(file.name):
             file.unlink()
             removed.append(file.name)
-        elif file.name == _RECORDS[1] and file.stat().st_size:
+        elif file.name == "metrics.json" and file.stat().st_size:
             os.truncate(file, 0)  # not unlink: it is open for appending
             removed.append(file.name)
     if removed:
@@ -147,27 +147,28 @@ def cut_metrics(folder: str, iteration: int) -> None:
     path = Path(folder) / "metrics.json"
     if not is_local(folder) or not path.is_file():
         return
-    start = keep = 0  # of the last line that stays, and its end
-    last: dict[str, Any] = {}
-    after: dict[str, Any] = {}
-    lines = path.read_bytes().splitlines(keepends=True)
-    for line in lines:
+    kept: dict[int, dict[str, Any]] = {}
+    changed = False
+    for line in path.read_text().splitlines():
         try:
             entry = json.loads(line)
             number = int(entry["iteration"])
         except (ValueError, TypeError, KeyError):  # a line that a kill has cut off
-            break
-        if number >= iteration:
-            if number == iteration and "total_loss" not in entry and keep:
-                after = entry
-            break
-        start, keep, last = keep, keep + len(line), entry
-    if keep == sum(map(len, lines)):
+            changed = True
+            continue
+        if number == iteration and "total_loss" not in entry and number - 1 in kept:
+            kept[number - 1] = entry | kept[number - 1]
+            changed = True
+        elif number < iteration and number not in kept:  # one that failed comes before the last whole one
+            kept[number] = entry
+        else:
+            changed = True
+    if not changed:
         return
-    os.truncate(path, start if after else keep)
-    if after:
-        with path.open("a") as file:
-            file.write(json.dumps(after | last, sort_keys=True) + "\n")
+    # In place and not as a new file: Detectron2's writer has it open for appending.
+    with path.open("r+") as file:
+        file.write("".join(json.dumps(entry, sort_keys=True) + "\n" for entry in kept.values()))
+        file.truncate()
     logger.info(f"{path} is cut at iteration {iteration}, from which training goes on")
 
 

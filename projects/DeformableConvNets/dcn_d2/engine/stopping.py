@@ -92,13 +92,15 @@ class StopRequest(SignalCounter):
 
     def agreed(self) -> bool:
         """Whether any process of the job was asked to stop. All have to call this in the same iteration."""
-        if comm.get_world_size() > 1:
-            # Of CPU tensors, so that the GPU is not waited for; less than 1 ms for two processes on busy cores.
-            self._flag.fill_(self.signal)
-            dist.all_reduce(self._flag, dist.ReduceOp.MAX, group=comm._get_global_gloo_group())
-            if not self.signal and int(self._flag):
-                self.signal, self._since = int(self._flag), time.monotonic()
-        return self.signal != 0
+        if comm.get_world_size() == 1:
+            return self.signal != 0
+        # Of CPU tensors, so that the GPU is not waited for; less than 1 ms for two processes on busy cores.
+        self._flag.fill_(self.signal)
+        dist.all_reduce(self._flag, dist.ReduceOp.MAX, group=comm._get_global_gloo_group())
+        number = int(self._flag)
+        if number and not self.signal:
+            self.signal, self._since = number, time.monotonic()
+        return number != 0  # and not self.signal, which may have come since: the others would not know of it
 
     def _note(self, number: int) -> None:
         if os.getpid() != self._owner:  # a forked worker that loads data: the trainer ends it

@@ -92,12 +92,9 @@ class DCNTrainer(DefaultTrainer):
         logger.info(f"training on {device}, in {comm.get_world_size()} process(es)")
         on_cpu = device.type == "cpu"
         model = create_ddp_model(model, broadcast_buffers=False, **({"device_ids": None} if on_cpu else {}))
-        proxy = weakref.proxy(self)
-        model.register_forward_pre_hook(lambda *_: setattr(proxy, "_phase", "model"))
-        optimizer.register_step_pre_hook(lambda *_: setattr(proxy, "_phase", "optimizer"))
         self._trainer = (AMPTrainer if cfg.SOLVER.AMP.ENABLED else SimpleTrainer)(model, loader, optimizer)
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
-        self.checkpointer = DCNCheckpointer(model, cfg.OUTPUT_DIR, fine_tune=True, trainer=proxy)
+        self.checkpointer = DCNCheckpointer(model, cfg.OUTPUT_DIR, fine_tune=True, trainer=weakref.proxy(self))
         self.start_iter = 0
         self.max_iter = cfg.SOLVER.MAX_ITER
         self.cfg = cfg
@@ -195,6 +192,11 @@ class DCNTrainer(DefaultTrainer):
         main, where = comm.is_main_process(), self.cfg.OUTPUT_DIR
         if main:
             folder.lock_folder(where)
+        # Only while training: a model with hooks cannot be pickled.
+        marks = [
+            self.model.register_forward_pre_hook(lambda *_: setattr(self, "_phase", "model")),
+            self.optimizer.register_step_pre_hook(lambda *_: setattr(self, "_phase", "optimizer")),
+        ]
         try:
             if main:
                 self._prepare_folder()
@@ -204,6 +206,8 @@ class DCNTrainer(DefaultTrainer):
             raise ended.error from None
         finally:
             self._may_start = self._overwrite = False  # a second call would overwrite what this one has written
+            for mark in marks:
+                mark.remove()
             if main:
                 folder.unlock_folder(where)
         return getattr(self, "_last_eval_results", None) if main else None

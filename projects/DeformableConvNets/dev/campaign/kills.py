@@ -36,7 +36,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -134,19 +134,32 @@ def wait(pid: int, seconds: float = 90.0) -> int | None:
     return None
 
 
-def checkpoints(folder: Path) -> dict[str, int]:
-    """The checkpoints of a folder and the iterations that they hold; raises where one is not whole."""
+def looks(path: Path) -> tuple[int, int]:
+    """What tells that a file was written anew."""
+    stat = path.stat()
+    return stat.st_mtime_ns, stat.st_size
+
+
+def checkpoints(folder: Path, damaged: Mapping[Path, tuple[int, int]]) -> dict[str, int]:
+    """The checkpoints of a folder and the iterations that they hold; raises where one is not whole.
+
+    Args:
+        folder: of a run.
+        damaged: those that this campaign has cut, and how they looked then; they are left out until written anew.
+    """
     found = {}
     for path in folder.glob("model_*.pth"):
+        if damaged.get(path) == looks(path):
+            continue
         iteration = torch.load(path, weights_only=True)["iteration"]
         assert path.stem in (f"model_{iteration:07d}", "model_final"), f"{path} holds iteration {iteration}"
         found[path.name] = iteration
     return found
 
 
-def damage(folder: Path, randomly: random.Random) -> str:
-    """Does to a folder what a crash of the whole machine may do; returns what."""
-    newest = max(checkpoints(folder).items(), key=lambda item: item[1])[0]
+def damage(folder: Path, damaged: dict[Path, tuple[int, int]], randomly: random.Random) -> str:
+    """Does to a folder what a crash of the whole machine may do, notes in `damaged` what it cut, and returns what."""
+    newest = max(checkpoints(folder, damaged).items(), key=lambda item: item[1])[0]
     kind = randomly.choice(["no last_checkpoint", "empty last_checkpoint", "newest cut"])
     if kind == "no last_checkpoint":
         (folder / "last_checkpoint").unlink(missing_ok=True)
@@ -155,6 +168,7 @@ def damage(folder: Path, randomly: random.Random) -> str:
     else:
         path = folder / newest
         os.truncate(path, path.stat().st_size * 2 // 3)
+        damaged[path] = looks(path)
     return kind
 
 
@@ -176,6 +190,7 @@ class Campaign:
         self.folder = self.work / f"run{self.run_number}"
         self.log = self.work / f"run{self.run_number}.txt"
         self.newest = -1  # iteration of the newest checkpoint
+        self.damaged: dict[Path, tuple[int, int]] = {}
 
     def arguments(self, processes: int, *others: str) -> list[str]:
         flags = [*others, "--num-gpus", str(processes), "--config-file", str(CONFIG)]
@@ -244,8 +259,8 @@ class Campaign:
         elif second_run and not in_training and self.newest >= 0:
             self.second_run(while_running=False)
         elif self.damages and self.newest >= 6 and self.random.random() < 0.2:
-            self.count[damage(self.folder, self.random)] += 1
-            self.newest = -1  # one of those that are left; the next start tells which
+            self.count[damage(self.folder, self.damaged, self.random)] += 1
+            self.newest = max(checkpoints(self.folder, self.damaged).values())
 
     def check_folder(self, kind: str, began: int, finished: int) -> None:
         """Checks checkpoints and metrics after a kill.
@@ -260,7 +275,7 @@ class Campaign:
         if began >= 0 and self.newest >= 0:
             self.check(began == self.newest + 1, f"went on from {began}, the newest checkpoint was of {self.newest}")
         try:
-            found = checkpoints(self.folder)
+            found = checkpoints(self.folder, self.damaged)
         except Exception as error:
             self.check(False, f"checkpoint not whole after {kind}: {error}")
             return
@@ -277,7 +292,7 @@ class Campaign:
         numbers = [json.loads(line)["iteration"] for line in lines[:-1]]
         with contextlib.suppress(ValueError):
             numbers += [json.loads(line)["iteration"] for line in lines[-1:]]
-        self.check(numbers == sorted(set(numbers)), f"metrics.json holds iterations {numbers} after {kind}")
+        self.check(len(numbers) == len(set(numbers)), f"metrics.json holds iterations {numbers} after {kind}")
 
     def second_run(self, while_running: bool) -> None:
         """Tries to start another run in the folder."""
@@ -313,7 +328,7 @@ class Campaign:
             self.check(code == 1, f"exit code {code} on a full disk")
             self.check("Traceback" not in text, f"a traceback for a full disk: see {self.log}")
             try:
-                found = checkpoints(self.folder)
+                found = checkpoints(self.folder, self.damaged)
             except Exception as error:
                 self.check(False, f"checkpoint not whole on a full disk: {error}")
                 return

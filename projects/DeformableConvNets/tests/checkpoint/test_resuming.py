@@ -74,6 +74,20 @@ def test_resumes_from_the_newest_whole_checkpoint(
         assert not warnings
 
 
+def test_a_checkpoint_that_a_killed_process_did_not_note_is_not_lost(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    tag = folder / "last_checkpoint"
+    tag.write_text("model_0000009.pth")
+    assert DCNCheckpointer(net(), str(folder)).get_checkpoint_file() == str(folder / "model_0000009.pth"), "by choice"
+    tag.write_text("model_0000019.pth")
+    os.utime(tag, ns=(0, (folder / "model_0000029.pth").stat().st_mtime_ns - 1))
+    assert DCNCheckpointer(net(), str(folder)).resume_or_load("", resume=True)["iteration"] == 29
+    assert "model_0000029.pth was written after it" in caplog.text
+    cut(folder / "model_0000029.pth")
+    assert DCNCheckpointer(net(), str(folder)).resume_or_load("", resume=True)["iteration"] == 19
+
+
 def test_no_whole_checkpoint_is_an_error_and_no_fresh_start(folder: Path) -> None:
     for path in folder.glob("model_*.pth"):
         cut(path)

@@ -117,7 +117,8 @@ def line(iteration: int, **others: float) -> str:
         ("\n".join([line(19), line(39), line(59), ""]), 40, [19, 39]),
         ("\n".join([line(19), line(39), ""]), 0, []),
         ("\n".join([line(19), '{"iteration": 3']), 40, [19]),  # cut off by a kill
-        ("\n".join([line(19), line(39), line(29), line(39), ""]), 30, [19]),  # of a version that did not cut
+        ("\n".join([line(19), line(39), line(29), line(39), ""]), 30, [19, 29]),  # of a version that did not cut
+        ("\n".join([line(19), line(40), line(39), ""]), 40, [19, 39]),  # an error, and not a signal, ended iteration 40
     ],
 )
 def test_metrics_are_cut_where_training_goes_on(text: str, iteration: int, kept: list[int], tmp_path: Path) -> None:

@@ -87,6 +87,19 @@ def test_signals_that_the_process_ignores_stay_ignored(tmp_path: Path) -> None:
     assert (tmp_path / "model_final.pth").exists()
 
 
+def test_signal_that_comes_while_processes_agree_waits_for_the_next_iteration(monkeypatch: pytest.MonkeyPatch) -> None:
+    stop = stopping.StopRequest()
+    monkeypatch.setattr(stopping.comm, "get_world_size", lambda: 2)
+    monkeypatch.setattr(stopping.comm, "_get_global_gloo_group", lambda: None)
+
+    def reduce(flag: torch.Tensor, *args: Any, **kwargs: Any) -> None:
+        stop._receive(signal.SIGTERM, None)  # after this process has said 0 to the others
+
+    monkeypatch.setattr(stopping.dist, "all_reduce", reduce)
+    assert not stop.agreed(), "the other process goes on, and would be waited for in vain"
+    assert stop.agreed()
+
+
 def test_training_in_another_thread_works(tmp_path: Path) -> None:
     trainer = DCNTrainer(tiny_config(tmp_path))
     thread = threading.Thread(target=trainer.train)

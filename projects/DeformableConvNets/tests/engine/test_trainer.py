@@ -2,6 +2,7 @@
 import json
 import logging
 import os
+import pickle
 import re
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog, buil
 from detectron2.data.datasets import register_coco_instances
 from detectron2.engine import HookBase
 from detectron2.evaluation import COCOEvaluator
+from detectron2.utils.events import EventStorage
 from PIL import Image
 from torch import nn
 
@@ -93,6 +95,14 @@ for name in "a", "b":  # twice in one process
         assert cfg.OUTPUT_DIR == str(tmp_path / name) and cfg.MODEL.DEVICE == "cpu"
 
 
+def test_trained_model_outlives_its_trainer(tmp_path: Path) -> None:
+    trainer = train(tmp_path)
+    model, batch = trainer.model, next(iter(trainer.data_loader))
+    del trainer
+    with EventStorage():
+        assert "loss_cls" in pickle.loads(pickle.dumps(model))(batch)
+
+
 def test_second_run_in_a_used_folder_is_refused(tmp_path: Path) -> None:
     train(tmp_path)
     before = {path.name: path.read_bytes() for path in tmp_path.glob("*.pth")}
@@ -115,9 +125,19 @@ def test_trainer_that_trains_again_does_not_overwrite_its_run(tmp_path: Path) ->
 def test_used_folder_may_be_overwritten_on_purpose(tmp_path: Path) -> None:
     train(tmp_path, "SOLVER.CHECKPOINT_PERIOD", 1)
     (tmp_path / "mine.pth").write_bytes(b"1")
+    curves = set(tmp_path.glob("events.out.tfevents.*"))
     train(tmp_path, "SOLVER.MAX_ITER", 2, overwrite=True)
     assert {path.name for path in tmp_path.glob("*.pth")} == {"mine.pth", "model_final.pth"}
     assert iterations(tmp_path) == [1]
+    assert curves and not curves & set(tmp_path.glob("events.out.tfevents.*"))
+
+
+def test_weights_in_the_folder_that_is_overwritten_are_read_before(tmp_path: Path) -> None:
+    train(tmp_path)
+    keys = ["MODEL.WEIGHTS", str(tmp_path / "model_final.pth"), "SOLVER.BASE_LR", 1e-9]
+    assert train(tmp_path, *keys, overwrite=True).start_iter == 0
+    log = (tmp_path / "log.txt").read_text()
+    assert f"Loading from {tmp_path / 'model_final.pth'}" in log.split("removed of an earlier run")[0]
 
 
 def test_resumed_run_records_each_iteration_once(tmp_path: Path) -> None:
@@ -422,9 +442,11 @@ assert any(prefix.startswith("mmdet:") for prefix in PathManager._path_handlers)
     "error, line",
     [
         (KeyError("no key"), "no key"),
+        (KeyError("p7"), "KeyError: p7"),
         (AssertionError(), "AssertionError:"),
+        (RuntimeError("no\n  room"), "RuntimeError: no room"),
         (OSError(28, "no room for a.pth"), "no room for a.pth"),
-        (FileNotFoundError(2, "No such file or directory", "a"), "[Errno 2] No such file or directory: 'a'"),
+        (FileNotFoundError(2, "No such file or directory", "a"), "a: No such file or directory"),
         (ValueError("one\n  two\n"), "one two"),
         (
             ValueError("Caught ValueError in process 0.\nTraceback (most recent call last):\n x\nValueError: y"),
