@@ -107,7 +107,7 @@ def check_job(args: argparse.Namespace) -> None:
 
     from dcn_d2.engine import DCNTrainer, check_data_sets, check_single_start, load_config
     from dcn_d2.engine.checks import check_evaluators, check_weights_exist
-    from dcn_d2.engine.folder import check_free, check_unlocked, describe_earlier_run
+    from dcn_d2.engine.folder import check_config_is_ours, check_free, check_keeps, check_unlocked, describe_earlier_run
 
     check_single_start(args.num_machines)
     if args.published:
@@ -115,8 +115,12 @@ def check_job(args: argparse.Namespace) -> None:
     cfg = load_config(args.config_file, args.opts)
     if not args.eval_only and args.machine_rank == 0:
         check_unlocked(cfg.OUTPUT_DIR)
-        if not args.resume and not args.overwrite:
+        if args.overwrite:
+            check_keeps(cfg.OUTPUT_DIR, cfg.MODEL.WEIGHTS)
+        elif not args.resume:
             check_free(cfg.OUTPUT_DIR)
+        elif not describe_earlier_run(cfg.OUTPUT_DIR):
+            check_config_is_ours(cfg.OUTPUT_DIR)
     DCNTrainer.check(cfg, train=not args.eval_only)
     check_data_sets([*(() if args.eval_only else cfg.DATASETS.TRAIN), *cfg.DATASETS.TEST])
     check_evaluators(cfg.DATASETS.TEST)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
+from urllib.parse import urljoin
 
 import yaml
 from detectron2.utils.file_io import PathManager
@@ -46,7 +47,7 @@ def read_config_file(file: str, including: tuple[str, ...] = ()) -> tuple[dict[s
     """
     if file.endswith(".py"):
         raise ConfigError(f"{file} is a program (a lazy config of Detectron2), which would be run: give a YAML file")
-    identity = PathManager.get_local_path(file) if "://" in file else str(Path(file).resolve())
+    identity = file if "://" in file else str(Path(file).resolve())
     if identity in including:
         raise ConfigError(f"{including[-1]}: its _BASE_ {file} leads back to itself")
     values, lines = _read_one_file(file)
@@ -71,15 +72,32 @@ def _resolve(base: str, file: str) -> str:
     base = str(Path(base).expanduser()) if base.startswith("~") else base
     if base.startswith(("/", "https://", "http://")):
         return base
+    if file.startswith(("https://", "http://")):
+        return urljoin(file, base)  # which takes ".." away
     return f"{file.rpartition('/')[0] or '.'}/{base}"
+
+
+def _local_copy(file: str) -> str:
+    """Fetches what http:// and https:// name: into the cache only, and with a time-out, which iopath's way has not."""
+    from iopath.common.file_io import get_cache_dir
+
+    from .checkpoint import download
+
+    if not file.startswith(download.SCHEMES):
+        return file
+    try:
+        return str(download.fetch(file, Path(get_cache_dir()))[0])
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"Config file {file!r} could not be fetched: {error}") from error
 
 
 def _read_one_file(file: str) -> tuple[dict[str, Any], dict[str, int]]:
     """Gives the values of one file, and the line of each key."""
-    if not PathManager.isfile(file):
-        raise ConfigError(f"Config file {file!r} {'is a folder' if PathManager.isdir(file) else 'does not exist'}")
+    local = _local_copy(file)
+    if not PathManager.isfile(local):
+        raise ConfigError(f"Config file {file!r} {'is a folder' if PathManager.isdir(local) else 'does not exist'}")
     try:
-        with PathManager.open(file, "r") as stream:
+        with PathManager.open(local, "r") as stream:
             text = stream.read()
     except UnicodeDecodeError as error:
         raise ConfigError(f"{file} is no text file: {error}") from error

@@ -52,6 +52,13 @@ def name(value: Any) -> str | None:
     return None if isinstance(value, str) and value.strip() else "must be a name"
 
 
+def folder_name(value: Any) -> str | None:
+    """A name whose ~ the shell has replaced: a folder that is really called ~ is dangerous to remove."""
+    if isinstance(value, str) and value.startswith("~"):
+        return "must be a folder without ~, which is not replaced in configs; write the path of the home folder out"
+    return name(value)
+
+
 def whole(low: int, high: int = HUGE, besides: int | None = None, meaning: str = "") -> Rule:
     """A whole number from `low` to `high`, or the one number `besides`, whose `meaning` the message gives."""
     allowed = f"must be a whole number from {low} to {high}"
@@ -400,7 +407,7 @@ DETECTRON2_RULES: dict[str, Rule] = {
     "TEST.AUG.FLIP": flag,
     "TEST.PRECISE_BN.ENABLED": flag,
     "TEST.PRECISE_BN.NUM_ITER": count,
-    "OUTPUT_DIR": name,
+    "OUTPUT_DIR": folder_name,
     "SEED": whole(-1, HUGE, meaning="-1: another one each time"),
     "VIS_PERIOD": whole(0, meaning="0: never"),
     "CUDNN_BENCHMARK": flag,

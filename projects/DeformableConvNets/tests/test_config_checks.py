@@ -166,6 +166,7 @@ class TestTable:
         ("TEST.DETECTIONS_PER_IMAGE", 0, r"must be a whole number of at least 1, or -1 \(-1 keeps all\), got 0"),
         ("DATASETS.TRAIN", "nuclei_train", "must be a list of values, as"),
         ("OUTPUT_DIR", "", "must be a name, got ''"),
+        ("OUTPUT_DIR", "~/runs/a", "must be a folder without ~"),
     ],
 )
 def test_a_value_that_cannot_work_was_accepted(key: str, value: Any, allowed: str) -> None:

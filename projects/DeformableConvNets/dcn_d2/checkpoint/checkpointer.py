@@ -19,7 +19,7 @@ from torch import nn
 from .download import SCHEMES
 from .mmdet import unwrap_name
 from .path_handlers import PUBLISHERS, fetch_weights, register_path_handlers
-from .reader import CorruptCheckpointError, peek, read_checkpoint, remove_leftovers, write_atomically
+from .reader import CorruptCheckpointError, peek, read_checkpoint, remove_leftovers, shown, write_atomically
 from .weights import as_data, check_weights, read_weights
 
 logger = logging.getLogger(__name__)
@@ -105,7 +105,10 @@ class DCNCheckpointer(DetectionCheckpointer):
         self._heuristics = address != path
         if address.startswith((*SCHEMES, "detectron2://")) and not address.startswith(PUBLISHERS):
             return fetch_weights(address)
-        file = self.path_manager.get_local_path(address)
+        try:
+            file = self.path_manager.get_local_path(address)
+        except RuntimeError as error:  # of Detectron2's catalogue, and of handlers that cannot do it
+            raise ValueError(f"{address} cannot be fetched: {error or type(error).__name__}") from error
         if not os.path.isfile(file):
             raise FileNotFoundError(f"there is {'only a folder' if os.path.isdir(file) else 'no file'} {file}")
         return file
@@ -293,6 +296,13 @@ class DCNCheckpointer(DetectionCheckpointer):
             names[:] = [name for name in names if not _OPTIONAL.fullmatch(name)]
         left = {*incompatible.missing_keys, *(name for name, *_ in incompatible.incorrect_shapes)}
         self.initial = [unwrap_name(name) for name in self.model.state_dict() if name in left]
+        loaded = {name for name in self._model_state() if not _OPTIONAL.fullmatch(name)}.difference(self.initial)
+        # Statistics that a file lacks are made up by FrozenBatchNorm2d.
+        if all(name.endswith((".running_mean", ".running_var")) for name in loaded):
+            raise ValueError(
+                f"{self._path} does not fit the model: none of its {len(weights)} entries, such as "
+                f"{shown(next(iter(weights), None))}, has a place in it"
+            )
         return incompatible
 
     def _fit_resnet(self, weights: Mapping[str, Any]) -> dict[str, Any]:

@@ -7,6 +7,7 @@ import contextlib
 import hashlib
 import io
 import os
+import pickle
 import re
 import tempfile
 import time
@@ -102,6 +103,8 @@ def _refusal(path: str | os.PathLike[str], what: str) -> str:
 def _damage(path: str | os.PathLike[str], error: Exception) -> str:
     if isinstance(error, RecursionError):
         reason = "its containers are nested too deep"
+    elif error.args and type(error.args[0]) is int or isinstance(error, pickle.UnpicklingError):
+        reason = "its pickle is damaged, or it has none"  # where text is, an operation of a pickle is looked for
     else:
         reason = " ".join(str(error).split())[:300] or type(error).__name__
     size = os.path.getsize(path)

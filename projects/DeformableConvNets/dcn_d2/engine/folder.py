@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import torch
+import yaml
 
 logger = logging.getLogger(__name__)
 
@@ -58,6 +59,49 @@ def check_free(folder: str) -> None:
             f"OUTPUT_DIR {folder} holds an earlier run ({found}). Go on with it by --resume "
             "(in Python: resume_or_load(resume=True)), name another OUTPUT_DIR, or throw the earlier run away by "
             "--overwrite (in Python: resume_or_load(resume=False, overwrite=True))"
+        )
+    check_config_is_ours(folder)
+
+
+def check_config_is_ours(folder: str) -> None:
+    """Refuses a folder whose config.yaml was written by hand, since the run writes its own under that name.
+
+    Those of runs are complete, sorted, and without comments.
+
+    Raises:
+        FileExistsError: The message says how to go on.
+    """
+    path = Path(folder) / "config.yaml"
+    if not is_local(folder) or not path.is_file():
+        return
+    text = path.read_text(errors="replace")
+    try:
+        if (
+            not text
+            or {"MODEL", "SOLVER", "VERSION"} <= (values := yaml.safe_load(text)).keys()
+            and yaml.safe_dump(values) == text
+        ):
+            return
+    except (yaml.YAMLError, AttributeError, ValueError, RecursionError):
+        pass  # it is none of a run
+    raise FileExistsError(
+        f"OUTPUT_DIR {folder} holds a config.yaml that was not written by a run, and this run's would replace it: "
+        "give it another name, or name another OUTPUT_DIR"
+    )
+
+
+def check_keeps(folder: str, weights: str) -> None:
+    """Refuses to throw away an earlier run from whose weights the new one is to start.
+
+    Args:
+        folder: whose checkpoints are to be removed.
+        weights: MODEL.WEIGHTS of the new run.
+    """
+    file = Path(re.sub(r"^mmdet:(//)?", "", weights).partition("?")[0])
+    if is_local(folder) and _CHECKPOINT.fullmatch(file.name) and file.parent.resolve() == Path(folder).resolve():
+        raise FileExistsError(
+            f"--overwrite (overwrite=True) would remove {file}, which MODEL.WEIGHTS is to be read from: move it out "
+            f"of OUTPUT_DIR {folder} first, or name another OUTPUT_DIR"
         )
 
 

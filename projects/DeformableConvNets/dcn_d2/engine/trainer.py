@@ -170,6 +170,8 @@ class DCNTrainer(DefaultTrainer):
         """
         if comm.is_main_process() and not resume and not overwrite:
             folder.check_free(self.cfg.OUTPUT_DIR)
+        if comm.is_main_process() and not resume and overwrite:
+            folder.check_keeps(self.cfg.OUTPUT_DIR, self.cfg.MODEL.WEIGHTS)
         self._resumed = False  # load_state_dict notes that there was something to resume
         self.checkpointer.resume_or_load(self.cfg.MODEL.WEIGHTS, resume=resume)
         self.start_iter = self.iter + 1 if self._resumed else 0
@@ -180,6 +182,8 @@ class DCNTrainer(DefaultTrainer):
                 f"OUTPUT_DIR {self.cfg.OUTPUT_DIR} holds {found}, but none that training could go on from, and "
                 "starting afresh would overwrite them"
             )
+        if resume and not found and not self._resumed:
+            folder.check_config_is_ours(self.cfg.OUTPUT_DIR)
         self._overwrite = overwrite and not resume
         self._may_start = True
 
@@ -286,6 +290,11 @@ class DCNTrainer(DefaultTrainer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes the state of an earlier run, but learns at the rates of this run's config."""
+        if state_dict["iteration"] >= self.max_iter:
+            raise ValueError(
+                f"the checkpoint is of iteration {state_dict['iteration']}, but SOLVER.MAX_ITER is {self.max_iter}: "
+                "raise it, or leave out --resume and name the checkpoint in MODEL.WEIGHTS"
+            )
         configured = hyperparameters(self.optimizer)
         inner = dict(state_dict["_trainer"])
         inner["optimizer"] = fit_saved_state(inner["optimizer"], self.optimizer, self._groups_of_detectron2)

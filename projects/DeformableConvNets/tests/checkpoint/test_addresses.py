@@ -14,6 +14,8 @@ from detectron2.utils.file_io import PathManager
 
 from dcn_d2.checkpoint import CorruptCheckpointError, DCNCheckpointer, download, path_handlers, register_path_handlers
 from dcn_d2.checkpoint.reader import sha256_of
+from dcn_d2.config import load_config
+from dcn_d2.config_reader import ConfigError
 
 SMALL = {"rpn_head.rpn_cls.weight": torch.rand(3, 8, 1, 1), "rpn_head.rpn_cls.bias": torch.rand(3)}
 
@@ -290,3 +292,38 @@ def test_files_of_the_zoo_of_detectron2_stay_in_the_cache(
         with pytest.raises(ValueError, match="does not fit the model"):
             DCNCheckpointer(torch.nn.Linear(1, 1)).load(f"detectron2://a/{name}.pth")
         assert handler.requests == requests
+
+
+def test_base_of_a_config_cannot_write_outside_the_cache(
+    url: str, handler: type[Handler], tmp_path: Path, cache: Path
+) -> None:
+    handler.content = b"SEED: 5\n"
+    child = tmp_path / "child.yaml"
+    child.write_text(f"_BASE_: {url}/ok/../../../escaped/N.yaml\n")
+    before = set(tmp_path.parent.rglob("N.yaml*"))
+    with pytest.raises(ConfigError, match="could not be fetched: .*a part of its path is '..'"):
+        load_config(str(child))
+    assert set(tmp_path.parent.rglob("N.yaml*")) == before
+
+
+def test_base_of_a_config_may_be_an_address(url: str, handler: type[Handler], tmp_path: Path, cache: Path) -> None:
+    handler.content = b"SEED: 5\n"
+    (tmp_path / "child.yaml").write_text(f"_BASE_: {url}/configs/N.yaml\n")
+    assert load_config(str(tmp_path / "child.yaml")).SEED == 5
+    handler.content = b"_BASE_: ../configs/N.yaml\nVERSION: 2\n"
+    (tmp_path / "child.yaml").write_text(f"_BASE_: {url}/more/M.yaml\n")
+    assert load_config(str(tmp_path / "child.yaml")).SEED == 5
+    (tmp_path / "child.yaml").write_text(f"_BASE_: {url}/configs/itself.yaml\n")
+    handler.content = b"_BASE_: itself.yaml\n"
+    with pytest.raises(ConfigError, match="leads back to itself"):
+        load_config(str(tmp_path / "child.yaml"))
+
+
+def test_server_of_a_base_that_says_nothing_is_given_up(
+    url: str, handler: type[Handler], tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    handler.mode = "silent"
+    monkeypatch.setattr(download, "TIMEOUT", 0.2)
+    (tmp_path / "child.yaml").write_text(f"_BASE_: {url}/N.yaml\n")
+    with pytest.raises(ConfigError, match="sent nothing for 0.2 seconds"):
+        load_config(str(tmp_path / "child.yaml"))

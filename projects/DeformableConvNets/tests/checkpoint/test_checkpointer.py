@@ -264,3 +264,15 @@ def test_imagenet_weights_tell_what_stays(tmp_path: Path, caplog: pytest.LogCapt
     (tmp_path / "R-50.pkl").write_bytes(pickle.dumps(data | {"model": resnet, "__author__": "torchvision"}))
     with pytest.raises(ValueError, match="bottom_up.res5.2.conv3.weight is missing"):
         DCNCheckpointer(model).load(str(tmp_path / "R-50.pkl"))
+
+
+def test_weights_of_which_nothing_fits_do_not_start_a_training(source: nn.Module, tmp_path: Path) -> None:
+    weights = {f"x{number}.weight": torch.ones(number, 2, 3) for number in (1, 2)}
+    torch.save({"model": weights, "matching_heuristics": True}, tmp_path / "other.pth")
+    with pytest.raises(ValueError, match="none of its 2 entries, such as x1.weight, has a place in it"):
+        DCNCheckpointer(build(), fine_tune=True).load(str(tmp_path / "other.pth"))
+
+
+def test_name_that_the_catalogue_does_not_have_is_a_mistake_of_the_user(source: nn.Module) -> None:
+    with pytest.raises(ValueError, match="catalog://nosuch cannot be fetched: model not present in the catalog"):
+        DCNCheckpointer(source).load("catalog://nosuch")

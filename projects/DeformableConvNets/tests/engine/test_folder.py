@@ -12,6 +12,8 @@ import pytest
 
 from dcn_d2.engine import folder
 
+from ..slim import slim_config
+
 PROJECT = Path(__file__).resolve().parents[2]
 # Locks a folder, starts a process that lives on when this one is killed, and waits.
 HOLD = """
@@ -89,7 +91,7 @@ def test_addresses_are_left_to_detectron2() -> None:
     "files, found",
     [
         ({}, ""),
-        ({"config.yaml": "x", "metrics.json": "", "best.pth": "x"}, ""),
+        ({"config.yaml": "", "metrics.json": "", "best.pth": "x"}, ""),
         ({"metrics.json": "{}"}, "metrics.json"),
         ({"model_0000009.pth": "x", "model_final.pth": "x"}, "2 checkpoint(s), the last one model_final.pth"),
     ],
@@ -144,3 +146,33 @@ def test_lock_is_quick(tmp_path: Path) -> None:
     folder.lock_folder(str(tmp_path))
     folder.unlock_folder(str(tmp_path))
     assert time.perf_counter() - began < 1
+
+
+def test_line_that_a_kill_has_cut_does_not_take_the_later_ones_with_it(tmp_path: Path) -> None:
+    lines = ['{"iteration": 0}', '{"iterat', '{"iteration": 2}', '{"iteration": 3}', '{"iteration": 4}', '{"iter']
+    (tmp_path / "metrics.json").write_text("\n".join(lines))
+    folder.cut_metrics(str(tmp_path), 4)
+    assert (tmp_path / "metrics.json").read_text().splitlines() == [lines[0], *lines[2:4]]
+
+
+@pytest.mark.parametrize("text", ["_BASE_: a.yaml\n", "# mine\nMODEL: {}\nSOLVER: {}\nVERSION: 2\n", "a\tb: [", "7"])
+def test_config_written_by_hand_is_not_replaced(text: str, tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text(text)
+    with pytest.raises(FileExistsError, match="config.yaml that was not written by a run.*another OUTPUT_DIR"):
+        folder.check_free(str(tmp_path))
+
+
+def test_config_of_a_run_that_ended_early_does_not_block(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text(slim_config().dump())
+    folder.check_free(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "weights", ["{}/model_final.pth", "mmdet://{}/../{name}/model_0000003.pth", "{}/model_final.pth?x"]
+)
+def test_overwriting_removed_the_weights_to_start_from(weights: str, tmp_path: Path) -> None:
+    weights = weights.format(tmp_path, name=tmp_path.name)
+    with pytest.raises(FileExistsError, match="would remove .*MODEL.WEIGHTS is to be read from"):
+        folder.check_keeps(str(tmp_path), weights)
+    for other in ("", f"{tmp_path}/r50.pth", f"{tmp_path}/sub/model_final.pth", "http://a/model_final.pth"):
+        folder.check_keeps(str(tmp_path), other)

@@ -474,3 +474,27 @@ def loggers_as_before() -> Any:
         file.close()
     logs._files.clear()
     logs.setup_logger.cache_clear()
+
+
+def test_overwriting_keeps_the_weights_that_training_starts_from(tmp_path: Path) -> None:
+    train(tmp_path, "SOLVER.MAX_ITER", 1)
+    weights = tmp_path / "model_final.pth"
+    before = weights.read_bytes()
+    with pytest.raises(FileExistsError, match="would remove .*model_final.pth"):
+        train(tmp_path, "SOLVER.MAX_ITER", 1, "MODEL.WEIGHTS", str(weights), overwrite=True)
+    assert weights.read_bytes() == before
+
+
+def test_checkpoint_beyond_the_last_iteration_is_named(tmp_path: Path) -> None:
+    train(tmp_path, "SOLVER.MAX_ITER", 3)
+    with pytest.raises(ValueError, match="checkpoint is of iteration 2, but SOLVER.MAX_ITER is 2"):
+        train(tmp_path, "SOLVER.MAX_ITER", 2, resume=True)
+    train(tmp_path, "SOLVER.MAX_ITER", 3, resume=True)
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_config_of_the_user_in_the_folder_is_kept(resume: bool, tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("# mine\n_BASE_: a.yaml\n")
+    with pytest.raises(FileExistsError, match="was not written by a run"):
+        train(tmp_path, resume=resume)
+    assert (tmp_path / "config.yaml").read_text() == "# mine\n_BASE_: a.yaml\n"
