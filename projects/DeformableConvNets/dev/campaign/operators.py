@@ -111,6 +111,10 @@ class Maker:
             if isinstance(value, Tensor):
                 values[name] = value.to(torch.float32 if half and name == "rois" else self.dtype)
         values = arrange(values, choose, choose.choice([None, None, None, "contiguous", "channels_last"]))
+        if "offset_and_mask" in values:  # logits that repeat offsets: a modulation that is NaN makes all it meets NaN
+            joint = values["offset_and_mask"]
+            if bool(joint[:, joint.shape[1] // 3 * 2 :].isnan().any()):
+                joint.new_empty(0).set_(joint.untyped_storage()).nan_to_num_()
         if "rois" in values:  # images must exist, whatever repeats
             assert bool(torch.isin(values["rois"][:, 0], torch.arange(values["input"].shape[0])).all())
         needed = {name: choose.random() < 0.8 for name in ("need_input", "need_offset", "need_weight")}
