@@ -209,10 +209,13 @@ def check_positions(operator: str, name: str, tensor: Tensor, input: Tensor) -> 
 
 def check_shape(operator: str, name: str, tensor: Tensor, expected: Sequence[int]) -> None:
     """Checks one operand's shape."""
-    check(
-        len(tensor.shape) == len(expected) and all(a == b for a, b in zip(tensor.shape, expected)),
-        lambda: f"{operator}: {name} must have shape {list(expected)}, got {list(tensor.shape)}",
-    )
+
+    def message() -> str:
+        return f"{operator}: {name} must have shape {list(expected)}, got {list(tensor.shape)}"
+
+    check(len(tensor.shape) == len(expected), message)
+    for size, wanted in zip(tensor.shape, expected):
+        check(size == wanted, message)  # one by one: sizes that are not known while tracing are compared at run time
 
 
 def check_input_dtype(operator: str, input: Tensor) -> None:
