@@ -20,6 +20,10 @@ from torch.autograd.forward_ad import _set_fwd_grad_enabled
 from ._library import LIBRARY
 from .reference import pull_back
 
+# Whether anything may be in forward mode that `forward_ad` does not know of, as in compilers' graphs and their making.
+transforms_active = torch._C._are_functorch_transforms_active
+modes_active = torch._C._len_torch_dispatch_stack
+
 
 def register_derivatives(
     name: str,
@@ -49,7 +53,7 @@ def register_derivatives(
         def forward(ctx: Any, keyset: Any, *arguments: Any) -> Any:
             ctx.save_for_backward(*(argument if isinstance(argument, Tensor) else None for argument in arguments))
             ctx.others = [None if isinstance(argument, Tensor) else argument for argument in arguments]
-            if not torch._C._are_functorch_transforms_active():
+            if not transforms_active():
                 with torch._C._AutoDispatchBelowAutograd():
                     return operator.redispatch(keyset & below_autograd, *arguments)
             # Both were turned off for this function, and the transform below this one may be about either.
@@ -60,7 +64,7 @@ def register_derivatives(
         def backward(ctx: Any, *grads: Tensor) -> Any:
             arguments = [other if saved is None else saved for saved, other in zip(ctx.saved_tensors, ctx.others)]
             needed = ctx.needs_input_grad[1:]
-            if _in_forward_mode() or _have_tangents((*arguments, *grads)):
+            if _in_forward_mode((*arguments, *grads)):
                 # A kernel would lose the tangents, which may be below what is seen here.
                 return None, *pull_back(reference, arguments, needed, grads)
             return None, *backward(arguments, needed, *grads)
@@ -72,13 +76,13 @@ def register_derivatives(
     Node.__name__ = f"{name}_node"
 
     def autograd(keyset: Any, *args: Any) -> Any:
-        if _have_tangents(args):
+        if (forward_ad._current_level >= 0 or transforms_active() or modes_active()) and any(map(_has_tangent, args)):
             return (forward_mode or reference)(*args, *defaults[len(args) :])
         if not (torch.is_grad_enabled() and torch._C._any_requires_grad(*args)):
             with torch._C._AutoDispatchBelowAutograd():
                 return operator.redispatch(keyset & below_autograd, *args)
         arguments = (*args, *defaults[len(args) :])  # the dispatcher takes away what equals its default
-        if not torch._C._are_functorch_transforms_active():
+        if not transforms_active():
             return Node.apply(keyset, *arguments)  # type: ignore[attr-defined]
         with enable_single_level_autograd_function():
             return Node.apply(keyset, *arguments)  # type: ignore[attr-defined]
@@ -102,29 +106,23 @@ def register_second_derivatives(name: str, reference: Callable[..., tuple[Tensor
     register_derivatives(name, backward, reference, forward_mode)
 
 
-def _in_forward_mode() -> bool:
-    """Whether forward mode is on, as far as can be told without operands."""
-    # Dynamo, which reads the code of gradients, can tell no more.
+def _in_forward_mode(arguments: Sequence[Any]) -> bool:
     if forward_ad._current_level >= 0 or torch.compiler.is_dynamo_compiling():
-        return forward_ad._current_level >= 0
+        return forward_ad._current_level >= 0  # Dynamo, which reads the code of gradients, can tell no more
     # A graph that was made from torch.func.jvp enters its level past the one counted above.
-    return torch._C._are_functorch_transforms_active() and any(
-        interpreter.key() == TransformType.Jvp for interpreter in get_interpreter_stack() or ()
-    )
+    if transforms_active() and any(each.key() == TransformType.Jvp for each in get_interpreter_stack() or ()):
+        return True
+    return bool(modes_active()) and any(map(_has_tangent, arguments))
 
 
-def _have_tangents(arguments: Sequence[Any]) -> bool:
-    # Asking a tensor takes as long as a small operator. Under a mode, as while compilers trace, none but it can tell.
-    if not (_in_forward_mode() or (not torch.compiler.is_dynamo_compiling() and torch._C._len_torch_dispatch_stack())):
+def _has_tangent(argument: Any) -> bool:
+    """Whether a tensor has a tangent. It takes as long as a small operator to find out."""
+    if not isinstance(argument, Tensor):
         return False
-    return any(isinstance(argument, Tensor) and _has_tangent(argument) for argument in arguments)
-
-
-def _has_tangent(tensor: Tensor) -> bool:
-    while is_batchedtensor(tensor):
-        tensor = get_unwrapped(tensor)
+    while is_batchedtensor(argument):
+        argument = get_unwrapped(argument)
     with torch._C._DisableTorchDispatch():  # or what this makes would show in traced graphs
-        return torch._VF._unpack_dual(tensor, level=0).tangent is not None
+        return torch._VF._unpack_dual(argument, level=0).tangent is not None
 
 
 def _sample_by_sample(operator: Any) -> Callable[..., Any]:

@@ -54,7 +54,8 @@ def register_roi_pool(
     def differentiable_forward(*values: Any) -> Tensor:
         check_operands(*values)
         check_batch(name, values[1], values[0], True)
-        return oracle(*values)
+        input, rois, *rest = values
+        return oracle(input, rois.detach(), *rest)
 
     def reference_forward(*values: Any, **keywords: Any) -> Tensor:
         values = tuple(complete(values, keywords))
@@ -68,7 +69,7 @@ def register_roi_pool(
         *geometry, need_input, need_offset, _ = rest
 
         def forward(input: Tensor, offset: Tensor | None, mask: Tensor | None) -> Tensor:
-            return oracle(input, rois, offset, *geometry, mask)
+            return oracle(input, rois.detach(), offset, *geometry, mask)  # no order of derivative is by the RoIs
 
         return reference.gradients(forward, (input, offset, mask), grad, (need_input, need_offset, need_offset))
 

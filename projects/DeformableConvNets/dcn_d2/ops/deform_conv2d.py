@@ -12,6 +12,7 @@ from torch import Tensor
 from . import reference
 from ._arguments import (
     IntPair,
+    are_tensors,
     check,
     check_input_dtype,
     check_positions,
@@ -89,7 +90,8 @@ def deform_conv2d(
         TypeError: An operand is no tensor.
         ValueError: stride, padding or dilation is not an integer, of any kind, or a pair of them.
     """
-    check_types("deform_conv2d", ("bias", "mask"), input=input, offset=offset, weight=weight, bias=bias, mask=mask)
+    if not are_tensors((input, offset, weight), (bias, mask)):
+        check_types("deform_conv2d", ("bias", "mask"), input=input, offset=offset, weight=weight, bias=bias, mask=mask)
     return torch.ops.dcn_d2.deform_conv2d(
         input, offset, weight, bias, pair(stride, "stride"), pair(padding, "padding"), pair(dilation, "dilation"), mask
     )

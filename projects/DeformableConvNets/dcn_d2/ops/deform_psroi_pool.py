@@ -11,6 +11,7 @@ from torch import Tensor
 from . import reference
 from ._arguments import (
     IntPair,
+    are_tensors,
     check,
     check_input_dtype,
     check_rois,
@@ -93,7 +94,8 @@ def deform_psroi_pool(
         ValueError: output_size or part_size is not an integer, of any kind, or a pair of them, group_size or
             sample_per_part no integer, or spatial_scale or trans_std no number.
     """
-    check_types("deform_psroi_pool", ("offset", "mask"), input=input, rois=rois, offset=offset, mask=mask)
+    if not are_tensors((input, rois), (offset, mask)):
+        check_types("deform_psroi_pool", ("offset", "mask"), input=input, rois=rois, offset=offset, mask=mask)
     return torch.ops.dcn_d2.deform_psroi_pool(
         input,
         rois_for(input, rois),

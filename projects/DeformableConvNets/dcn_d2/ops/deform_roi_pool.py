@@ -11,6 +11,7 @@ from torch import Tensor
 from . import reference
 from ._arguments import (
     IntPair,
+    are_tensors,
     check,
     check_input_dtype,
     check_rois,
@@ -85,7 +86,8 @@ def deform_roi_pool(
         ValueError: output_size is not an integer, of any kind, or a pair of them, sampling_ratio no integer, or
             spatial_scale or gamma no number.
     """
-    check_types("deform_roi_pool", ("offset", "mask"), input=input, rois=rois, offset=offset, mask=mask)
+    if not are_tensors((input, rois), (offset, mask)):
+        check_types("deform_roi_pool", ("offset", "mask"), input=input, rois=rois, offset=offset, mask=mask)
     return torch.ops.dcn_d2.deform_roi_pool(
         input,
         rois_for(input, rois),

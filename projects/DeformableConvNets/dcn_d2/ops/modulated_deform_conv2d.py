@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from ._arguments import IntPair, check_layout, check_types, in_strides_of, new_empty_in_format_of, pair
+from ._arguments import IntPair, are_tensors, check_layout, check_types, in_strides_of, new_empty_in_format_of, pair
 from ._autograd import register_derivatives, register_second_derivatives
 from ._library import LIBRARY, define_with_tf32, register_autocast
 from .deform_conv2d import check_operands
@@ -60,9 +60,10 @@ def modulated_deform_conv2d(
         TypeError: An operand is no tensor.
         ValueError: stride, padding or dilation is not an integer, of any kind, or a pair of them.
     """
-    check_types(
-        "modulated_deform_conv2d", ("bias",), input=input, offset_and_mask=offset_and_mask, weight=weight, bias=bias
-    )
+    if not are_tensors((input, offset_and_mask, weight), (bias,)):
+        check_types(
+            "modulated_deform_conv2d", ("bias",), input=input, offset_and_mask=offset_and_mask, weight=weight, bias=bias
+        )
     return torch.ops.dcn_d2.modulated_deform_conv2d(
         input,
         offset_and_mask,

@@ -419,3 +419,22 @@ def test_a_traced_graph_holds_the_operators_and_nothing_else() -> None:
     nodes = [str(node.target) for node in make_fx(gradients, pre_dispatch=True)(*operands).graph.nodes]
     assert nodes.count("dcn_d2.deform_conv2d.default") == nodes.count("dcn_d2.deform_conv2d_backward.default") == 1
     assert nodes.count("aten.alias.default") <= len(operands)  # made by torch for detach()
+
+
+@pytest.mark.parametrize("operator", [deform_roi_pool, deform_psroi_pool])
+def test_no_derivative_of_any_order_is_by_the_rois(operator: Function) -> None:
+    """Backward gave none, forward mode and second derivatives gave some."""
+    input = torch.rand(2, 2, 7, 8, dtype=torch.float64)
+
+    def pooled(rois: Tensor) -> Tensor:
+        return operator(input, rois, None, 2).pow(2).sum()
+
+    def penalty(rois: Tensor) -> Tensor:
+        return grad(lambda input: operator(input, rois, None, 2).pow(2).sum())(input).pow(2).sum()
+
+    direction = torch.ones_like(ROIS) / 8
+    direction[:, 0] = 0
+    assert not grad(pooled)(ROIS).any()
+    assert not jvp(pooled, (ROIS,), (direction,))[1].any()
+    assert not jvp(grad(pooled), (ROIS,), (direction,))[1].any()
+    assert not grad(penalty)(ROIS).any()

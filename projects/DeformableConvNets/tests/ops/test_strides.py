@@ -259,3 +259,18 @@ def test_one_compiled_graph_serves_every_size() -> None:
             offset = torch.randn(batch, 18, height, width)
             assert function(x, offset).stride() == deform_conv2d(x, offset, weight, padding=1).stride()
         assert counter.frame_count <= 1
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_batches_that_are_not_known_while_tracing_are_compared_at_run_time(memory_format: torch.memory_format) -> None:
+    def function(input: Tensor, offset: Tensor, weight: Tensor) -> Tensor:
+        return deform_conv2d(input, offset, weight, padding=1).relu()
+
+    torch._dynamo.reset()
+    compiled, weight = torch.compile(function, backend="aot_eager", fullgraph=True), torch.rand(6, 4, 3, 3)
+    for images in (2, 0, 1, 5):
+        input = torch.rand(images, 4, 5, 6).to(memory_format=memory_format)
+        offset = torch.randn(images, 18, 5, 6)
+        for tensor in (input, offset):
+            torch._dynamo.decorators.mark_unbacked(tensor, 0)
+        assert torch.equal(compiled(input, offset, weight), function(input, offset, weight))
