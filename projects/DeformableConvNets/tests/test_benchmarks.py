@@ -10,6 +10,7 @@ import re
 import subprocess
 import sys
 import time
+import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -946,7 +947,10 @@ def test_the_gpu_sleeps_until_a_call_is_issued(
 ) -> None:
     measure = benchmark_module("measure")
     seconds = {"quick": 0.0, "slow": 0.004, "far too slow": 0.03}
-    calls = {name: lambda s=s: time.sleep(s) for name, s in seconds.items()}
+    now = [0.0]  # a clock that a busy machine does not disturb
+    clock = types.SimpleNamespace(perf_counter=lambda: now[0], thread_time=lambda: now[0])
+    monkeypatch.setattr(measure, "time", clock)
+    calls = {name: lambda s=s: now.__setitem__(0, now[0] + s) for name, s in seconds.items()}
     found = measure.interleave(calls, "cuda", 2, {}, ahead=True)
     milliseconds = [cycles / measure.SLEEP_CYCLES for cycles in fake_gpu.sleeps]
     assert milliseconds == milliseconds[:3] * 2

@@ -11,6 +11,7 @@ import json
 import os
 import signal
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -124,6 +125,7 @@ def main(argv: list[str] | None = None) -> int:
     part = args.output.with_name(f".{args.output.name}.part")
     # What is tried again elsewhere shall not name the places of this machine.
     text = json.dumps(summary, indent=1, default=str).replace(sys.executable, "python").replace(f"{PROJECT}/", "")
+    text = text.replace(f"{tempfile.gettempdir()}/", "TMPDIR/")
     part.write_text(text + "\n")
     os.replace(part, args.output)
     print(*lines(stages), f"summary: {args.output}", sep="\n")

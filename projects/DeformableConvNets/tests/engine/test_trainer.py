@@ -132,14 +132,6 @@ def test_used_folder_may_be_overwritten_on_purpose(tmp_path: Path) -> None:
     assert curves and not curves & set(tmp_path.glob("events.out.tfevents.*"))
 
 
-def test_weights_in_the_folder_that_is_overwritten_are_read_before(tmp_path: Path) -> None:
-    train(tmp_path)
-    keys = ["MODEL.WEIGHTS", str(tmp_path / "model_final.pth"), "SOLVER.BASE_LR", 1e-9]
-    assert train(tmp_path, *keys, overwrite=True).start_iter == 0
-    log = (tmp_path / "log.txt").read_text()
-    assert f"Loading from {tmp_path / 'model_final.pth'}" in log.split("removed of an earlier run")[0]
-
-
 def test_resumed_run_records_each_iteration_once(tmp_path: Path) -> None:
     keys = ["SOLVER.CHECKPOINT_PERIOD", 2]
     train(tmp_path, *keys, "DATASETS.TEST", ("nuclei_val",))
