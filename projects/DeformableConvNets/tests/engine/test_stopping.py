@@ -46,6 +46,17 @@ def stopped_trainer(folder: Path, iteration: int, action: Callable[[], None], *k
     return trainer
 
 
+@pytest.fixture(autouse=True)
+def signals_that_are_not_ignored() -> Iterator[None]:
+    """Under nohup, or in the background of a shell script, processes ignore some."""
+    ignored = [number for number in stopping.SIGNALS if signal.getsignal(number) == signal.SIG_IGN]
+    for number in ignored:
+        signal.signal(number, signal.SIG_DFL)
+    yield
+    for number in ignored:
+        signal.signal(number, signal.SIG_IGN)
+
+
 @pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)])
 def test_signal_leaves_a_checkpoint_of_its_iteration(number: int, code: int, tmp_path: Path) -> None:
     handlers = [signal.getsignal(one) for one in stopping.SIGNALS]
