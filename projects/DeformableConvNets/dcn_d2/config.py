@@ -153,7 +153,7 @@ def _merge_file(cfg: CN, file: str) -> tuple[CN, dict[str, str]]:
     """Gives `cfg` with the values of a file, and the file and line of each of its keys."""
     values, origins = read_config_file(file)
     if "VERSION" in values and values["VERSION"] not in (1, 2):
-        raise ConfigError(f"{origins['VERSION']}: VERSION must be 1 or 2, got {values['VERSION']!r}")
+        raise ConfigError(f"{origins['VERSION']}: VERSION must be 1 or 2, got {shorten(values['VERSION'])}")
     for key, value in values.items():
         if isinstance(cfg.get(key), CN) and not isinstance(value, dict):
             raise ConfigError(f"{origins[key]}: {_explain(cfg, key, value)}")

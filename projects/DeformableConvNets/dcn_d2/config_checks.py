@@ -350,6 +350,11 @@ def _check_features(cfg: CfgNode) -> Iterator[Problem]:
             if "p7" in missing and cfg.MODEL.BACKBONE.NAME in _FPN_BUILDERS:
                 hint = "; p7 is in build_dcn_retinanet_resnet_fpn_backbone"
             yield key, f"{key} has {listed(missing)}, but {cfg.MODEL.BACKBONE.NAME} gives only {listed(given)}{hint}"
+        elif key == "MODEL.ROI_HEADS.IN_FEATURES" and given is not None and _has_standard_heads(cfg):
+            names = list(value_of(cfg, key))
+            strides = [int(re.sub(r"\D", "", name) or 0) for name in names]
+            if strides != list(range(strides[0], strides[0] + len(strides))):
+                yield key, f"{key} must have levels that follow one another, from fine to coarse, got {shorten(names)}"
     anchored = [key for key in readers if key != "MODEL.ROI_HEADS.IN_FEATURES"]
     for key in anchored if cfg.MODEL.ANCHOR_GENERATOR.NAME == "DefaultAnchorGenerator" else []:
         levels = len(value_of(cfg, key))

@@ -347,7 +347,7 @@ DETECTRON2_RULES: dict[str, Rule] = {
     "MODEL.ROI_KEYPOINT_HEAD.LOSS_WEIGHT": factor,
     "MODEL.RETINANET.NUM_CLASSES": whole(1, 1_000_000),
     "MODEL.RETINANET.IN_FEATURES": some_names,
-    "MODEL.RETINANET.NUM_CONVS": whole(0, 1000),
+    "MODEL.RETINANET.NUM_CONVS": whole(1, 1000),
     "MODEL.RETINANET.IOU_THRESHOLDS": increasing(fraction),
     "MODEL.RETINANET.IOU_LABELS": iou_labels,
     "MODEL.RETINANET.PRIOR_PROB": number(0, 1, above=True, below=True),

@@ -52,7 +52,7 @@ done
 python=${PYTHON:-$project/../../.venv/bin/python}
 [ -n "${PYTHON:-}" ] || [ -x "$python" ] || python=python3
 python=$(command -v "$python") || { echo "campaign: no Python was found; name one: PYTHON=python3.12" >&2; exit 2; }
-[[ $python = /* ]] || python=$PWD/$python
+python=$(cd "$(dirname "$python")" && pwd)/$(basename "$python")
 cd "$project" || exit 2
 
 # How many cases; 0 stands for all that there are.

@@ -157,6 +157,12 @@ class TestTable:
         ("INPUT.FORMAT", "RGBA", "MODEL.PIXEL_MEAN must have 4 values for INPUT.FORMAT RGBA, got 3"),
         ("INPUT.MIN_SIZE_TRAIN", (), "must not be empty"),
         ("INPUT.MIN_SIZE_TRAIN_SAMPLING", "range", "must be the least and the largest size"),
+        (
+            "MODEL.ROI_HEADS.IN_FEATURES",
+            ["p5", "p4", "p3", "p2"],
+            "must have levels that follow one another",
+        ),
+        ("MODEL.ROI_HEADS.IN_FEATURES", ["p2", "p3", "p4", "p5", "p5"], "must have levels that follow one another"),
         ("SOLVER.STEPS", (80630, 58640), r"must be in increasing order, got \(80630"),
         ("SOLVER.STEPS", (10, 10), "must have no value twice, got"),
         ("SOLVER.STEPS", (0,), "must be a whole number of at least 1 in all its values .number 1 is 0."),

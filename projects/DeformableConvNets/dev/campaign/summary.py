@@ -20,7 +20,7 @@ PROJECT = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(PROJECT / "benchmarks"))
 
 # What stages call what they found, and the text of a finding.
-FOUND = ("findings", "mismatches", "faults")
+FOUND = ("findings", "mismatches", "faults", "failures")
 TEXTS = ("what", "found", "message")
 SANITIZED = "dev/sanitize.sh --run"
 NOT_HERE = 77  # exit status of a stage that cannot run here
@@ -41,7 +41,8 @@ def read_stage(folder: Path, name: str) -> dict[str, Any]:
     findings: list[dict[str, str]] = []
     try:
         result = json.loads(text)
-        stage["cases"] = result["cases"] if "cases" in result else result["kills"]
+        counted = result | result.get("counts", {})
+        stage["cases"] = counted["cases"] if "cases" in counted else counted["kills"]
         stage = {key: value for key, value in result.items() if key not in (*FOUND, "kills")} | stage
         key = next((key for key in FOUND if key in result), FOUND[0])
         findings = [_as_finding(finding, command) for finding in result[key]]
