@@ -41,12 +41,12 @@ def read_stage(folder: Path, name: str) -> dict[str, Any]:
     findings: list[dict[str, str]] = []
     try:
         result = json.loads(text)
-        counted = result | result.get("counts", {})
+        counted = {**result, **result.get("counts", {})}
         stage["cases"] = counted["cases"] if "cases" in counted else counted["kills"]
         stage = {key: value for key, value in result.items() if key not in (*FOUND, "kills")} | stage
         key = next((key for key in FOUND if key in result), FOUND[0])
         findings = [_as_finding(finding, command) for finding in result[key]]
-    except (ValueError, KeyError, TypeError) as error:
+    except (AttributeError, ValueError, KeyError, TypeError) as error:
         what = "it left no result" if not text else f"its result cannot be read: {type(error).__name__}: {error}"
         findings = [{"what": f"{what}; {_describe_end(status, limit)}", "replay": command}]
         findings[0]["printed"] = "\n".join(log[-SHOWN_LINES:])
