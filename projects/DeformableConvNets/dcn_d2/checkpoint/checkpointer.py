@@ -159,21 +159,19 @@ class DCNCheckpointer(DetectionCheckpointer):
         if not self.save_dir or not folder.is_dir():
             return "", []
         problems = []
-        noted = -1  # when last_checkpoint was written, if it names a whole checkpoint
         try:
-            name = tag.read_text(errors="replace").strip()
-            if not name or os.path.basename(name) != name or not name.isprintable():
-                problems.append(f"{tag} names no file")
-            elif problem := self._problem_of(str(folder / name)):
-                problems.append(f"{tag} names {name}, and {problem}")
-            else:
-                noted = tag.stat().st_mtime_ns
+            tagged, noted = tag.read_text(errors="replace").strip(), tag.stat().st_mtime_ns
         except FileNotFoundError:
-            name = ""
+            tagged = ""
             problems.append(f"{tag} is missing")
-        if noted >= 0:
-            return self._written_after(noted, folder / name)
-        candidates, tagged = [], name
+        else:
+            if not tagged or os.path.basename(tagged) != tagged or not tagged.isprintable():
+                problems.append(f"{tag} names no file")
+            elif problem := self._problem_of(str(folder / tagged)):
+                problems.append(f"{tag} names {tagged}, and {problem}")
+            else:
+                return self._written_after(noted, folder / tagged)
+        candidates = []
         for file in folder.glob("*.pth"):
             try:
                 iteration = peek(file).get("iteration")

@@ -36,6 +36,15 @@ def _with_detectron2_pooler(cfg: CfgNode, head: str) -> CfgNode:
     return copy
 
 
+def _with_own_pooler(
+    arguments: dict[str, Any], kind: str, cfg: CfgNode, input_shape: Mapping[str, ShapeSpec]
+) -> dict[str, Any]:
+    """Gives the arguments that Detectron2 made for a head of a kind the pooler of POOLER_TYPE, if the head has one."""
+    if arguments.get(f"{kind}_pooler") is None:
+        return arguments
+    return arguments | {f"{kind}_pooler": build_roi_pooler(cfg, cfg.MODEL[f"ROI_{kind.upper()}_HEAD"], input_shape)}
+
+
 @ROI_HEADS_REGISTRY.register()
 class DCNROIHeads(StandardROIHeads):
     """Detectron2's `StandardROIHeads`, whose POOLER_TYPE may also be one of `ROI_POOLER_REGISTRY`.
@@ -60,21 +69,17 @@ class DCNROIHeads(StandardROIHeads):
     @classmethod
     def _init_box_head(cls, cfg: CfgNode, input_shape: Mapping[str, ShapeSpec]) -> dict[str, Any]:
         arguments = super()._init_box_head(_with_detectron2_pooler(cfg, "ROI_BOX_HEAD"), input_shape)
-        return arguments | {"box_pooler": build_roi_pooler(cfg, cfg.MODEL.ROI_BOX_HEAD, input_shape)}
+        return _with_own_pooler(arguments, "box", cfg, input_shape)
 
     @classmethod
     def _init_mask_head(cls, cfg: CfgNode, input_shape: Mapping[str, ShapeSpec]) -> dict[str, Any]:
         arguments = super()._init_mask_head(_with_detectron2_pooler(cfg, "ROI_MASK_HEAD"), input_shape)
-        if arguments.get("mask_pooler") is not None:
-            arguments["mask_pooler"] = build_roi_pooler(cfg, cfg.MODEL.ROI_MASK_HEAD, input_shape)
-        return arguments
+        return _with_own_pooler(arguments, "mask", cfg, input_shape)
 
     @classmethod
     def _init_keypoint_head(cls, cfg: CfgNode, input_shape: Mapping[str, ShapeSpec]) -> dict[str, Any]:
         arguments = super()._init_keypoint_head(_with_detectron2_pooler(cfg, "ROI_KEYPOINT_HEAD"), input_shape)
-        if arguments.get("keypoint_pooler") is not None:
-            arguments["keypoint_pooler"] = build_roi_pooler(cfg, cfg.MODEL.ROI_KEYPOINT_HEAD, input_shape)
-        return arguments
+        return _with_own_pooler(arguments, "keypoint", cfg, input_shape)
 
 
 def _mark(images: list[Instances], is_ground_truth: bool) -> list[Instances]:
