@@ -7,7 +7,7 @@
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
 
-#include "mma.cuh"
+#include "cuda/mma.cuh"
 
 namespace dcn::cuda {
 

@@ -5,7 +5,7 @@
 #include <cmath>
 #include <cstring>
 
-#include "launch.cuh"
+#include "cuda/launch.cuh"
 
 namespace dcn::cuda {
 

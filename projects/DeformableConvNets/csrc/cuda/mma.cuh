@@ -9,7 +9,7 @@
 //   sum[0..3] = C[g][2 t], C[g][2 t + 1], C[g + 8][2 t], C[g + 8][2 t + 1]
 #pragma once
 
-#include "launch.cuh"
+#include "cuda/launch.cuh"
 
 namespace dcn::cuda {
 

@@ -1,0 +1,398 @@
+// Copyright (c) the dcn_d2 authors. SPDX-License-Identifier: Apache-2.0
+// deform_conv2d on CPU. The columns of a tile of output positions are gathered into the cache and multiplied there; the
+// column matrix of a whole image never exists.
+#include <utility>
+
+#include "cpu/deform_conv2d/bfloat16.h"
+#include "cpu/deform_conv2d/grouped.h"
+#include "cpu/deform_conv2d/operands.h"
+
+namespace dcn::cpu {
+namespace {
+
+// What a tile keeps in the second-level cache: its columns, and in the backward pass also a segment's weight gradient.
+// More positions of a tile read the packed weight less often.
+struct TileLimits {
+  int64_t column_bytes, positions;
+};
+constexpr TileLimits kForwardTile{int64_t{256} << 10, 120}, kBackwardTile{int64_t{576} << 10, 240};
+constexpr int64_t kWeightBytes = int64_t{1200} << 10;
+// Segments from which on a task packs an image's output gradients once, and keeps them.
+constexpr int64_t kKeptPanelSegments = 4;
+
+// Positions of a tile whose columns have `bytes` per position, if `workers` threads share `positions`.
+template <typename T>
+int64_t tile_size(TileLimits most, int64_t bytes, int64_t positions, int64_t workers) {
+  const int64_t rows = kernels<T>().rows;
+  const int64_t fitting = std::min({most.column_bytes / bytes, most.positions, divide_up(positions, workers)});
+  return std::max<int64_t>(divide_up(fitting, rows) * rows, rows);
+}
+
+// Writes output positions of one image. A tile's columns are gathered for some taps at a time, as (positions, taps,
+// channels), and multiplied with the packed weight of these taps.
+template <typename T>
+class ForwardTile {
+ public:
+  ForwardTile(const Operands<T>& operands, const GroupedPanels<T>& weight, int64_t tile, int64_t taps)
+      : operands_(operands),
+        weight_(weight),
+        taps_(taps),
+        offsets_(operands.offsets, tile),
+        samples_(taps, tile, false),
+        column_stride_(taps * operands.sizes.channels + kernels<T>().lanes),
+        columns_(scratch<T>(tile * column_stride_)),
+        output_(scratch<T>(tile * operands.sizes.out_channels)) {}
+
+  // Positions [begin, end) of image n. `output` is (batch, out_channels, positions), or (batch, positions,
+  // out_channels) for channels_last.
+  void run(int64_t n, int64_t begin, int64_t end, const T* bias, T* output, bool channels_last) {
+    const DeformConv2dSizes& s = operands_.sizes;
+    const int64_t count = end - begin;
+    T* out = channels_last ? output + (n * s.positions() + begin) * s.out_channels : output_.get();
+    offsets_.load(n, begin, count);
+    for (int64_t tap = 0; tap < s.taps(); tap += taps_) {
+      const int64_t taps = std::min(taps_, s.taps() - tap);
+      gather(n, count, tap, taps);
+      multiply(tap, taps, count, out);
+    }
+    for (int64_t p = 0; bias && p < count; ++p) {
+      kernels<T>().add_scaled(out + p * s.out_channels, bias, T(1), s.out_channels);
+    }
+    if (!channels_last) {
+      kernels<T>().transpose(out, s.out_channels, count, s.out_channels,
+                             output + n * s.out_channels * s.positions() + begin, s.positions());
+    }
+  }
+
+ private:
+  void gather(int64_t n, int64_t count, int64_t tap, int64_t taps) {
+    const DeformConv2dSizes& s = operands_.sizes;
+    const int64_t channels = s.deform_channels();
+    for (int64_t group = 0; group < s.deform_groups; ++group) {
+      const TapSamples<T>* samples = samples_.locate(offsets_, group, tap, taps, count);
+      kernels<T>().gather(operands_.channels(n, group * channels, channels), samples, taps,
+                          columns_.get() + group * channels, column_stride_, s.channels);
+    }
+  }
+
+  void multiply(int64_t tap, int64_t taps, int64_t count, T* out) const {
+    const DeformConv2dSizes& s = operands_.sizes;
+    for (int64_t g = 0; g < s.groups; ++g) {
+      TileProduct<T> product{};
+      product.a = columns_.get() + g * s.group_channels();
+      product.a_row = column_stride_;
+      product.a_chunk = s.channels;
+      product.chunks = taps;
+      product.depth = s.group_channels();
+      weight_.set_right(product, g, tap * s.group_channels());
+      product.c = out + g * s.group_out_channels();
+      product.c_row = s.out_channels;
+      product.rows = count;
+      product.columns = s.group_out_channels();
+      product.accumulate = tap > 0;
+      kernels<T>().multiply(product);
+    }
+  }
+
+  const Operands<T>& operands_;
+  const GroupedPanels<T>& weight_;
+  int64_t taps_;
+  TileOffsets<T> offsets_;
+  TapBuffer<T> samples_;
+  int64_t column_stride_;
+  Scratch<T> columns_, output_;
+};
+
+template <typename T>
+Tensor forward(const DeformConv2dSizes& s, const Tensor& input, const Modulation& modulation, const Tensor& weight,
+               const std::optional<Tensor>& bias) {
+  if (uses_grouped_path<T>(s)) return grouped_forward<T>(s, input, modulation, weight, bias);
+  const bool channels_last = is_channels_last(input);
+  Tensor output = empty_4d(input, {s.batch, s.out_channels, s.out_h, s.out_w}, scalar_type_of<T>(), channels_last);
+  if (output.numel() == 0) return output;
+  const Operands<T> operands(s, input, modulation, weight);
+  std::optional<Tensor> dense_bias;
+  if (bias) dense_bias = dense(*bias, scalar_type_of<T>());
+  const T* bias_data = dense_bias ? dense_bias->template const_data_ptr<T>() : nullptr;
+  T* out = output.template mutable_data_ptr<T>();
+
+  const GroupedPanels<T> panels = pack_forward_weight(s, operands.weight);
+  // Taps at a time: all that leave room for a tile of many positions.
+  const int64_t positions = s.positions(), tap_bytes = s.channels * int64_t{sizeof(T)};
+  const int64_t most_taps =
+      std::clamp<int64_t>(kForwardTile.column_bytes / (kForwardTile.positions * tap_bytes), 1, s.taps());
+  const int64_t taps = divide_up(s.taps(), divide_up(s.taps(), most_taps));  // in rounds of nearly equal length
+  const int64_t tile =
+      tile_size<T>(kForwardTile, taps * tap_bytes, s.batch * positions, torch::stable::get_num_threads());
+  const int64_t tiles = divide_up(positions, tile);
+  torch::stable::parallel_for(0, s.batch * tiles, 1, [&](int64_t first, int64_t last) {
+    ForwardTile<T> worker(operands, panels, tile, taps);
+    for (int64_t t = first; t < last; ++t) {
+      const int64_t begin = t % tiles * tile;
+      worker.run(t / tiles, begin, std::min(begin + tile, positions), bias_data, out, channels_last);
+    }
+  });
+  return output;
+}
+
+// Backward of some images and some channels. Tasks of other channels or images write elsewhere, so there is nothing
+// to lock, and the order of all sums is fixed.
+template <typename T>
+class BackwardTask {
+ public:
+  BackwardTask(const Operands<T>& operands, const T* grad_output, bool channels_last, int64_t tile,
+               int64_t segment_channels, bool keeps_panels, const Gradients<T>& gradients)
+      : operands_(operands),
+        grad_output_(grad_output),
+        channels_last_(channels_last),
+        tile_(tile),
+        keeps_panels_(keeps_panels),
+        gradients_(gradients),
+        grad_panels_(operands.sizes.group_out_channels()),
+        offsets_(operands.offsets, tile),
+        samples_(operands.sizes.taps(), tile, true),
+        grad_tiles_(scratch<T>(grad_panels_.size(tile) *
+                               (keeps_panels ? divide_up(operands.sizes.positions(), tile) : int64_t{1}))),
+        columns_(scratch<T>(tile * operands.sizes.taps() * segment_channels)),
+        grad_weight_(scratch<T>(operands.sizes.taps() * segment_channels * operands.sizes.group_out_channels())),
+        dots_(scratch<T>(operands.sizes.taps() * 4 * tile)),
+        trash_(segment_channels, T(0)) {}
+
+  void run(const Segment& segment, Range images) {
+    const DeformConv2dSizes& s = operands_.sizes;
+    const int64_t width = s.taps() * segment.count, group_out = s.group_out_channels();
+    if (gradients_.input || gradients_.offset) {
+      weight_ = pack_backward_weight(s, operands_.weight, segment.group, segment.begin % s.group_channels(),
+                                     segment.count, grad_panels_);
+    }
+    if (gradients_.weight.data) std::fill_n(grad_weight_.get(), width * group_out, T(0));
+    for (int64_t n = images.begin; n < images.end; ++n) {
+      const bool packed = keeps_panels_ && packed_image_ == n && packed_group_ == segment.group;
+      for (int64_t begin = 0; begin < s.positions(); begin += tile_) {
+        run_tile(segment, n, begin, std::min(tile_, s.positions() - begin), packed);
+      }
+      packed_image_ = n, packed_group_ = segment.group;
+    }
+    if (gradients_.weight.data) {
+      unpack_weight_gradient(s, grad_weight_.get(), segment.group, segment.begin % s.group_channels(), segment.count,
+                             gradients_.weight);
+    }
+  }
+
+ private:
+  void run_tile(const Segment& segment, int64_t n, int64_t begin, int64_t count, bool packed) {
+    const DeformConv2dSizes& s = operands_.sizes;
+    const int64_t width = s.taps() * segment.count;
+    offsets_.load(n, begin, count);
+    grad_tile_ = grad_tiles_.get() + (keeps_panels_ ? begin / tile_ * grad_panels_.size(tile_) : 0);
+    if (!packed) pack_grad_output(segment, n, begin, count);
+    if (gradients_.input || gradients_.offset) multiply_columns(count, width);
+    sample(segment, n, begin, count, width);
+    if (gradients_.weight.data) multiply_weight(count, width);
+  }
+
+  // Panels of the tile's output gradients, (positions, output channels of the group).
+  void pack_grad_output(const Segment& segment, int64_t n, int64_t begin, int64_t count) {
+    const DeformConv2dSizes& s = operands_.sizes;
+    const int64_t first = segment.group * s.group_out_channels();
+    if (channels_last_) {
+      grad_panels_.pack_rows(grad_output_ + (n * s.positions() + begin) * s.out_channels + first, s.out_channels, count,
+                             grad_tile_);
+    } else {
+      grad_panels_.pack_columns(grad_output_ + (n * s.out_channels + first) * s.positions() + begin, s.positions(),
+                                count, grad_tile_);
+    }
+  }
+
+  // Gradient columns (positions, taps, channels) = output gradients @ weight.
+  void multiply_columns(int64_t count, int64_t width) const {
+    TileProduct<T> product{};
+    product.a = grad_tile_;
+    product.a_row = grad_panels_.width();
+    product.a_chunk = count * grad_panels_.width();
+    product.chunks = grad_panels_.panels();
+    product.depth = grad_panels_.depth();
+    weight_.set_right(product);
+    product.c = columns_.get();
+    product.c_row = width;
+    product.rows = count;
+    product.columns = width;
+    kernels<T>().multiply(product);
+  }
+
+  // Weight gradient (taps, channels, output channels) += columns^T @ output gradients.
+  void multiply_weight(int64_t count, int64_t width) const {
+    TileProduct<T> product{};
+    product.a = columns_.get();
+    product.a_row = width;
+    product.chunks = 1;
+    product.depth = count;
+    product.transposed = true;
+    product.b = grad_tile_;
+    product.b_panel = count * grad_panels_.width();
+    product.panel_vectors = grad_panels_.vectors();
+    product.c = grad_weight_.get();
+    product.c_row = grad_panels_.columns();
+    product.rows = width;
+    product.columns = grad_panels_.columns();
+    product.accumulate = true;
+    kernels<T>().multiply(product);
+  }
+
+  // Puts the samples in the place of the gradient columns, and their gradients where they belong.
+  void sample(const Segment& segment, int64_t n, int64_t begin, int64_t count, int64_t width) {
+    const DeformConv2dSizes& s = operands_.sizes;
+    const TapSamples<T>* samples = samples_.locate(offsets_, segment.deform_group, 0, s.taps(), count);
+    const ImageChannels<T> channels = operands_.channels(n, segment.begin, segment.count);
+    if (!gradients_.input && !gradients_.offset) {
+      return kernels<T>().gather(channels, samples, s.taps(), columns_.get(), width, segment.count);
+    }
+    T* grad_image = gradients_.input ? gradients_.input + operands_.image_begin(n) + segment.begin : nullptr;
+    kernels<T>().backward(channels, samples, s.taps(), columns_.get(), width, segment.count, grad_image,
+                          gradients_.offset ? dots_.get() : nullptr, tile_, trash_.data());
+    for (int64_t tap = 0; gradients_.offset && tap < s.taps(); ++tap) {
+      const T* first = dots_.get() + tap * 4 * tile_;
+      const T* const dots[4] = {first, first + tile_, first + 2 * tile_, first + 3 * tile_};
+      gradients_.add_to_offsets(s, n, segment.deform_group, tap, begin, samples[tap], dots);
+    }
+  }
+
+  const Operands<T>& operands_;
+  const T* grad_output_;
+  bool channels_last_;
+  int64_t tile_;
+  bool keeps_panels_;  // of all tiles of an image, for the segments that follow
+  int64_t packed_image_ = -1, packed_group_ = -1;
+  Gradients<T> gradients_;
+  PanelShape<T> grad_panels_;
+  TileOffsets<T> offsets_;
+  TapBuffer<T> samples_;
+  Panels<T> weight_;
+  Scratch<T> grad_tiles_;
+  T* grad_tile_ = nullptr;
+  Scratch<T> columns_, grad_weight_, dots_;
+  std::vector<T> trash_;
+};
+
+// Gradients in the dtype of the computation: input, offset, weight, mask; empty where not needed.
+template <typename T>
+std::array<Tensor, 4> backward(const DeformConv2dSizes& s, const Tensor& grad, const Tensor& input,
+                               const Modulation& modulation, const Tensor& weight, const NeededGradients& need) {
+  if (uses_grouped_path<T>(s)) return grouped_backward<T>(s, grad, input, modulation, weight, need);
+  const Operands<T> operands(s, input, modulation, weight);
+  const bool channels_last = is_channels_last(grad);
+  const Tensor grad_output =
+      dense(grad, scalar_type_of<T>(), channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
+  const T* grad_data = grad_output.template const_data_ptr<T>();
+
+  // Tasks: images first, then channels, until there is one for each thread.
+  const int64_t workers = torch::stable::get_num_threads();
+  const int64_t image_parts = std::clamp<int64_t>(s.batch, 1, workers);
+  const int64_t wanted_parts = divide_up(workers, image_parts);
+  const int64_t weight_bytes = s.taps() * std::max<int64_t>(s.group_out_channels(), 1) * int64_t{sizeof(T)};
+  const int64_t fitting = std::clamp<int64_t>(kWeightBytes / weight_bytes, 16, 128) / 16 * 16;
+  const int64_t segment_channels = std::min(fitting, std::max<int64_t>(divide_up(s.channels, wanted_parts), 16));
+  const std::vector<Segment> segments = segments_of(s, segment_channels);
+  const int64_t channel_parts = std::min(wanted_parts, static_cast<int64_t>(segments.size()));
+
+  GradientTensors<T> gradients(s, input, modulation, weight, need, image_parts, channel_parts);
+  if (s.batch > 0 && s.out_channels > 0) {
+    const int64_t widest = std::min(segment_channels, s.group_channels());
+    const int64_t tile = tile_size<T>(kBackwardTile, s.taps() * widest * int64_t{sizeof(T)}, s.positions(), 1);
+    torch::stable::parallel_for(0, image_parts * channel_parts, 1, [&](int64_t first, int64_t last) {
+      for (int64_t task = first; task < last; ++task) {
+        const int64_t image_part = task / channel_parts, channel_part = task % channel_parts;
+        const Range range = part_of(static_cast<int64_t>(segments.size()), channel_parts, channel_part);
+        // Where an image's output gradients are small beside the weight, they are packed once for all segments.
+        const bool keeps_panels = s.batch == 1 && range.end - range.begin >= kKeptPanelSegments;
+        BackwardTask<T> worker(operands, grad_data, channels_last, tile, widest, keeps_panels,
+                               gradients.of(image_part, channel_part));
+        for (int64_t i = range.begin; i < range.end; ++i) {
+          worker.run(segments[i], part_of(s.batch, image_parts, image_part));
+        }
+      }
+    });
+  }
+  return gradients.finish();
+}
+
+Tensor forward_in_dtype(const DeformConv2dSizes& s, const Tensor& input, const Modulation& modulation,
+                        const Tensor& weight, const std::optional<Tensor>& bias) {
+  const ScalarType dtype = input.scalar_type();
+  if (uses_bfloat16_path(s, dtype)) return bfloat16_forward(s, input, modulation, weight, bias);
+  const Tensor output = dtype == ScalarType::Double ? forward<double>(s, input, modulation, weight, bias)
+                                                    : forward<float>(s, input, modulation, weight, bias);
+  return as_result(output, dtype, is_channels_last(input));
+}
+
+std::array<Tensor, 4> backward_in_dtype(const char* op, const DeformConv2dSizes& s, const Tensor& grad,
+                                        const Tensor& input, const Modulation& modulation, const Tensor& weight,
+                                        const NeededGradients& need) {
+  check_operand(op, "grad", grad, input, 4);
+  check_shape(op, "grad", grad, {s.batch, s.out_channels, s.out_h, s.out_w});
+  const ScalarType dtype = input.scalar_type();
+  std::array<Tensor, 4> gradients =
+      uses_bfloat16_path(s, dtype)  ? bfloat16_backward(s, grad, input, modulation, weight, need)
+      : dtype == ScalarType::Double ? backward<double>(s, grad, input, modulation, weight, need)
+                                    : backward<float>(s, grad, input, modulation, weight, need);
+  if (need.input) gradients[0] = as_result(gradients[0], dtype, is_channels_last(input));
+  if (need.offset) {
+    const Tensor& offset = modulation.joint ? *modulation.joint : modulation.offset;
+    gradients[1] = as_result(gradients[1], offset.scalar_type(), modulation.joint && is_channels_last(offset));
+    if (has_own_mask(modulation)) gradients[3] = as_result(gradients[3], modulation.mask->scalar_type(), false);
+  }
+  if (need.weight) gradients[2] = as_result(gradients[2], dtype, is_channels_last(weight));
+  for (Tensor& gradient : gradients) {
+    if (gradient.dim() == 1) gradient = empty_result(input);  // one that is not needed
+  }
+  return gradients;
+}
+
+Tensor deform_conv2d(Tensor input, Tensor offset, Tensor weight, std::optional<Tensor> bias,
+                     std::vector<int64_t> stride, std::vector<int64_t> padding, std::vector<int64_t> dilation,
+                     std::optional<Tensor> mask) {
+  const Modulation modulation{offset, mask, std::nullopt};
+  const DeformConv2dSizes s = check_deform_conv2d(input, modulation, weight, bias, stride, padding, dilation, true);
+  return forward_in_dtype(s, input, modulation, weight, bias);
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> deform_conv2d_backward(
+    Tensor grad, Tensor input, Tensor offset, Tensor weight, std::optional<Tensor> mask, std::vector<int64_t> stride,
+    std::vector<int64_t> padding, std::vector<int64_t> dilation, bool need_input, bool need_offset, bool need_weight) {
+  const Modulation modulation{offset, mask, std::nullopt};
+  const DeformConv2dSizes s =
+      check_deform_conv2d(input, modulation, weight, std::nullopt, stride, padding, dilation, true);
+  const auto gradients = backward_in_dtype("deform_conv2d_backward", s, grad, input, modulation, weight,
+                                           {need_input, need_offset, need_weight});
+  return {gradients[0], gradients[1], gradients[2], gradients[3]};
+}
+
+Tensor modulated_deform_conv2d(Tensor input, Tensor offset_and_mask, Tensor weight, std::optional<Tensor> bias,
+                               std::vector<int64_t> stride, std::vector<int64_t> padding,
+                               std::vector<int64_t> dilation) {
+  const Modulation parts = parts_of(offset_and_mask, weight);
+  const DeformConv2dSizes s = check_deform_conv2d(input, parts, weight, bias, stride, padding, dilation, true);
+  return forward_in_dtype(s, input, parts, weight, bias);
+}
+
+std::tuple<Tensor, Tensor, Tensor> modulated_deform_conv2d_backward(Tensor grad, Tensor input, Tensor offset_and_mask,
+                                                                    Tensor weight, std::vector<int64_t> stride,
+                                                                    std::vector<int64_t> padding,
+                                                                    std::vector<int64_t> dilation, bool need_input,
+                                                                    bool need_offset, bool need_weight) {
+  const Modulation parts = parts_of(offset_and_mask, weight);
+  const DeformConv2dSizes s = check_deform_conv2d(input, parts, weight, std::nullopt, stride, padding, dilation, true);
+  const auto gradients = backward_in_dtype("modulated_deform_conv2d_backward", s, grad, input, parts, weight,
+                                           {need_input, need_offset, need_weight});
+  return {gradients[0], gradients[1], gradients[2]};
+}
+
+}  // namespace
+}  // namespace dcn::cpu
+
+STABLE_TORCH_LIBRARY_IMPL(dcn_d2, CPU, m) {
+  m.impl("deform_conv2d", TORCH_BOX(&dcn::cpu::deform_conv2d));
+  m.impl("deform_conv2d_backward", TORCH_BOX(&dcn::cpu::deform_conv2d_backward));
+  m.impl("modulated_deform_conv2d", TORCH_BOX(&dcn::cpu::modulated_deform_conv2d));
+  m.impl("modulated_deform_conv2d_backward", TORCH_BOX(&dcn::cpu::modulated_deform_conv2d_backward));
+}

@@ -1,0 +1,285 @@
+// Copyright (c) the dcn_d2 authors. SPDX-License-Identifier: Apache-2.0
+// The gradient by the weight on tensor cores: output gradients by samples, which are gathered again, summed over
+// positions. Positions are rows in shared memory, so that operands are read transposed.
+#pragma once
+
+#include "cuda/deform_conv2d/tensor_cores/sample_gather.cuh"
+
+namespace dcn::cuda {
+
+// Positions that are summed over in one step: four fragments.
+template <Kind kKind>
+constexpr int kWeightPositions = 8 * kUnitElements<kKind>;
+
+// A row of units is cut into parts of 128 bytes, each of which lies in a block of its own. Its units are permuted so
+// that both the gather and the transposed reading meet all banks.
+template <Kind kKind>
+DCN_HOST_DEVICE unsigned position_unit(unsigned position, unsigned unit) {
+  const unsigned key = kUnitElements<kKind> == 8 ? position % 8 : position % 4 * 2;
+  return (unit / kRowUnits * kWeightPositions<kKind> + position) * kRowBytes + (unit % kRowUnits ^ key) * kUnitBytes;
+}
+
+struct WeightGradientSizes {
+  Reduction reduction;  // of one group: its segments and units of channels
+  int groups, group_channels, group_outputs;
+  int conv_channels, conv_outputs;  // of the convolution's groups, of which several may be one group here
+  int rows, positions;              // of all images, of one
+  int deform_channels;
+  int segment_tiles, output_tiles;
+  int splits;
+
+  DCN_HOST_DEVICE int channel_tiles() const { return groups * reduction.segments * segment_tiles; }
+  DCN_HOST_DEVICE int64_t work() const { return int64_t{channel_tiles()} * reduction.taps * output_tiles * splits; }
+};
+
+// How a block's tile of kOutputs output channels by kChannels input channels lies in shared memory, and who does what.
+template <Kind kKind, int kOutputs, int kChannels>
+struct WeightGradientTile {
+  static constexpr int kPositions = kWeightPositions<kKind>;
+  static constexpr int kGradUnits = kOutputs / kUnitElements<kKind>, kSampleUnits = kChannels / kUnitElements<kKind>;
+  static constexpr int kGradBytes = kPositions * kGradUnits * kUnitBytes;
+  static constexpr int kSampleBytes = kPositions * kSampleUnits * kUnitBytes;
+  // Of a warp: 32 output channels by these.
+  static constexpr int kWarpChannels = kOutputs * kChannels / 256, kWarpsAcross = kChannels / kWarpChannels;
+  // Rows of the threads together, and how often a thread gathers or copies a unit in a step.
+  static constexpr int kGatherRows = kProductThreads / kSampleUnits, kGathers = kPositions / kGatherRows;
+  static constexpr int kCopyRows = kProductThreads / kGradUnits, kCopies = kPositions / kCopyRows;
+  // All threads locate a sample each, for so many steps.
+  static constexpr int kLocatedSteps = kProductThreads / kPositions;
+  static_assert(kOutputs / 32 * kWarpsAcross == kProductThreads / kWarp);
+  // All of a thread's rows are permuted alike.
+  static_assert(kGatherRows % kUnitElements<kKind> == 0 && kCopyRows % kUnitElements<kKind> == 0);
+
+  struct Shared {
+    unsigned char grads[2][kGradBytes];
+    unsigned char samples[2][kSampleBytes];
+    KeptSample<kKind> places[2 * kProductThreads];
+    int deform_group, tap;  // of the block: here they take no registers
+  };
+};
+
+// A warp's operands in shared memory: output gradients, of 32 output channels, and samples, of kColumns times 8.
+template <Kind kKind, int kColumns>
+struct TransposedOperands {
+  unsigned left, right;  // where the lane's first row of a matrix lies, for elements of 16 bits
+
+  __device__ __forceinline__ TransposedOperands(int output, int channel) {
+    const unsigned lane = threadIdx.x % kWarp;
+    left = position_unit<kKind>(lane % 8 + lane / 16 * 8, output / 8 + lane / 8 % 2);
+    right = position_unit<kKind>(lane % 16, channel / 8 + lane / 16);
+  }
+
+  // Adds the products of a quarter of the positions.
+  __device__ __forceinline__ void add_slice(WarpProduct<kKind, 2, kColumns, true>& product, const unsigned char* grads,
+                                            int output, const unsigned char* samples, int channel, int slice) const {
+    uint32_t a[2][4];
+    if constexpr (kUnitElements<kKind> == 8) {
+      // Rows are aligned, so that the bits of the unit are bits of the address.
+      const int offset = slice * 16 * kRowBytes;
+      const SharedAddress first = shared_address(const_cast<unsigned char*>(grads)) + left;
+      const SharedAddress rows[2] = {first + offset, flip(first, 2 * kUnitBytes) + offset};
+      load_matrices<2, true>(a, rows);
+      const SharedAddress columns = shared_address(const_cast<unsigned char*>(samples)) + right;
+#pragma unroll
+      for (unsigned j = 0; j < kColumns; j += 2) {
+        uint32_t pair[1][4];
+        const SharedAddress at[1] = {flip(columns, j * kUnitBytes) + offset};
+        load_matrices<1, true>(pair, at);
+        const uint32_t b[2][2] = {{pair[0][0], pair[0][1]}, {pair[0][2], pair[0][3]}};
+        product.add(static_cast<int>(j), a, b);
+      }
+    } else {
+      // Elements of 32 bits are read one by one.
+      const auto element = [](const unsigned char* rows, unsigned position, unsigned column) {
+        return *reinterpret_cast<const uint32_t*>(rows + position_unit<kKind>(position, column / 4) + column % 4 * 4);
+      };
+      const unsigned lane = threadIdx.x % kWarp, g = lane / 4, t = slice * 8 + lane % 4;
+#pragma unroll
+      for (unsigned i = 0; i < 2; ++i) {
+#pragma unroll
+        for (unsigned k = 0; k < 4; ++k) a[i][k] = element(grads, t + k / 2 * 4, output + 16 * i + g + k % 2 * 8);
+      }
+      product.round_raw(a);
+#pragma unroll
+      for (unsigned j = 0; j < kColumns; j += 2) {
+        uint32_t b[2][2];
+#pragma unroll
+        for (unsigned k = 0; k < 4; ++k) {
+          b[k / 2][k % 2] = element(samples, t + k % 2 * 4, channel + 8 * (j + k / 2) + g);
+        }
+        product.add(static_cast<int>(j), a, b);
+      }
+    }
+  }
+};
+
+// What a block computes.
+struct WeightGradientPart {
+  int output, channel, local;  // the tile's first ones: in its group, of all, in its segment
+  int tap, split;
+
+  template <int kOutputs, int kChannels>
+  __device__ __forceinline__ static WeightGradientPart of_block(const WeightGradientSizes& sizes,
+                                                                int segment_channels) {
+    int index = static_cast<int>(block_index());
+    WeightGradientPart part;
+    part.output = index % sizes.output_tiles * kOutputs;
+    index /= sizes.output_tiles;
+    const int tile = index % sizes.channel_tiles();
+    index /= sizes.channel_tiles();
+    part.tap = index % sizes.reduction.taps, part.split = index / sizes.reduction.taps;
+    part.local = tile % sizes.segment_tiles * kChannels;
+    part.channel = tile / sizes.segment_tiles * segment_channels + part.local;
+    return part;
+  }
+};
+
+// Blocks that a multiprocessor shall hold: of the larger tiles two, where there is shared memory for them.
+DCN_HOST_DEVICE constexpr int weight_gradient_blocks(Kind kind, int outputs, int channels, int capability) {
+  const bool room = capability >= 90 && capability < 120;
+  return kind == Kind::kFloat32 || (outputs * channels > 128 * 64 && !room) ? 1 : 2;
+}
+
+// A block sums one tap of up to kOutputs output channels by up to kChannels input channels over a part of the
+// positions.
+template <Kind kKind, int kOutputs, int kChannels>
+__global__ void __launch_bounds__(kProductThreads,
+                                  (weight_gradient_blocks(kKind, kOutputs, kChannels, kCompiledCapability)))
+    weight_gradient_tensor_kernel(const WeightGradientSizes sizes, const Operands<Element<kKind>> operands,
+                                  const Element<kKind>* grads, float* partials) {
+  using T = Element<kKind>;
+  using Tile = WeightGradientTile<kKind, kOutputs, kChannels>;
+  constexpr int kUnit = kUnitElements<kKind>, kPositions = Tile::kPositions, kGathers = Tile::kGathers;
+  constexpr int kColumns = Tile::kWarpChannels / 8;
+  DCN_DYNAMIC_SHARED(dynamic);
+  auto& shared = *reinterpret_cast<typename Tile::Shared*>(dynamic);
+  const DeformConv2dSizes& s = operands.sizes;
+  const int channels = static_cast<int>(s.channels), width = static_cast<int>(s.width);
+  const int out_channels = static_cast<int>(s.out_channels), taps = sizes.reduction.taps;
+  const int thread = static_cast<int>(threadIdx.x), warp = thread / kWarp;
+  const int warp_output = warp / Tile::kWarpsAcross * 32;
+  const int warp_channel = warp % Tile::kWarpsAcross * Tile::kWarpChannels;
+
+  const int segment_channels = sizes.reduction.units * kUnit;
+  const auto part = WeightGradientPart::of_block<kOutputs, kChannels>(sizes, segment_channels);
+  const int group = part.channel / sizes.group_channels;
+  const int steps = (sizes.rows + kPositions - 1) / kPositions;
+  const int begin = static_cast<int>(int64_t{steps} * part.split / sizes.splits);
+  const int end = static_cast<int>(int64_t{steps} * (part.split + 1) / sizes.splits);
+
+  const int copy_row = thread / Tile::kGradUnits, copy_output = part.output + thread % Tile::kGradUnits * kUnit;
+  const T* copy_from = grads + (int64_t{begin} * kPositions + copy_row) * out_channels + group * sizes.group_outputs +
+                       copy_output;  // of the next step
+  const unsigned copy_to = position_unit<kKind>(copy_row, thread % Tile::kGradUnits);
+  const auto copy_grads = [&](int step) {
+    if (step < end) {
+      const SharedAddress to = shared_address(shared.grads[step % 2]) + copy_to;
+      const int rows = copy_output < sizes.group_outputs ? sizes.rows - step * kPositions - copy_row : 0;
+#pragma unroll
+      for (int i = 0; i < Tile::kCopies; ++i) {
+        const bool exists = i * Tile::kCopyRows < rows;
+        copy_async(to + i * Tile::kCopyRows * kRowBytes, exists ? copy_from : grads, exists);
+        copy_from += int64_t{out_channels} * Tile::kCopyRows;
+      }
+    }
+    commit_copies();
+  };
+  // Locates the samples of the steps that begin with this one.
+  const auto locate = [&](int step, int deform_group, int tap) {
+    KeptSample<kKind> place{};
+    const int row = step / Tile::kLocatedSteps * kProductThreads + thread, image = row / sizes.positions;
+    if (row < sizes.rows) {
+      place =
+          keep_sample<kKind>(place_sample<float>(operands, image, row % sizes.positions, deform_group, tap), image, s);
+    }
+    shared.places[row % (2 * kProductThreads)] = place;
+  };
+  Interpolation<kKind> interpolation;
+  const int gather_unit = thread % Tile::kSampleUnits, gather_row = thread / Tile::kSampleUnits;
+  const bool gather_exists = part.local + gather_unit * kUnit < segment_channels;
+  const uint32_t gather_first = static_cast<uint32_t>(part.channel) / kUnit + gather_unit;
+  const auto start = [&](int step, int i) {
+    const int first = step * kPositions % (2 * kProductThreads) + gather_row;
+    interpolation.start(&shared.places[first + i * Tile::kGatherRows], gather_exists, operands.images, gather_first,
+                        static_cast<uint32_t>(channels) / kUnit, width);
+  };
+  const auto finish = [&](int step, int i) {
+    // Found again: to keep it would take a register too many.
+    const unsigned at = thread_index();
+    unsigned char* to =
+        shared.samples[step % 2] + position_unit<kKind>(at / Tile::kSampleUnits, at % Tile::kSampleUnits);
+    store_unit(to + i * Tile::kGatherRows * kRowBytes, interpolation.finish());
+  };
+
+  copy_grads(begin);
+  const int deform_group = part.channel / sizes.deform_channels;
+  if (thread == 0) shared.deform_group = deform_group, shared.tap = part.tap;
+  locate(begin, deform_group, part.tap);
+  if ((begin + 1) % Tile::kLocatedSteps == 0) locate(begin + 1, deform_group, part.tap);
+  __syncthreads();
+#pragma unroll
+  for (int i = 0; i < kGathers; ++i) start(begin, i), finish(begin, i);
+
+  WarpProduct<kKind, 2, kColumns, true> product;
+  const TransposedOperands<kKind, kColumns> loads(warp_output, warp_channel);
+  for (int step = begin; step < end; ++step) {
+    wait_copies<0>();
+    __syncthreads();
+    copy_grads(step + 1);
+    const bool more = step + 1 < end;
+#pragma unroll kUnrolledSlices < kKind>
+    for (int slice = 0; slice < 4; ++slice) {
+      // What is loaded here arrives while the tensor cores are busy.
+      constexpr int kSlices = 4 / kGathers;  // for a gather
+      if (more && slice % kSlices == 0) start(step + 1, slice / kSlices);
+      loads.add_slice(product, shared.grads[step % 2], warp_output, shared.samples[step % 2], warp_channel, slice);
+      if (more && slice % kSlices == kSlices - 1) finish(step + 1, slice / kSlices);
+    }
+    product.end_step();
+    if ((step + 2) % Tile::kLocatedSteps == 0 && step + 2 < end) locate(step + 2, shared.deform_group, shared.tap);
+  }
+  wait_copies<0>();
+
+  // Computed again, so that the loop need not keep it in registers.
+  const auto result = WeightGradientPart::of_block<kOutputs, kChannels>(sizes, segment_channels);
+  const int first_output = result.channel / sizes.group_channels * sizes.group_outputs;
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+#pragma unroll
+    for (int e = 0; e < 4; e += 2) {
+      const int output = result.output + warp_output + product.row(i, e);
+      if (output >= sizes.group_outputs) continue;
+      // The first channel of the output channel's group in the convolution.
+      const int out_channel = first_output + output;
+      const int first = out_channel / sizes.conv_outputs * sizes.conv_channels;
+      float* to =
+          partials + ((int64_t{result.split} * out_channels + out_channel) * taps + result.tap) * sizes.conv_channels;
+#pragma unroll
+      for (int j = 0; j < kColumns; ++j) {
+#pragma unroll
+        for (int k = 0; k < 2; ++k) {
+          const int column = warp_channel + product.column(j, k), channel = result.channel + column - first;
+          if (result.local + column >= segment_channels || channel < 0 || channel >= sizes.conv_channels) continue;
+          to[channel] = product.value[i][j][e + k];
+        }
+      }
+    }
+  }
+}
+
+// Adds up partial gradients (splits, out_channels, taps, channels) in their order, to the same without splits if
+// `channels_last`, or else to (out_channels, channels, taps).
+template <typename T>
+__global__ void __launch_bounds__(256, 1)
+    finish_weight_gradient_kernel(const Accumulate<T>* partials, const int64_t splits, const int64_t out_channels,
+                                  const int64_t taps, const int64_t channels, const bool channels_last, T* gradient) {
+  const int64_t count = out_channels * taps * channels;
+  for (int64_t at = int64_t{blockIdx.x} * 256 + threadIdx.x; at < count; at += int64_t{gridDim.x} * 256) {
+    const int64_t channel = at % channels, tap = at / channels % taps, output = at / channels / taps;
+    Accumulate<T> sum = 0;
+    for (int64_t k = 0; k < splits; ++k) sum += partials[k * count + at];
+    gradient[channels_last ? at : (output * channels + channel) * taps + tap] = static_cast<T>(sum);
+  }
+}
+
+}  // namespace dcn::cuda
