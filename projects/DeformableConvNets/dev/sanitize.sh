@@ -49,7 +49,7 @@ echo "==> compile with sanitizers"
 jobs=${MAX_JOBS:-$(env -u OMP_NUM_THREADS nproc 2>/dev/null || echo 1)}
 export FOLDER=$folder
 find csrc/cpu -name '*.cpp' -print0 | xargs -0 -P "$jobs" -I{} \
-  bash -c 'source=$1 && shift && "$@" -c "$source" -o "$FOLDER/$(basename "$source").o"' _ {} "${compiler[@]}" "${flags[@]}"
+  bash -c 'source=$1 && shift && "$@" -c "$source" -o "$FOLDER/${source//\//-}.o"' _ {} "${compiler[@]}" "${flags[@]}"
 "${compiler[@]}" -shared -fsanitize=address,undefined "$folder"/*.o -o "$library" -L"$torch" -ltorch_cpu
 
 # Python keeps memory until its end, which is no leak. New memory is filled with 0xff, which is NaN, so that a value

@@ -156,7 +156,7 @@ def test_a_source_distribution_made_without_a_gpu_holds_all_sources(project: Pat
     patterns = ("csrc/**/*.h", "csrc/**/*.cuh", "csrc/**/*.cpp", "csrc/**/*.cu", "configs/*.yaml", "dcn_d2/**/*.py")
     data = ("dcn_d2/data/**/*.png", "dcn_d2/data/**/*.txt", "dcn_d2/py.typed", "pyproject.toml")
     assert files(source, *patterns, *data) == files(project, *patterns, *data)
-    assert list((source / "csrc/cuda").glob("*.cu"))
+    assert list((source / "csrc/cuda").rglob("*.cu"))
     assert not list(source.rglob("*.so"))
 
 
@@ -179,7 +179,7 @@ def test_a_cuda_build_that_is_wanted_and_impossible_stops(source: Path, toolkit:
     (toolkit / "bin/nvcc").touch()
     incomplete = tmp_path / "incomplete"
     shutil.copytree(source, incomplete)
-    for kernel in (incomplete / "csrc/cuda").glob("*.cu"):
+    for kernel in (incomplete / "csrc/cuda").rglob("*.cu"):
         kernel.unlink()
     said = run_setup_py(incomplete, "--name", code=1, **wanted)
     assert f"CUDA kernels are to be compiled, but {incomplete}/csrc/cuda holds none" in said and "FORCE_CUDA=0" in said

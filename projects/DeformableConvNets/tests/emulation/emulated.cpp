@@ -2,10 +2,10 @@
 // The CUDA operators, emulated, as CPU kernels of the operator library dcn_d2_emulated.
 #define DCN_EMULATE
 
-#include "cuda/deform_conv2d.cu"
-#include "cuda/deform_conv2d_backward.cu"
-#include "cuda/deform_psroi_pool.cu"
-#include "cuda/deform_roi_pool.cu"
+#include "cuda/deform_conv2d/forward.cu"
+#include "cuda/deform_conv2d/backward.cu"
+#include "cuda/roi_pool/deform_psroi_pool.cu"
+#include "cuda/roi_pool/deform_roi_pool.cu"
 
 STABLE_TORCH_LIBRARY_IMPL(dcn_d2_emulated, CPU, m) {
   m.impl("_deform_conv2d", TORCH_BOX(&dcn::cuda::deform_conv2d));
@@ -79,7 +79,7 @@ extern "C" __attribute__((visibility("default"))) void dcn_emulate_device(int ca
   dcn::emulate::Machine::get().device = {capability, multiprocessors, shared_bytes};
 }
 
-// What plan.h decides.
+// What plan.cuh decides.
 extern "C" __attribute__((visibility("default"))) int dcn_emulate_weight_gradient_splits(int64_t tiles, int64_t steps,
                                                                                          int64_t slots, int64_t bytes) {
   return dcn::cuda::weight_gradient_splits(tiles, steps, slots, bytes);

@@ -267,18 +267,18 @@ def removal_is_noticed(configure: Any, operator: str, values: dict[str, Any], fi
     return noticed
 
 
-@pytest.mark.parametrize("line", barriers("deform_conv2d_simt.cuh"))
+@pytest.mark.parametrize("line", barriers("deform_conv2d/simt/kernels.cuh"))
 def test_a_removed_barrier_is_noticed(configure: Any, line: int) -> None:
     """The emulator finds each of the kernels' barriers missing, so it would find one that was forgotten."""
     values = conv_values(conv_sample("many_channels"))
-    assert removal_is_noticed(configure, "deform_conv2d", values, "deform_conv2d_simt.cuh", line), (
-        f"deform_conv2d_simt.cuh:{line}: nothing needs this barrier, or the emulator does not see what does"
+    assert removal_is_noticed(configure, "deform_conv2d", values, "deform_conv2d/simt/kernels.cuh", line), (
+        f"deform_conv2d/simt/kernels.cuh:{line}: nothing needs this barrier, or the emulator does not see what does"
     )
 
 
 @pytest.mark.parametrize(
     ("file", "line"),
-    [(file, line) for file in ("layout.cuh", "roi_pool_kernels.cuh") for line in barriers(file)],
+    [(file, line) for file in ("memory_format.cuh", "roi_pool/kernels.cuh") for line in barriers(file)],
 )
 def test_a_removed_barrier_of_pooling_is_noticed(configure: Any, file: str, line: int) -> None:
     """With maps of several tiles, and blocks that have several tiles of bins and passes over the channels."""

@@ -229,7 +229,7 @@ def test_samples_that_all_read_the_same_pixels(
     assert torch.equal(emulate("deform_conv2d", values)["input"], found["input"])
 
 
-@pytest.mark.parametrize("line", barriers_of("sample_lists.cuh"))
+@pytest.mark.parametrize("line", barriers_of("deform_conv2d/sampling/sample_lists.cuh"))
 def test_a_removed_barrier_of_lists_is_noticed(configure: Any, line: int) -> None:
     sample = ConvSample("one_place", channels=8, out_channels=8, size=(20, 20), batch=1, kernel=(1, 2), padding=(0, 1))
     values = on_one_place(conv_values(sample, torch.float32), sample)
@@ -237,7 +237,7 @@ def test_a_removed_barrier_of_lists_is_noticed(configure: Any, line: int) -> Non
     expected = emulate("deform_conv2d", values)["input"]
 
     def run(schedule: int) -> bool:
-        configure(schedule, line, "sample_lists.cuh")
+        configure(schedule, line, "deform_conv2d/sampling/sample_lists.cuh")
         try:
             return not torch.equal(emulate("deform_conv2d", values)["input"], expected)
         except RuntimeError as error:
@@ -248,7 +248,7 @@ def test_a_removed_barrier_of_lists_is_noticed(configure: Any, line: int) -> Non
 
 def barriers() -> list[tuple[str, int]]:
     """Files and lines of the barriers of the kernels that the tests of this file run."""
-    files = ("product.cuh", "offset_gradient.cuh", "weight_gradient.cuh")
+    files = [f"deform_conv2d/tensor_cores/{name}.cuh" for name in ("product", "offset_gradient", "weight_gradient")]
     return [(file, number) for file in files for number in barriers_of(file)]
 
 

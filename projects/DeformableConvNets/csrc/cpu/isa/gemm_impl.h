@@ -1,5 +1,5 @@
 // Copyright (c) the dcn_d2 authors. SPDX-License-Identifier: Apache-2.0
-// Matrix products of a tile, for kernels_impl.h. The right factor is packed into panels of a few vectors' width, so
+// Matrix products of a tile, for all_impl.h. The right factor is packed into panels of a few vectors' width, so
 // that a block of it stays in the first-level cache while all rows of the left factor go past it.
 
 #include "cpu/isa/vectors_impl.h"

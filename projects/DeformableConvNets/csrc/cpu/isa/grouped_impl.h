@@ -1,5 +1,5 @@
 // Copyright (c) the dcn_d2 authors. SPDX-License-Identifier: Apache-2.0
-// Grouped convolutions with as many outputs as inputs in a group, for kernels_impl.h. Samples go from the image into
+// Grouped convolutions with as many outputs as inputs in a group, for all_impl.h. Samples go from the image into
 // registers and are multiplied there; columns are never stored.
 //
 // The lanes of a vector are channels of one or several groups. A product within groups would move every input to the

@@ -1,5 +1,5 @@
 // Copyright (c) the dcn_d2 authors. SPDX-License-Identifier: Apache-2.0
-// Bodies of the kernels in roi_pool_kernels.h, for kernels_impl.h. A pass takes as many channels as fill about half of
+// Bodies of the kernels in roi_pool_kernels.h, for all_impl.h. A pass takes as many channels as fill about half of
 // the registers, so that a pixel's weight is found once for all of them.
 
 namespace dcn::cpu::DCN_ISA {
