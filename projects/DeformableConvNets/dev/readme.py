@@ -1,5 +1,5 @@
 # Copyright (c) the dcn_d2 authors. SPDX-License-Identifier: Apache-2.0
-"""Fills the generated sections of the root README.md: the zoo table from configs/, numbers from results/.
+"""Fills the generated sections of README.md and docs/*.md: the zoo's tables from configs/, numbers from results/.
 
     python dev/readme.py            rewrites them
     python dev/readme.py --check    says which are out of date, and fails if any is
@@ -11,15 +11,18 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import functools
 import json
 import re
 import sys
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-PROJECT = Path(__file__).resolve().parent.parent
-README = PROJECT.parent.parent / "README.md"
+ROOT = Path(__file__).resolve().parents[3]
+LINKS = "projects/DeformableConvNets/results"  # as a file in the root names it
+RESULTS = ROOT / LINKS
 SECTION = re.compile(r"(<!-- generated: (?P<name>[\w-]+) -->\n).*?(<!-- end: (?P=name) -->)", re.DOTALL)
 
 
@@ -29,69 +32,96 @@ def table(header: list[str], rows: list[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in [header, rule, *rows])
 
 
-def zoo() -> str:
-    """One line for each row of the zoo, from the PUBLISHED node of its YAML."""
+def zoo(details: bool = False) -> str:
+    """One line for each row of the zoo: in the README with its weights, in docs/zoo.md with config, weights and log."""
     from dcn_d2 import model_zoo
 
-    rows = []
+    rows, addresses = [], []
     for name in model_zoo.list_models():
         published = model_zoo.get_published(name)
-        config = f"[{name}](projects/DeformableConvNets/configs/{name}.yaml)"
-        links = ", ".join(
-            f"[{label}]({published[key]})"
-            for key, label in (("WEIGHTS", "weights"), ("LOG", "log"))
-            if key in published
-        )
-        rows.append([config, *(str(published.get(key, "")) for key in ("BOX_AP", "MASK_AP")), links])
-    return table(["row", "box AP", "mask AP", "published"], rows)
+        labels = [(key, label) for key, label in (("WEIGHTS", "weights"), ("LOG", "log")) if key in published]
+        links = [f"[config](projects/DeformableConvNets/configs/{name}.yaml)"]
+        links += [f"[{label}]({published[key]})" for key, label in labels]
+        aps = [str(published.get(key, "")) for key in ("BOX_AP", "MASK_AP")]
+        rows.append([f"`{name}`", *aps, ", ".join(links) if details else f"[weights][{name}]"])
+        addresses.append(f"[{name}]: {published['WEIGHTS']}")  # what [weights][name] refers to
+    lines = table(["row", "box AP", "mask AP", "files" if details else "weights"], rows)
+    return lines if details else "\n".join([lines, "", *addresses])
 
 
-def performance(results: Path = PROJECT / "results") -> str:
-    """The tables of all benchmarks, one for each device that was measured; nothing where there are no results."""
-    benchmarks = {
-        "deform_conv2d": (performance_table, CONVOLUTION),
-        "deform_conv2d_memory": (memory_table, MEMORY),
-        "deform_roi_pool": (roi_pool_table, ROI_POOLING),
-        "detector": (detector_table, DETECTOR),
-    }
-    parts = []
-    for name, (make, introduction) in benchmarks.items():
-        # A file may say after the device what else is special about it, such as its dtype.
-        files = [path for device in ("cpu", "cuda") for path in sorted(results.glob(f"{name}_{device}*.json"))]
-        tables = [make(path) for path in files if name != "deform_conv2d" or "_cuda" not in path.name]
-        if name == "deform_conv2d" and (of_gpu := [path for path in files if "_cuda" in path.name]):
-            tables += [GPU_CONVOLUTION, gpu_convolution_table(of_gpu)]
-        parts += [introduction, *tables] if files else []
-    return "\n\n".join([SPEED, *parts]) if parts else ""
+def headline(results: Path = RESULTS) -> str:
+    """What a detector pays for deformable layers, with our operator and with torchvision's."""
+    (plain, ours, theirs), _ = detector_times(results / "detector_cpu.json")
+    gpu, device = detector_times(results / "detector_cuda_float16.json")
+    return (
+        f"**On a CPU, a Faster R-CNN R-50 with deformable convolutions takes {ours / plain:.2f} times as long as the "
+        f"plain one; with torchvision's operator it takes {theirs / plain:.2f} times as long.** On an {device} in "
+        f"float16 the two numbers are {gpu[1] / gpu[0]:.2f} and {gpu[2] / gpu[0]:.2f} "
+        "([all measurements](docs/performance.md))."
+    )
 
 
-SPEED = (
-    "## Speed\n\n"
-    "All numbers are medians. Other shapes, both memory formats and the spread are in the files that the tables name; "
-    "[benchmarks](projects/DeformableConvNets/benchmarks) measures them again."
-)
-CONVOLUTION = (
-    "Milliseconds of one 3x3 layer of a ResNet-50 at 800 x 1216 (batch 1, modulated, one deform group), each "
-    "implementation in its faster memory format. The price is the time of dcn_d2 over that of the plain convolution. "
-    "torchvision has no bfloat16 kernel: there it computes in float32."
-)
-GPU_CONVOLUTION = (
-    "The same layers on a GPU, in microseconds: cuDNN's plain convolution / dcn_d2, and the price in brackets. "
-    "Operands are in the cache from the call before, where they fit. tf32 is float32 with torch's default "
-    "`torch.backends.cudnn.allow_tf32 = True`; without it, sums are as exact as those of float32. The last column is "
-    "torchvision's operator under `torch.autocast` with bfloat16."
-)
-MEMORY = "Mebibytes that the same layers need at most, on top of their inputs and outputs, in the memory format named."
-ROI_POOLING = (
-    "Milliseconds to pool 512 RoIs into 7 x 7 bins of 2 x 2 samples (256 channels, batch 1), each operator in its "
-    "faster memory format, beside torchvision's `roi_align`, which moves no bins. The factor is that of "
-    "`deform_roi_pool` with offsets and mask over `roi_align`."
-)
-DETECTOR = (
-    "Milliseconds of a Faster R-CNN R-50-FPN at 800 x 1216 (batch 1, random weights), without and with modulated "
-    "deformable convolutions in c3 to c5, each in its faster memory format. The trunk is the ResNet alone."
-)
-# The layers of the tables above.
+def speed(results: Path = RESULTS) -> str:
+    """The README's table: a layer and a detector, on as many threads of the CPU as were measured."""
+    document = json.loads((results / "deform_conv2d_cpu.json").read_text())
+    threads = max(row["threads"] for row in document["rows"])
+    rows = [row for row in usual_rows(document) if row["threads"] == threads and row["shape"]["name"] == "c3"]
+    cells = [(f"3x3 layer c3, {row['pass']}", times(row, "conv", "dcn_d2", "torchvision")) for row in rows]
+    cells.append(("Faster R-CNN R-50, inference", detector_times(results / "detector_cpu.json")[0]))
+    lines = [[what, *numbers(plain, ours, ours / plain, theirs)] for what, (plain, ours, theirs) in cells]
+    header = ["milliseconds", "plain convolutions", "dcn_d2", "price", "with torchvision's operator"]
+    return f"{document['environment']['device']}, float32, {threads} threads:\n\n{table(header, lines)}"
+
+
+def gpu(results: Path = RESULTS) -> str:
+    """How a layer on a GPU compares with the plain convolution and with torchvision's operator."""
+    half, device = layer_times(results / "deform_conv2d_cuda_bfloat16.json", "autocast")
+    full, _ = layer_times(results / "deform_conv2d_cuda_float32.json", "torchvision")
+    gain = spread([theirs / ours for _, ours, theirs in half])
+    price = spread([ours / plain for plain, ours, _ in half])
+    return (
+        f"On an {device} in bfloat16, a deformable layer is {gain} times as fast as with torchvision's operator, but "
+        f"takes {price} times as long as cuDNN's plain convolution. In strict float32 "
+        "(`torch.backends.cudnn.allow_tf32 = False`) it takes "
+        f"{spread([ours / theirs for _, ours, theirs in full])} times as long as with torchvision's operator."
+    )
+
+
+def layer_times(path: Path, peer: str) -> tuple[list[list[Any]], str]:
+    """Times of the plain convolution, ours and a peer's, for each row of a GPU's table; and the device."""
+    document = json.loads(path.read_text())
+    return [times(row, "conv", "dcn_d2", peer) for row in usual_rows(document)], document["environment"]["device"]
+
+
+def detector_times(path: Path) -> tuple[list[Any], str]:
+    """Times of the plain detector, ours and the one with torchvision's operator, on most threads; and the device."""
+    document = json.loads(path.read_text())
+    rows = [row for row in document["rows"] if row["pass"] == "inference"]
+    row = max(rows, key=lambda row: row["threads"])
+    return times(row, "plain", "dcn_d2", "torchvision"), document["environment"]["device"]
+
+
+def times(row: dict[str, Any], *names: str) -> list[Any]:
+    """The median of each contestant in its faster memory format."""
+    return [fastest(row, name) for name in names]
+
+
+def spread(values: list[float]) -> str:
+    """The smallest and the largest value, with two digits each."""
+    return f"{min(values):.2g} to {max(values):.2g}"
+
+
+def performance(results: Path = RESULTS) -> str:
+    """The tables of all benchmarks; nothing where there are no results."""
+    return "\n\n".join(filter(None, (make(results) for make in TABLES.values())))
+
+
+def tables(results: Path, pattern: str, make: Callable[[Path], str]) -> str:
+    """The tables of all result files whose names match, one for each device and dtype."""
+    return "\n\n".join(make(path) for path in sorted(results.glob(pattern)))
+
+
+# The layers that the tables show.
 USUAL = {"stride": 1, "groups": 1, "deform_groups": 1, "mask": True}
 
 
@@ -114,8 +144,9 @@ def performance_table(path: Path) -> str:
     return f"{caption(path, document)}\n\n{table(header, lines)}"
 
 
-def gpu_convolution_table(paths: list[Path]) -> str:
+def gpu_convolution_table(results: Path) -> str:
     """The default shapes of all dtypes that benchmarks/deform_conv2d.py has measured on a GPU, in one table."""
+    paths = sorted(results.glob("deform_conv2d_cuda*.json"))
     documents = [json.loads(path.read_text()) for path in paths]
     cells: dict[tuple[str, str], dict[str, str]] = {}
     for row in (row for document in documents for row in usual_rows(document)):
@@ -130,9 +161,9 @@ def gpu_convolution_table(paths: list[Path]) -> str:
     lines = [[*place, *(line.get(column, "") for column in columns)] for place, line in cells.items()]
     origins: dict[str, list[str]] = {}
     for path, document in zip(paths, documents):
-        origins.setdefault(origin(document, ""), []).append(link(path))
+        origins.setdefault(origin(document, ""), []).append(f"[{path.name}]({LINKS}/{path.name})")
     captions = [f"{words} ({', '.join(links)}):" for words, links in origins.items()]
-    return "\n\n".join([*captions, table(["layer", "pass", *columns], lines)])
+    return "\n\n".join([*captions, table(["layer", "pass", *columns], lines)]) if paths else ""
 
 
 def memory_table(path: Path) -> str:
@@ -193,7 +224,7 @@ def numbers(*values: float | None) -> list[str]:
 
 def caption(path: Path, document: dict[str, Any]) -> str:
     """What stands above the table of one result file."""
-    return f"{origin(document, document['rows'][0]['dtype'] + ', ')} ({link(path)}):"
+    return f"{origin(document, document['rows'][0]['dtype'] + ', ')} ([{path.name}]({LINKS}/{path.name})):"
 
 
 def origin(document: dict[str, Any], dtype: str) -> str:
@@ -204,44 +235,66 @@ def origin(document: dict[str, Any], dtype: str) -> str:
     return f"{environment['device']}, {dtype}{versions}, commit {commit}, {environment['date']}"
 
 
-def link(path: Path) -> str:
-    """A link to a result file."""
-    return f"[{path.name}](projects/DeformableConvNets/results/{path.name})"
-
-
 def fastest(row: dict[str, Any], name: str) -> Any:
     """The median of a contestant in its faster memory format, or None if it did not take part."""
     medians = [t["median"] for contestant, t in row["milliseconds"].items() if contestant.split()[0] == name]
     return min(medians, default=None)
 
 
-SECTIONS: dict[str, Callable[[], str]] = {"performance": performance, "zoo": zoo}
+# The sections of docs/performance.md, in its order.
+TABLES: dict[str, Callable[[Path], str]] = {
+    "layers-cpu": lambda results: tables(results, "deform_conv2d_cpu*.json", performance_table),
+    "layers-gpu": gpu_convolution_table,
+    "memory": lambda results: tables(results, "deform_conv2d_memory_*.json", memory_table),
+    "roi-pooling": lambda results: tables(results, "deform_roi_pool_*.json", roi_pool_table),
+    "detector": lambda results: tables(results, "detector_*.json", detector_table),
+}
+SECTIONS: dict[str, Callable[[], str]] = {
+    "gpu": gpu,
+    "headline": headline,
+    "speed": speed,
+    "zoo": zoo,
+    "zoo-details": functools.partial(zoo, details=True),
+    **{name: functools.partial(make, RESULTS) for name, make in TABLES.items()},
+}
 
 
-def fill(text: str) -> str:
-    """Returns the README with all generated sections as they should be."""
+def fill(text: str, path: Path) -> str:
+    """Returns the text of the document at `path` with all its generated sections as they should be."""
     names = [match["name"] for match in SECTION.finditer(text)]
     markers = re.findall(r"<!-- (?:generated|end): ([\w-]+) -->", text)
     if sorted(markers) != sorted(names * 2) or not set(names) <= set(SECTIONS):
-        raise ValueError(f"README.md's markers do not pair up or are not one of {', '.join(SECTIONS)}: {markers}")
-    return SECTION.sub(lambda match: match[1] + f"{SECTIONS[match['name']]()}\n".lstrip() + match[3], text)
+        raise ValueError(f"{path}: the markers do not pair up or are not one of {', '.join(SECTIONS)}: {markers}")
+
+    def section(match: re.Match[str]) -> str:
+        content = SECTIONS[match["name"]]()
+        if "|" not in content:  # a sentence
+            content = textwrap.fill(content, 120, break_long_words=False, break_on_hyphens=False)
+        if path.resolve().parent == ROOT / "docs":  # links are written for a file in the root
+            content = re.sub(r"\]\((?=projects/)", "](../", content)
+        return match[1] + f"{content}\n".lstrip() + match[3]
+
+    return SECTION.sub(section, text)
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Returns the exit status."""
-    parser = argparse.ArgumentParser(description="Fill the generated sections of README.md.")
-    parser.add_argument("--check", action="store_true", help="change nothing, fail if the README is out of date")
-    parser.add_argument("--readme", type=Path, default=README, metavar="FILE", help="the file to fill")
+    parser = argparse.ArgumentParser(description="Fill the generated sections of README.md and docs/*.md.")
+    parser.add_argument("--check", action="store_true", help="change nothing, fail if a file is out of date")
+    parser.add_argument("files", nargs="*", type=Path, help="the files to fill; by default all")
     args = parser.parse_args(arguments)
-    before = args.readme.read_text()
-    after = fill(before)
-    if not args.check:
-        args.readme.write_text(after)
-    elif before != after:
-        sys.stdout.writelines(difflib.unified_diff(before.splitlines(True), after.splitlines(True), "README.md", "new"))
-        print(f"{args.readme} is out of date. Run: python projects/DeformableConvNets/dev/readme.py")
-        return 1
-    return 0
+    status = 0
+    for path in args.files or [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
+        before = path.read_text()
+        after = fill(before, path)
+        if not args.check:
+            path.write_text(after)
+        elif before != after:
+            status = 1
+            lines = before.splitlines(True), after.splitlines(True)
+            sys.stdout.writelines(difflib.unified_diff(*lines, str(path), "as it should be"))
+            print(f"{path} is out of date. Run: python projects/DeformableConvNets/dev/readme.py")
+    return status
 
 
 if __name__ == "__main__":

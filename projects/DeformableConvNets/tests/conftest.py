@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 from pathlib import Path
 
 import hypothesis
@@ -29,3 +30,14 @@ def repository(project: Path) -> Path:
     if not (root / "Makefile").exists():
         pytest.skip("the project is used outside its repository")
     return root
+
+
+@pytest.fixture(scope="session")
+def files(repository: Path) -> list[Path]:
+    """All files that are or would be committed."""
+    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"]
+    listed = subprocess.run(command, cwd=repository, capture_output=True, text=True)
+    if listed.returncode:
+        pytest.skip(f"the files of the repository are asked from git, which says: {listed.stderr.strip()}")
+    paths = [repository / name for name in listed.stdout.split("\0") if name]
+    return [path for path in paths if path.is_file()]

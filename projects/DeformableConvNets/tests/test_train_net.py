@@ -276,8 +276,8 @@ def test_mistakes_are_told_before_processes_start(
         train_net.run([*start, "--config-file", str(NUCLEI), *keys, *out])
 
 
-def test_training_snippet_of_the_readme_may_be_imported(repository: Path) -> None:
-    blocks = re.findall(r"```python\n(.*?)```", (repository / "README.md").read_text(), re.DOTALL)
+def test_training_snippet_of_the_documents_may_be_imported(repository: Path) -> None:
+    blocks = re.findall(r"```python\n(.*?)```", (repository / "docs" / "training.md").read_text(), re.DOTALL)
     (snippet,) = [block for block in blocks if "trainer.train()" in block]
     # As in a process that loads data and is not forked: the file has another name there, and must not train.
     names: dict = {"__name__": "__mp_main__"}
