@@ -15,7 +15,10 @@ from pathlib import Path
 from urllib.parse import unquote
 
 import pytest
+import torch
+import torchvision
 
+from dcn_d2 import layers
 from dcn_d2.config import load_config
 
 PROJECT = Path(__file__).resolve().parent.parent
@@ -268,3 +271,25 @@ def test_imports_that_replace_those_of_other_packages_work(repository: Path) -> 
     assert len(imports) >= 8
     for line in imports:
         exec(line, {})
+
+
+def test_weights_of_torchvisions_layer_fit() -> None:
+    theirs = torchvision.ops.DeformConv2d(8, 6, 3, padding=1, groups=2)
+    ours = layers.ModulatedDeformConv(8, 6, 3, padding=1, groups=2, deformable_groups=2)
+    ours.load_state_dict(theirs.state_dict())
+    x, offset, mask = torch.randn(1, 8, 5, 7), torch.randn(1, 36, 5, 7), torch.rand(1, 18, 5, 7)
+    torch.testing.assert_close(ours(x, offset, mask), theirs(x, offset, mask), rtol=1e-4, atol=1e-4)
+
+
+def test_what_the_readme_says_of_torchvision_holds() -> None:
+    if not torchvision.__version__.startswith("0.29."):
+        pytest.skip(f"the README is about torchvision 0.29, here is {torchvision.__version__}")
+    x, offset, weight = torch.randn(1, 4, 5, 7), torch.zeros(1, 18, 5, 7), torch.randn(6, 4, 3, 3, requires_grad=True)
+    theirs = torchvision.ops.deform_conv2d
+    with pytest.raises(RuntimeError, match="BFloat16"):
+        theirs(x.bfloat16(), offset.bfloat16(), weight.bfloat16(), padding=1)
+    last = theirs(x.contiguous(memory_format=torch.channels_last), offset, weight, padding=1)
+    assert not last.is_contiguous(memory_format=torch.channels_last)
+    (grad,) = torch.autograd.grad(last.square().sum(), weight, create_graph=True)
+    with pytest.raises(RuntimeError, match="double backwards"):
+        grad.sum().backward()
