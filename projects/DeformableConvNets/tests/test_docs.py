@@ -179,6 +179,10 @@ def help_of(program: tuple[str, ...]) -> str:
     command = [sys.executable, *program[:-1], name, "--help"]
     environment = os.environ | {"PYTHONPATH": str(PROJECT)}
     done = subprocess.run(command, cwd=PROJECT, env=environment, capture_output=True, text=True)
+    if re.search(
+        r"No module named '(mmcv|mmdet|mmengine)", done.stderr
+    ):  # few have MMDetection: read the source instead
+        return (PROJECT / name.replace(".", "/") / "__main__.py").read_text()
     assert done.returncode == 0, done.stderr
     return done.stdout
 
