@@ -16,6 +16,11 @@ def test_readme_tables_are_in_sync(repository: Path) -> None:
     assert readme.main(["--check"]) == 0
 
 
+def test_every_section_stands_in_a_document(repository: Path) -> None:
+    texts = [path.read_text() for path in (repository / "README.md", *(repository / "docs").glob("*.md"))]
+    assert not [name for name in readme.SECTIONS if not any(f"<!-- generated: {name} -->" in text for text in texts)]
+
+
 def test_readme_check_notices_a_changed_number(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     copy = tmp_path / "README.md"
     copy.write_text("before\n<!-- generated: zoo -->\n| 99.9 |\n<!-- end: zoo -->\nafter\n")
