@@ -32,21 +32,24 @@ def table(header: list[str], rows: list[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in [header, rule, *rows])
 
 
-def zoo(details: bool = False) -> str:
-    """One line for each row of the zoo: in the README with its weights, in docs/zoo.md with config, weights and log."""
+def zoo(section: str) -> str:
+    """The README's table of the zoo, the addresses that its links refer to, or the table with all files."""
     from dcn_d2 import model_zoo
 
-    rows, addresses = [], []
+    rows, details, addresses = [], [], []
     for name in model_zoo.list_models():
         published = model_zoo.get_published(name)
-        labels = [(key, label) for key, label in (("WEIGHTS", "weights"), ("LOG", "log")) if key in published]
-        links = [f"[config](projects/DeformableConvNets/configs/{name}.yaml)"]
-        links += [f"[{label}]({published[key]})" for key, label in labels]
         aps = [str(published.get(key, "")) for key in ("BOX_AP", "MASK_AP")]
-        rows.append([f"`{name}`", *aps, ", ".join(links) if details else f"[weights][{name}]"])
-        addresses.append(f"[{name}]: {published['WEIGHTS']}")  # what [weights][name] refers to
-    lines = table(["row", "box AP", "mask AP", "files" if details else "weights"], rows)
-    return lines if details else "\n".join([lines, "", *addresses])
+        labels = {"WEIGHTS": "weights", "LOG": "log"}
+        links = [f"[config](projects/DeformableConvNets/configs/{name}.yaml)"]
+        links += [f"[{label}]({published[key]})" for key, label in labels.items() if key in published]
+        rows.append([f"`{name}`", *aps, f"[weights][{name}]" if "WEIGHTS" in published else ""])
+        details.append([f"`{name}`", *aps, ", ".join(links)])
+        addresses += [f"[{name}]: {published['WEIGHTS']}"] if "WEIGHTS" in published else []
+    if section == "zoo-addresses":
+        return "\n".join(addresses)
+    heads = ["row", "box AP", "mask AP"]
+    return table([*heads, "files"], details) if section == "zoo-details" else table([*heads, "weights"], rows)
 
 
 def headline(results: Path = RESULTS) -> str:
@@ -77,13 +80,13 @@ def gpu(results: Path = RESULTS) -> str:
     """How a layer on a GPU compares with the plain convolution and with torchvision's operator."""
     half, device = layer_times(results / "deform_conv2d_cuda_bfloat16.json", "autocast")
     full, _ = layer_times(results / "deform_conv2d_cuda_float32.json", "torchvision")
-    gain = spread([theirs / ours for _, ours, theirs in half])
-    price = spread([ours / plain for plain, ours, _ in half])
+    gains, prices = zip(*((theirs / ours, ours / plain) for plain, ours, theirs in half))
+    strict = [ours / theirs for _, ours, theirs in full]
+    gain, price, slowness = (f"{min(found):.2g} to {max(found):.2g}" for found in (gains, prices, strict))
     return (
         f"On an {device} in bfloat16, a deformable layer is {gain} times as fast as with torchvision's operator, but "
         f"takes {price} times as long as cuDNN's plain convolution. In strict float32 "
-        "(`torch.backends.cudnn.allow_tf32 = False`) it takes "
-        f"{spread([ours / theirs for _, ours, theirs in full])} times as long as with torchvision's operator."
+        f"(`torch.backends.cudnn.allow_tf32 = False`) it takes {slowness} times as long as with torchvision's operator."
     )
 
 
@@ -104,11 +107,6 @@ def detector_times(path: Path) -> tuple[list[Any], str]:
 def times(row: dict[str, Any], *names: str) -> list[Any]:
     """The median of each contestant in its faster memory format."""
     return [fastest(row, name) for name in names]
-
-
-def spread(values: list[float]) -> str:
-    """The smallest and the largest value, with two digits each."""
-    return f"{min(values):.2g} to {max(values):.2g}"
 
 
 def performance(results: Path = RESULTS) -> str:
@@ -253,8 +251,7 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "gpu": gpu,
     "headline": headline,
     "speed": speed,
-    "zoo": zoo,
-    "zoo-details": functools.partial(zoo, details=True),
+    **{name: functools.partial(zoo, name) for name in ("zoo", "zoo-addresses", "zoo-details")},
     **{name: functools.partial(make, RESULTS) for name, make in TABLES.items()},
 }
 
@@ -268,7 +265,7 @@ def fill(text: str, path: Path) -> str:
 
     def section(match: re.Match[str]) -> str:
         content = SECTIONS[match["name"]]()
-        if "|" not in content:  # a sentence
+        if not re.search(r"[|\n]", content):  # a sentence
             content = textwrap.fill(content, 120, break_long_words=False, break_on_hyphens=False)
         if path.resolve().parent == ROOT / "docs":  # links are written for a file in the root
             content = re.sub(r"\]\((?=projects/)", "](../", content)
@@ -291,8 +288,9 @@ def main(arguments: list[str] | None = None) -> int:
             path.write_text(after)
         elif before != after:
             status = 1
-            lines = before.splitlines(True), after.splitlines(True)
-            sys.stdout.writelines(difflib.unified_diff(*lines, str(path), "as it should be"))
+            sys.stdout.writelines(
+                difflib.unified_diff(before.splitlines(True), after.splitlines(True), str(path), "new")
+            )
             print(f"{path} is out of date. Run: python projects/DeformableConvNets/dev/readme.py")
     return status
 
