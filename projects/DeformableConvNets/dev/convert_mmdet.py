@@ -20,9 +20,9 @@ import torch
 
 from dcn_d2 import __version__
 from dcn_d2.checkpoint import read_checkpoint, to_mmdet
-from dcn_d2.checkpoint.conversion import convert_checkpoint, warn_of_v1
+from dcn_d2.checkpoint.files import write_atomically
 from dcn_d2.checkpoint.mmdet import unwrap_state_dict
-from dcn_d2.checkpoint.reader import write_atomically
+from dcn_d2.checkpoint.provenance import convert_checkpoint, warn_of_v1
 from dcn_d2.checkpoint.weights import check_weights
 
 

@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .checkpointer import DCNCheckpointer
+    from .files import CorruptCheckpointError
     from .mmdet import convert_mmdet_state_dict, to_mmdet
     from .path_handlers import register_path_handlers
-    from .reader import CorruptCheckpointError, read_checkpoint
+    from .reader import read_checkpoint
     from .torchvision import convert_torchvision_resnet, is_torchvision_resnet
     from .weights import read_weights
 
@@ -22,7 +23,7 @@ _HOMES = {
     "convert_mmdet_state_dict": "mmdet",
     "to_mmdet": "mmdet",
     "register_path_handlers": "path_handlers",
-    "CorruptCheckpointError": "reader",
+    "CorruptCheckpointError": "files",
     "read_checkpoint": "reader",
     "read_weights": "weights",
     "convert_torchvision_resnet": "torchvision",

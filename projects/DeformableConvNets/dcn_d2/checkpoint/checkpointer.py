@@ -17,9 +17,10 @@ from fvcore.common.checkpoint import Checkpointer
 from torch import nn
 
 from .download import SCHEMES
+from .files import CorruptCheckpointError, remove_leftovers, write_atomically
 from .mmdet import unwrap_name
 from .path_handlers import PUBLISHERS, fetch_weights, register_path_handlers
-from .reader import CorruptCheckpointError, peek, read_checkpoint, remove_leftovers, shown, write_atomically
+from .reader import peek, read_checkpoint, shown
 from .weights import as_data, check_weights, read_weights
 
 logger = logging.getLogger(__name__)

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import IO, Any
 from urllib.parse import unquote, urlsplit
 
-from .reader import CorruptCheckpointError, digest_in_name, sha256_of, write_atomically
+from .files import CorruptCheckpointError, digest_in_name, sha256_of, write_atomically
 
 logger = logging.getLogger(__name__)
 

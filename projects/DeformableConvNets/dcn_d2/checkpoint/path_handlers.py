@@ -22,11 +22,12 @@ from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.utils.file_io import Detectron2Handler, PathHandler, PathManager
 from iopath.common.file_io import get_cache_dir
 
-from . import conversion, download, mmdet, torchvision
-from .conversion import convert_checkpoint, is_foreign, warn_of_v1
+from . import download, mmdet, provenance, torchvision
 from .download import locked, read_note, write_note
+from .files import CorruptCheckpointError, check_digest, sha256_of, write_atomically
 from .mmdet import unwrap_state_dict
-from .reader import CorruptCheckpointError, check_digest, read_checkpoint, sha256_of, write_atomically
+from .provenance import convert_checkpoint, is_foreign, warn_of_v1
+from .reader import read_checkpoint
 from .weights import check_weights
 
 logger = logging.getLogger(__name__)
@@ -197,5 +198,5 @@ def _cache_dir() -> Path:
 
 def _version() -> str:
     """Changes whenever the conversion does, so that files which an older one made are not used."""
-    sources = (Path(str(file)) for file in (conversion.__file__, mmdet.__file__, torchvision.__file__))
+    sources = (Path(str(file)) for file in (provenance.__file__, mmdet.__file__, torchvision.__file__))
     return hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:8]

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from .conversion import convert_checkpoint, is_foreign, warn_of_v1
 from .mmdet import unwrap_state_dict
+from .provenance import convert_checkpoint, is_foreign, warn_of_v1
 from .reader import read_checkpoint, shown
 
 

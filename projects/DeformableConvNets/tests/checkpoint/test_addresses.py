@@ -13,7 +13,7 @@ import torch
 from detectron2.utils.file_io import PathManager
 
 from dcn_d2.checkpoint import CorruptCheckpointError, DCNCheckpointer, download, path_handlers, register_path_handlers
-from dcn_d2.checkpoint.reader import sha256_of
+from dcn_d2.checkpoint.files import sha256_of
 from dcn_d2.config import load_config
 from dcn_d2.config_reader import ConfigError
 

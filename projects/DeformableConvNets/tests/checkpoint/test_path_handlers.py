@@ -18,7 +18,7 @@ from torch import nn
 
 from dcn_d2 import model_zoo
 from dcn_d2.checkpoint import CorruptCheckpointError, path_handlers, register_path_handlers, to_mmdet
-from dcn_d2.checkpoint.reader import sha256_of
+from dcn_d2.checkpoint.files import sha256_of
 
 from ..slim import slim_config
 from .test_torchvision import config as resnet_config

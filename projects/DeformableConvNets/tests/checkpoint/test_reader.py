@@ -11,13 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from dcn_d2.checkpoint.reader import (
-    CorruptCheckpointError,
-    digest_in_name,
-    read_checkpoint,
-    sha256_of,
-    write_atomically,
-)
+from dcn_d2.checkpoint.files import CorruptCheckpointError, digest_in_name, sha256_of, write_atomically
+from dcn_d2.checkpoint.reader import read_checkpoint
 
 LEGACY = {"_use_new_zipfile_serialization": False}  # the format of PyTorch 1.3, when the zoo was published
 
