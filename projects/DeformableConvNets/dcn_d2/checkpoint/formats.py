@@ -14,7 +14,8 @@ from typing import IO, Any
 
 import torch
 
-from .unpickler import BoundedFile, DamagedError, DataUnpickler, Storage, StorageType, finish
+from .stand_ins import DamagedError, Storage, StorageType
+from .unpickler import BoundedFile, DataUnpickler, finish
 
 MAX_PICKLE = 64 << 20  # bytes of the part without values; that of a training checkpoint has less than one MiB
 MAX_DIRECTORY = 16 << 20  # bytes of a zip archive's list of members

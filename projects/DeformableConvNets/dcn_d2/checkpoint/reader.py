@@ -10,7 +10,7 @@ from typing import Any
 
 from .files import CorruptCheckpointError, check_digest
 from .formats import read_file
-from .unpickler import Ignored, NotDataError, Unusable
+from .stand_ins import Ignored, NotDataError, Unusable
 
 
 def read_checkpoint(path: str | os.PathLike[str]) -> dict[Any, Any]:
