@@ -13,11 +13,12 @@ from detectron2.layers import FrozenBatchNorm2d
 from torch import nn
 
 from .mmdet import unwrap_name
+from .names import CONSTANTS, COUNTERS
 
 logger = logging.getLogger(__name__)
 
 # Entries that a file may lack or have too many of: they come from the config, or nothing reads them.
-OPTIONAL = re.compile(r"pixel_mean|pixel_std|.*anchor_generator\.cell_anchors\.\d+|.*\.num_batches_tracked")
+OPTIONAL = re.compile(f"{CONSTANTS}|{COUNTERS}")
 
 
 def unwrap_module(model: nn.Module) -> nn.Module:

@@ -22,7 +22,7 @@ from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.utils.file_io import Detectron2Handler, PathHandler, PathManager
 from iopath.common.file_io import get_cache_dir
 
-from . import download, mmdet, provenance, torchvision
+from . import download, mmdet, names, provenance, torchvision
 from .download import locked, read_note, write_note
 from .files import CorruptCheckpointError, check_digest, sha256_of, write_atomically
 from .mmdet import unwrap_state_dict
@@ -198,5 +198,5 @@ def _cache_dir() -> Path:
 
 def _version() -> str:
     """Changes whenever the conversion does, so that files which an older one made are not used."""
-    sources = (Path(str(file)) for file in (provenance.__file__, mmdet.__file__, torchvision.__file__))
+    sources = (Path(str(file)) for file in (names.__file__, provenance.__file__, mmdet.__file__, torchvision.__file__))
     return hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:8]
