@@ -22,7 +22,7 @@ from dcn_d2 import __version__
 from dcn_d2.checkpoint import read_checkpoint, to_mmdet
 from dcn_d2.checkpoint.files import write_atomically
 from dcn_d2.checkpoint.mmdet import unwrap_state_dict
-from dcn_d2.checkpoint.provenance import convert_checkpoint, warn_of_v1
+from dcn_d2.checkpoint.provenance import convert_checkpoint, read_author, warn_of_v1
 from dcn_d2.checkpoint.weights import check_weights
 
 
@@ -59,7 +59,7 @@ def main(arguments: list[str] | None = None) -> None:
         checkpoint = read_checkpoint(args.source)
         check_weights(unwrap_state_dict(checkpoint), args.source)
         converted = (convert_back if args.to_mmdet else convert_checkpoint)(checkpoint, args.source)
-        warn_of_v1(converted, args.source)
+        warn_of_v1(read_author(converted.get("__author__")), args.source)
         with write_atomically(args.target) as file:
             torch.save(converted, file)
     except (OSError, ValueError) as error:

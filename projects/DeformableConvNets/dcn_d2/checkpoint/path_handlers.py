@@ -26,7 +26,7 @@ from . import download, mmdet, names, provenance, torchvision
 from .download import locked, read_note, write_note
 from .files import CorruptCheckpointError, check_digest, sha256_of, write_atomically
 from .mmdet import unwrap_state_dict
-from .provenance import convert_checkpoint, is_foreign, warn_of_v1
+from .provenance import convert_checkpoint, read_author, recognise, warn_of_v1
 from .reader import read_checkpoint
 from .weights import check_weights
 
@@ -80,7 +80,7 @@ class ForeignWeightsHandler(PathHandler):
                 note = {"sha256": sha256_of(target), "author": converted["__author__"]}
                 write_note(target, note)
                 logger.info(f"{source} converted to {target}")
-        warn_of_v1({"__author__": note.get("author")}, source)
+        warn_of_v1(read_author(note.get("author")), source)
         return str(target)
 
     def _open(self, path: str, mode: str = "r", buffering: int = -1, **kwargs: Any) -> IO[Any]:
@@ -104,7 +104,7 @@ def _telling_foreign_files(original: Callable[..., dict[str, Any]]) -> Callable[
     def load_file(self: DetectionCheckpointer, filename: str) -> dict[str, Any]:
         loaded = original(self, filename)
         with contextlib.suppress(ValueError):  # names that are no text: Detectron2 will say so
-            if not loaded.get("matching_heuristics") and is_foreign(loaded):
+            if not loaded.get("matching_heuristics") and recognise(loaded):
                 logger.error(
                     f"{filename} has the names of MMDetection or torchvision, of which Detectron2 knows NONE: the "
                     f"model keeps its initial weights. Write {PREFIX}// before the path, and the file is converted: "

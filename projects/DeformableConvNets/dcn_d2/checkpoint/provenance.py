@@ -1,10 +1,11 @@
 # Copyright (c) the dcn_d2 authors. SPDX-License-Identifier: Apache-2.0
-"""Content of a foreign file -> content of a file of Detectron2. Needs neither torch nor Detectron2."""
+"""Who made a file of weights, and its conversion to a file of Detectron2. Needs neither torch nor Detectron2."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from enum import Enum
 from typing import Any
 
 from .mmdet import convert_mmdet_state_dict, has_v1_layout, is_mmdet_detector, unwrap_state_dict
@@ -12,12 +13,31 @@ from .torchvision import convert_torchvision_resnet, is_torchvision_resnet
 
 logger = logging.getLogger(__name__)
 
-_V1 = "MMDetection 1.x, converted by dcn_d2"
+
+class Provenance(Enum):
+    """The makers whose files dcn_d2 converts; the value is the maker's name in messages."""
+
+    MMDET_V1 = "MMDetection 1.x"
+    MMDET = "MMDetection"
+    TORCHVISION = "torchvision"
+
+    @property
+    def author(self) -> str:
+        """What a converted file says under "__author__"."""
+        return f"{self.value}, converted by dcn_d2"
 
 
-def is_foreign(checkpoint: Mapping[str, Any]) -> bool:
-    """Tells whether `convert_checkpoint` takes a checkpoint."""
-    return is_mmdet_detector(checkpoint) or is_torchvision_resnet(unwrap_state_dict(checkpoint))
+def recognise(checkpoint: Mapping[str, Any]) -> Provenance | None:
+    """Tells by its names who made a checkpoint; None if `convert_checkpoint` does not take it."""
+    weights = unwrap_state_dict(checkpoint)
+    if is_mmdet_detector(weights):
+        return Provenance.MMDET_V1 if has_v1_layout(weights) else Provenance.MMDET
+    return Provenance.TORCHVISION if is_torchvision_resnet(weights) else None
+
+
+def read_author(author: object) -> Provenance | None:
+    """Tells by the text under "__author__" what a file was converted from; None if dcn_d2 did not convert it."""
+    return next((provenance for provenance in Provenance if provenance.author == author), None)
 
 
 def convert_checkpoint(checkpoint: Mapping[str, Any], origin: str) -> dict[str, Any]:
@@ -32,19 +52,15 @@ def convert_checkpoint(checkpoint: Mapping[str, Any], origin: str) -> dict[str, 
     """
     try:
         weights = unwrap_state_dict(checkpoint)
-        if is_mmdet_detector(weights):
-            # With the counters of BatchNorm, which the zoo's rows have too: Detectron2 would report them as missing.
-            return {
-                "model": convert_mmdet_state_dict(weights, keep_num_batches_tracked=True),
-                "__author__": _V1 if has_v1_layout(weights) else "MMDetection, converted by dcn_d2",
-            }
-        if is_torchvision_resnet(weights):
+        provenance = recognise(weights)
+        if provenance is Provenance.TORCHVISION:
             # A ResNet alone: where it goes in the model is for Detectron2 to find out.
-            return {
-                "model": convert_torchvision_resnet(weights),
-                "__author__": "torchvision, converted by dcn_d2",
-                "matching_heuristics": True,
-            }
+            converted = convert_torchvision_resnet(weights)
+            return {"model": converted, "__author__": provenance.author, "matching_heuristics": True}
+        if provenance:
+            # With the counters of BatchNorm, which the zoo's rows have too: Detectron2 would report them as missing.
+            converted = convert_mmdet_state_dict(weights, keep_num_batches_tracked=True)
+            return {"model": converted, "__author__": provenance.author}
     except ValueError as error:
         raise ValueError(f"{origin}: {error}") from error
     raise ValueError(
@@ -53,10 +69,10 @@ def convert_checkpoint(checkpoint: Mapping[str, Any], origin: str) -> dict[str, 
     )
 
 
-def warn_of_v1(converted: Mapping[str, Any], origin: str) -> None:
-    """Warns if what was converted is of a version that computed differently."""
-    if converted.get("__author__") == _V1:
+def warn_of_v1(provenance: Provenance | None, origin: str) -> None:
+    """Warns if a file is of the version of MMDetection that computed differently."""
+    if provenance is Provenance.MMDET_V1:
         logger.warning(
-            f"{origin} is of MMDetection 1.x, which computed boxes with another width (x2 - x1 + 1), rounded anchors, "
-            "and pooled without alignment: expect up to 1 AP less than it had there"
+            f"{origin} is of {provenance.value}, which computed boxes with another width (x2 - x1 + 1), rounded "
+            "anchors, and pooled without alignment: expect up to 1 AP less than it had there"
         )

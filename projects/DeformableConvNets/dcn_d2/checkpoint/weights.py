@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from .mmdet import unwrap_state_dict
-from .provenance import convert_checkpoint, is_foreign, warn_of_v1
+from .provenance import convert_checkpoint, recognise, warn_of_v1
 from .reader import read_checkpoint, shown
 
 
@@ -37,9 +37,9 @@ def read_weights(path: str) -> dict[str, Any]:
         weights = dict(unwrap_state_dict(checkpoint))
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
-    if is_foreign(weights):
+    if provenance := recognise(weights):
         converted = convert_checkpoint(weights, path)
-        warn_of_v1(converted, path)
+        warn_of_v1(provenance, path)
         return converted
     if isinstance(checkpoint.get("model"), Mapping):
         return checkpoint | {"model": weights}
