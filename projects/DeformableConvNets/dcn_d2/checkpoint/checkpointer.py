@@ -12,11 +12,10 @@ from detectron2.checkpoint import DetectionCheckpointer
 from fvcore.common.checkpoint import Checkpointer
 from torch import nn
 
-from .download import SCHEMES
 from .files import CorruptCheckpointError, remove_leftovers, write_atomically
 from .fit import OPTIONAL, Fit, model_state, unwrap_module
 from .mmdet import unwrap_name
-from .path_handlers import PUBLISHERS, fetch_weights, register_path_handlers
+from .path_handlers import find_weights, register_path_handlers
 from .reader import shown
 from .resuming import SavedCheckpoints
 from .weights import as_data, check_weights, read_weights
@@ -97,15 +96,7 @@ class DCNCheckpointer(DetectionCheckpointer):
             return path
         address = path.removesuffix("?matching_heuristics=True")
         self._heuristics = address != path
-        if address.startswith((*SCHEMES, "detectron2://")) and not address.startswith(PUBLISHERS):
-            return fetch_weights(address)
-        try:
-            file = self.path_manager.get_local_path(address)
-        except RuntimeError as error:  # of Detectron2's catalogue, and of handlers that cannot do it
-            raise ValueError(f"{address} cannot be fetched: {error or type(error).__name__}") from error
-        if not os.path.isfile(file):
-            raise FileNotFoundError(f"there is {'only a folder' if os.path.isdir(file) else 'no file'} {file}")
-        return file
+        return find_weights(address)
 
     def resume_or_load(self, path: str, *, resume: bool = True) -> dict[str, Any]:
         """Loads the newest whole checkpoint of `save_dir` if `resume` asks for it and there is one, else `path`.

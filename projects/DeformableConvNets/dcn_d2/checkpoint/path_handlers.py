@@ -25,10 +25,8 @@ from iopath.common.file_io import get_cache_dir
 from . import download, mmdet, names, provenance, torchvision
 from .download import locked, read_note, write_note
 from .files import CorruptCheckpointError, check_digest, sha256_of, write_atomically
-from .mmdet import unwrap_state_dict
-from .provenance import convert_checkpoint, read_author, recognise, warn_of_v1
-from .reader import read_checkpoint
-from .weights import check_weights
+from .provenance import read_author, recognise, warn_of_v1
+from .weights import convert_file
 
 logger = logging.getLogger(__name__)
 
@@ -116,6 +114,33 @@ def _telling_foreign_files(original: Callable[..., dict[str, Any]]) -> Callable[
     return load_file
 
 
+def find_weights(path: str, *, original: bool = False) -> str:
+    """Gives the local file that a value of MODEL.WEIGHTS names: a path, or an address of any kind.
+
+    Args:
+        path: the value.
+        original: gives a foreign file as it was published, and not what it is converted to.
+
+    Raises:
+        ValueError: The address is refused, or the file cannot be converted.
+        OSError: The file does not exist, or cannot be fetched.
+    """
+    if os.path.isfile(path):
+        return path
+    foreign = path.startswith((PREFIX, *IMAGENET, *PUBLISHERS))
+    if foreign and original:
+        return _fetch(path, force=False)[0]
+    if path.startswith((*download.SCHEMES, Detectron2Handler.PREFIX)) and not foreign:
+        return fetch_weights(path)
+    try:
+        file = PathManager.get_local_path(path)
+    except RuntimeError as error:  # of Detectron2's catalogue, and of handlers that cannot do it
+        raise ValueError(f"{path} cannot be fetched: {error or type(error).__name__}") from error
+    if not os.path.isfile(file):
+        raise FileNotFoundError(f"there is {'only a folder' if os.path.isdir(file) else 'no file'} {file}")
+    return file
+
+
 def fetch_weights(address: str) -> str:
     """Gives the local copy of an address of http, https, ftp or detectron2://; see `download`.
 
@@ -177,9 +202,7 @@ def _unfetched(place: str, error: OSError) -> OSError:
 def _convert(source: str, downloaded: bool) -> dict[str, Any]:
     """Reads and converts a file; what this call has downloaded for nothing is deleted."""
     try:
-        checkpoint = read_checkpoint(source)
-        check_weights(unwrap_state_dict(checkpoint), source)
-        return convert_checkpoint(checkpoint, source)
+        return convert_file(source)
     except CorruptCheckpointError as error:
         if not downloaded:
             raise

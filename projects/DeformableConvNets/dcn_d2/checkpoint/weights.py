@@ -46,6 +46,17 @@ def read_weights(path: str) -> dict[str, Any]:
     return {"model": weights}
 
 
+def convert_file(path: str) -> dict[str, Any]:
+    """Reads a file of MMDetection or torchvision, checks its weights, and converts them; see `convert_checkpoint`.
+
+    Raises:
+        ValueError, OSError: As `read_checkpoint`, `check_weights` and `convert_checkpoint`.
+    """
+    checkpoint = read_checkpoint(path)
+    check_weights(unwrap_state_dict(checkpoint), path)
+    return convert_checkpoint(checkpoint, path)
+
+
 def _is_caffe2(checkpoint: Mapping[str, Any], path: str) -> bool:
     """Whether a file is of Caffe2, as Detectron2 decides: a pickle of arrays without an author."""
     if isinstance(checkpoint.get("blobs"), Mapping):

@@ -232,14 +232,14 @@ def get_local_path(path: str, results: multiprocessing.Queue) -> None:
 def test_processes_share_one_download_and_one_conversion(
     server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original, notes = path_handlers.convert_checkpoint, tmp_path / "notes"
+    original, notes = path_handlers.convert_file, tmp_path / "notes"
 
-    def convert_and_note(checkpoint: dict, origin: str) -> dict:
+    def convert_and_note(path: str) -> dict:
         with notes.open("a") as file:
             file.write("converted\n")
-        return original(checkpoint, origin)
+        return original(path)
 
-    monkeypatch.setattr(path_handlers, "convert_checkpoint", convert_and_note)
+    monkeypatch.setattr(path_handlers, "convert_file", convert_and_note)
     url = f"mmdet://{server.url}/{publish(SMALL, server.folder).name}"
     context = multiprocessing.get_context("fork")
     results = context.Queue()
