@@ -29,7 +29,7 @@ from detectron2.data.datasets import load_coco_json
 from detectron2.utils.file_io import PathManager
 from iopath.common.file_io import PathHandler
 
-SOURCE_DIR = Path(__file__).resolve().parent / "nuclei"
+SOURCE_DIR = Path(__file__).resolve().parent / "nuclei_images"
 SCHEME = "nuclei://"  # nuclei://val.json is the annotation file; reading it cuts the tiles if they are not there
 CATEGORY = "nucleus"
 SCALE = 2  # a nucleus of about 25 pixels becomes one of about 50, which Faster R-CNN's usual strides suit
