@@ -1,7 +1,18 @@
 # Copyright (c) the dcn_d2 authors. SPDX-License-Identifier: Apache-2.0
-"""Reading of weights: renaming as pure functions over dictionaries, and what applies it to files and models.
+"""Weights: reading, converting, downloading, loading and saving them.
 
-The names below are imported when they are first used, so that the renaming needs neither torch nor Detectron2.
+    names                           the table of names: MMDetection's and torchvision's <-> Detectron2's
+    mmdet, torchvision              state dicts -> state dicts with Detectron2's names, and back
+    provenance                      who made a file, and its conversion
+    files                           digests, and writing in one step
+    reader, formats, unpickler,     reading of files as data, without running anything that is in them
+    vocabulary, stand_ins
+    weights                         a file of any kind -> checked weights
+    download, path_handlers         values of MODEL.WEIGHTS -> local files
+    checkpointer, fit, resuming     local files -> a model, and back
+    __main__                        `python -m dcn_d2.checkpoint`, which converts a file by hand
+
+The names below are imported when they are first used, so that renaming needs neither torch nor Detectron2.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 # Copyright (c) the dcn_d2 authors. SPDX-License-Identifier: Apache-2.0
-"""Detectron2's checkpointer, which also knows MMDetection's and torchvision's files and refuses what does not fit."""
+"""A checkpointer that also reads files of MMDetection and torchvision, and refuses what does not fit."""
 
 from __future__ import annotations
 
@@ -24,21 +24,28 @@ from .weights import as_data, check_weights, read_weights
 class DCNCheckpointer(DetectionCheckpointer):
     """A `DetectionCheckpointer` that recognises files by content and does not load what does not fit.
 
-    It reads its own files, those of Detectron2, its deformable models included, detectors of MMDetection, and ResNets
-    of torchvision, as `train_net.py`, a path or an address may give them. Detectron2's loads what fits and warns; here
-    entries that are missing, unknown or of another shape are an error that lists them all, and nothing is loaded. A
-    ResNet alone, as training starts from, has to cover the model's ResNet, offset branches aside. Checkpoints are
-    written in one step: an interruption leaves no part of one. Files that hold more than data, or weights that are NaN,
-    infinite or no floating-point numbers, are refused; no file is ever executed.
+    It reads, from a path or an address:
 
-    Names are those of the model itself: what DistributedDataParallel, torch.compile and FSDP add is taken off.
+    - what it has written itself,
+    - files of Detectron2, its deformable models included,
+    - detectors of MMDetection,
+    - ResNets of torchvision.
+
+    Detectron2's checkpointer loads what fits and warns of the rest. Here entries that are missing, unknown or of
+    another shape are an error that lists them all, and nothing is loaded. A file with only a ResNet, such as training
+    starts from, must have all entries of the model's ResNet except its offset branches. A file is refused if it holds
+    more than data, or weights that are NaN, infinite or not floating-point numbers. Nothing in a file is ever executed.
+
+    A checkpoint is written in one step: an interruption leaves no part of one. The names in it are those of the model
+    itself, without what DistributedDataParallel, torch.compile and FSDP add.
 
     Args:
-        model: see `DetectionCheckpointer`, as for the rest.
-        save_dir: where `save` writes.
-        fine_tune: allows that heads, neck and offset branches differ, for example because the number of classes does,
-            and the stem's input, because images are grey.
-            They keep their initial values, and the log lists them. Resuming is always exact.
+        model: whose weights are loaded and saved.
+        save_dir: the folder that `save` writes to.
+        fine_tune: allows heads, neck and offset branches to differ, for example in the number of classes, and the stem
+            to take another number of image channels. What differs keeps its initial values, and the log lists it. This
+            does not concern resuming, which is always exact.
+        others: as in `DetectionCheckpointer`: `save_to_disk`, and what is saved besides the model.
 
     Attributes:
         initial: names of the model's entries that the last `load` left at their initial values.
@@ -54,7 +61,7 @@ class DCNCheckpointer(DetectionCheckpointer):
         self._saved = SavedCheckpoints()
 
     def load(self, path: str, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Loads a file; see `DetectionCheckpointer`. Then `initial` names what it left at initial values."""
+        """Loads a file, as `DetectionCheckpointer` does, and sets `initial`."""
         path = os.fspath(path) if path else ""
         self._path = path  # for messages
         self.initial = [name for name in model_state(self.model) if not OPTIONAL.fullmatch(name)]
@@ -129,15 +136,16 @@ class DCNCheckpointer(DetectionCheckpointer):
         return bool(self.get_checkpoint_file())
 
     def get_checkpoint_file(self) -> str:
-        """The checkpoint that `last_checkpoint` names, else the whole one of most iterations; "" if there is none.
+        """The checkpoint to resume from; "" if there is none.
 
-        One of more iterations that was written after `last_checkpoint` comes before both: the process was killed in
-        between.
+        It is the one that the file `last_checkpoint` names. If that one is missing or damaged, it is the whole
+        checkpoint with the most iterations. A whole checkpoint with more iterations that was written after
+        `last_checkpoint` takes precedence: the process was killed before it could note that one.
         """
         return self._last_checkpoint()[0]
 
     def _last_checkpoint(self) -> tuple[str, list[str]]:
-        """The file to resume from, "" if there is none, and what is wrong with those that would have come before it."""
+        """The file to resume from, "" if there is none, and what is wrong with the files that were passed over."""
         if "://" in self.save_dir:
             return (super().get_checkpoint_file() if super().has_checkpoint() else ""), []
         return self._saved.newest(self.save_dir) if self.save_dir else ("", [])
@@ -148,13 +156,13 @@ class DCNCheckpointer(DetectionCheckpointer):
         Numbers and arrays of NumPy become those of Python and PyTorch; names are those of the model without wrappers.
 
         Raises:
-            ValueError: Something is no data, or a weight is NaN or infinite, so that `load` would refuse the file.
+            ValueError: Something is not data, or a weight is NaN or infinite, so that `load` would refuse the file.
             OSError: The file could not be written; the message says which checkpoint is whole.
         """
         if not self.save_dir or not self.save_to_disk:
             return
         if os.path.basename(name) != name:
-            raise ValueError(f"a checkpoint is called {name!r}, which is no name of a file")
+            raise ValueError(f"a checkpoint is called {name!r}, which is not the name of a file")
         data: dict[str, Any] = {"model": model_state(self.model)}
         data |= {key: value.state_dict() for key, value in self.checkpointables.items()}
         data = {key: as_data(value, key) for key, value in (data | kwargs).items()}
@@ -191,7 +199,7 @@ class DCNCheckpointer(DetectionCheckpointer):
         return checkpoint
 
     def _check(self, weights: Mapping[str, Any], origin: str, heuristics: bool = False) -> None:
-        """Refuses what is no weight; integers are where the model has some, and where nothing reads them."""
+        """Refuses what is not a weight. Integers are allowed where the model has some, and where nothing reads them."""
         model = model_state(self.model)
         integers = {name for name, v in model.items() if not (v.is_floating_point() or v.is_complex())}
 
@@ -216,7 +224,7 @@ class DCNCheckpointer(DetectionCheckpointer):
         left = {*incompatible.missing_keys, *(name for name, *_ in incompatible.incorrect_shapes)}
         self.initial = [unwrap_name(name) for name in self.model.state_dict() if name in left]
         loaded = {name for name in model_state(self.model) if not OPTIONAL.fullmatch(name)}.difference(self.initial)
-        # Statistics that a file lacks are made up by FrozenBatchNorm2d.
+        # They count for nothing: FrozenBatchNorm2d makes up statistics that a file lacks.
         if all(name.endswith((".running_mean", ".running_var")) for name in loaded):
             raise ValueError(
                 f"{self._path} does not fit the model: none of its {len(weights)} entries, such as "

@@ -16,11 +16,11 @@ from typing import IO, Any
 
 
 class CorruptCheckpointError(ValueError):
-    """A file that is no checkpoint, or only a part of one."""
+    """A file that is not a checkpoint, or only a part of one."""
 
 
 def check_digest(path: str | os.PathLike[str]) -> None:
-    """Compares a file with the digest in its name, if there is one: one rule for all ways to a file.
+    """Compares a file with the digest in its name, if there is one.
 
     Raises:
         CorruptCheckpointError: They differ.
@@ -43,16 +43,16 @@ def sha256_of(path: str | os.PathLike[str]) -> str:
 
 
 def digest_in_name(name: str) -> str | None:
-    """The first 8 digits of the SHA-256 digest, which publishers put at the end of a file's name; None without them.
+    """The digest in a file's name: the first 8 digits of SHA-256, which publishers put at its end. None if it has none.
 
-    For example "d68aed1e" of "faster_rcnn_r50_fpn_dconv_c3-c5_1x_coco_20200130-d68aed1e.pth". A date is no digest.
+    For example "d68aed1e" of "faster_rcnn_r50_fpn_dconv_c3-c5_1x_coco_20200130-d68aed1e.pth". A date is not a digest.
     """
     found = re.search(r"-([0-9a-f]{8})\.(?:pth|pt|bin)$", name)
     return found[1] if found and not re.fullmatch(r"20[0-3]\d[01]\d[0-3]\d", found[1]) else None
 
 
 class _Part(io.FileIO):
-    """A file that remembers why it could not be written: what torch.save raises then does not say so."""
+    """A file that remembers why it could not be written. The error that torch.save raises then does not tell."""
 
     error: OSError | None = None
 
@@ -66,10 +66,10 @@ class _Part(io.FileIO):
 
 @contextlib.contextmanager
 def write_atomically(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
-    """Opens a file for writing that takes its name when it is complete, so that nobody ever sees a part of it.
+    """Opens a file for writing. It gets its name when it is complete, so that no one ever sees a part of it.
 
     Raises:
-        OSError: It could not be written, for example because the disk is full; what had its name before is untouched.
+        OSError: It could not be written, for example because the disk is full. A file that had its name is untouched.
     """
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -116,7 +116,7 @@ def remove_leftovers(folder: str | os.PathLike[str], min_age: float = 60) -> lis
 
 
 def _lock(file: IO[bytes] | io.FileIO) -> bool:
-    """Takes the lock of an open file, without waiting; tells whether it was free. It is let go with the file."""
+    """Locks an open file until it is closed, without waiting. Returns False if another process has locked it."""
     try:
         import fcntl
 
@@ -127,7 +127,7 @@ def _lock(file: IO[bytes] | io.FileIO) -> bool:
 
 
 def _umask() -> int:
-    """The process's mask for new files, which can only be read by setting it."""
+    """The process's mask for the permissions of new files. It can only be read by setting it."""
     mask = os.umask(0o077)
     os.umask(mask)
     return mask

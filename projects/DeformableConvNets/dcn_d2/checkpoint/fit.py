@@ -1,5 +1,5 @@
 # Copyright (c) the dcn_d2 authors. SPDX-License-Identifier: Apache-2.0
-"""Whether the entries of a file fit a model, and which ones training may start without."""
+"""Compares the entries of a file with those of a model."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from .names import CONSTANTS, COUNTERS
 
 logger = logging.getLogger(__name__)
 
-# Entries that a file may lack or have too many of: they come from the config, or nothing reads them.
+# Entries that may be missing or left over: they are made from the config, or nothing reads them.
 OPTIONAL = re.compile(f"{CONSTANTS}|{COUNTERS}")
 
 
 def unwrap_module(model: nn.Module) -> nn.Module:
-    """The module inside of DistributedDataParallel, DataParallel and torch.compile, in whatever order."""
+    """The module inside of DistributedDataParallel, DataParallel and torch.compile, in any order."""
     wrappers = (nn.parallel.DistributedDataParallel, nn.DataParallel)
     while isinstance(
         inner := getattr(model, "module" if isinstance(model, wrappers) else "_orig_mod", None), nn.Module
@@ -41,10 +41,10 @@ def model_state(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 class Fit:
-    """Compares the entries of a file with those of a model.
+    """Decides whether the entries of a file may be loaded into a model.
 
     Args:
-        model: where they are to go.
+        model: the model.
         origin: names the file in messages.
         fine_tune: allows that heads, neck and offset branches differ, and the number of image channels.
     """
@@ -53,11 +53,15 @@ class Fit:
         self.model, self.origin, self.fine_tune = model, origin, fine_tune
 
     def fit_resnet(self, weights: Mapping[str, Any]) -> dict[str, Any]:
-        """Puts the model's prefix before the names of a ResNet, and checks that it covers the model's."""
+        """Gives the entries of a ResNet the names that they have in the model.
+
+        Raises:
+            ValueError: They are not all entries of the model's ResNet, or do not have its shapes.
+        """
         model = model_state(self.model)
         stems = [name for name in model if name.endswith("stem.conv1.weight")]
         if len(stems) != 1:
-            raise ValueError(f"{self.origin} holds a ResNet, but the model has {len(stems)} ResNets and not one")
+            raise ValueError(f"{self.origin} holds a ResNet, but the model has {len(stems)} ResNets instead of one")
         prefix = stems[0].removesuffix("stem.conv1.weight")
         own = {name: value for name, value in model.items() if name.startswith((f"{prefix}stem.", f"{prefix}res"))}
         found = {name: value for key, value in weights.items() if (name := prefix + key) in own}
@@ -74,6 +78,11 @@ class Fit:
         return found
 
     def check(self, weights: Mapping[str, Any]) -> None:
+        """Checks the entries of a whole model.
+
+        Raises:
+            ValueError: Some are missing, unknown or of another shape; the message lists them.
+        """
         problems = _differences(model_state(self.model), weights)
         if not any(name.endswith(".running_mean") for name in weights):
             # Detectron2's oldest models have the statistics folded into weight and bias, as FrozenBatchNorm2d expects.
@@ -92,7 +101,7 @@ class Fit:
             logger.warning(_listed(f"fine-tuning from {self.origin}: {fate}", problems))
 
     def _stem_for_other_images(self, model: Mapping[str, Any], weights: Mapping[str, Any]) -> list[str]:
-        """The entries of the stem whose number of image channels is another one, grey instead of colour for example.
+        """Names the weights of the stem that are for another number of image channels, such as 1 (grey) instead of 3.
 
         Raises:
             ValueError: They are frozen, so that a fresh one would never learn.
@@ -114,7 +123,7 @@ class Fit:
 
 
 def _may_start_afresh(name: str) -> bool:
-    """Whether training may start without an entry; the ResNet, offset branches aside, has to be there."""
+    """Whether training may start without an entry. It needs all of the ResNet except its offset branches."""
     neck = name.startswith(("backbone.fpn_", "backbone.top_block."))
     return not name.startswith("backbone.") or ".conv2_offset." in name or neck
 

@@ -25,17 +25,17 @@ _WRAPPERS = re.compile(r"(?:(?<=\.)|^)(?:_orig_mod|_fsdp_wrapped_module|_fpw_mod
 
 
 def unwrap_name(name: str) -> str:
-    """Takes off what wrappers other than DistributedDataParallel put into a name: `a._orig_mod.b` is `a.b`."""
+    """Takes off what wrappers other than DistributedDataParallel put into a name: `a._orig_mod.b` becomes `a.b`."""
     return _WRAPPERS.sub("", name)
 
 
 def unwrap_state_dict(checkpoint: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Takes off what training puts around a state dict: {"state_dict": …}, {"model": …} and the prefix "module.".
+    """Takes off what training puts around a state dict and its names.
 
-    And what `unwrap_name` takes off.
+    That is {"state_dict": …} or {"model": …} around it, and in the names "module." and what `unwrap_name` takes off.
 
     Raises:
-        ValueError: A name is no text, or two are the same without wrappers.
+        ValueError: A name is not text, or two are the same without wrappers.
     """
     for _ in range(100):  # a dictionary may contain itself
         wrapped = [key for key in ("state_dict", "model") if isinstance(checkpoint.get(key), Mapping)]
@@ -46,7 +46,9 @@ def unwrap_state_dict(checkpoint: Mapping[str, Any]) -> Mapping[str, Any]:
         raise ValueError(f"{wrapped[0]!r} contains itself")
     for name in checkpoint:
         if not isinstance(name, str):
-            raise ValueError(f"an entry is called {str(name)[:100]!r}, a {type(name).__name__} and no text")
+            raise ValueError(
+                f"an entry is called {str(name)[:100]!r}, which is of type {type(name).__name__}, not text"
+            )
     while True:
         unwrapped = {name: unwrap_name(name) for name in checkpoint}
         if unwrapped and all(name.startswith("module.") for name in unwrapped.values()):
@@ -126,7 +128,7 @@ def to_mmdet(state_dict: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _find_missing(weights: Mapping[str, Any]) -> list[str]:
-    """Names the statistics that norms lack: Detectron2's FrozenBatchNorm2d would make them up without a word."""
+    """Lists the statistics that norms lack, which Detectron2's FrozenBatchNorm2d would silently make up."""
     problems = []
     for name in weights:
         norm, _, parameter = name.rpartition(".")
@@ -145,9 +147,10 @@ def _classes_with_background(weights: Mapping[str, Any]) -> int:
 
 
 def _background_first(weights: Mapping[str, Any], otherwise: bool) -> bool:
-    """Tells whether class 0 is the background: in 1.x there are boxes and masks for the background too.
+    """Tells whether class 0 is the background, as in 1.x, which has boxes and masks for the background too.
 
-    Heads that are shared by all classes have the same shapes in both; then it is `otherwise`.
+    Heads that all classes share have the same shapes in all versions. If there are no others, the result is
+    `otherwise`.
     """
     classes = _classes_with_background(weights)
     said: dict[bool, list[str]] = {True: [], False: []}

@@ -1,7 +1,7 @@
 # Copyright (c) the dcn_d2 authors. SPDX-License-Identifier: Apache-2.0
-"""Addresses of foreign weights as values of MODEL.WEIGHTS: they are fetched, checked and converted on the way.
+"""Addresses of foreign weights as values of MODEL.WEIGHTS, which are fetched, checked and converted.
 
-What the rest of Detectron2 sees is the path of a file in Detectron2's own format, so its stock `DetectionCheckpointer`,
+The rest of Detectron2 sees the path of a file in Detectron2's own format, so its stock `DetectionCheckpointer`,
 `DefaultPredictor` and `DefaultTrainer` work as they are.
 """
 
@@ -54,9 +54,9 @@ PUBLISHERS = (
 class ForeignWeightsHandler(PathHandler):
     """Resolves `mmdet://` followed by a path below MMDetection's download folder, an address, or a local file.
 
-    Also resolves MMDetection's names of ImageNet weights and plain addresses of what MMDetection and torchvision
-    publish. The cache of Detectron2's downloads keeps both the download and what it was converted to, some 170 MB each
-    for a row of the zoo: below "dcn_d2/downloads" and "dcn_d2". Either may be deleted at any time, and is made again.
+    Also resolves MMDetection's names of ImageNet weights, and plain addresses of what MMDetection and torchvision
+    publish. The cache of Detectron2's downloads keeps the download, in "dcn_d2/downloads", and the converted file, in
+    "dcn_d2". Each has about 170 MB for a row of the zoo. Either may be deleted at any time, and is made again.
     """
 
     def _get_supported_prefixes(self) -> list[str]:
@@ -90,7 +90,8 @@ class ForeignWeightsHandler(PathHandler):
 def register_path_handlers() -> None:
     """Makes Detectron2's PathManager resolve the addresses; a second call changes nothing.
 
-    Detectron2's own checkpointer, which takes foreign files without a prefix for its own, then says what they are.
+    Detectron2's own checkpointer takes a foreign file without a prefix for one of its own. From then on it logs an
+    error that says what the file is.
     """
     PathManager.register_handler(ForeignWeightsHandler())
     if not hasattr(DetectionCheckpointer._load_file, "tells_foreign_files"):
@@ -101,7 +102,7 @@ def _telling_foreign_files(original: Callable[..., dict[str, Any]]) -> Callable[
     @functools.wraps(original)
     def load_file(self: DetectionCheckpointer, filename: str) -> dict[str, Any]:
         loaded = original(self, filename)
-        with contextlib.suppress(ValueError):  # names that are no text: Detectron2 will say so
+        with contextlib.suppress(ValueError):  # a name is not text: Detectron2 will say so
             if not loaded.get("matching_heuristics") and recognise(loaded):
                 logger.error(
                     f"{filename} has the names of MMDetection or torchvision, of which Detectron2 knows NONE: the "
@@ -157,7 +158,7 @@ def fetch_weights(address: str) -> str:
 
 
 def _fetch(path: str, force: bool) -> tuple[str, bool]:
-    """Local file for a path that the handler takes, and whether this call has downloaded it and may delete it."""
+    """Gives the local file for a path that the handler takes, and whether this call has just downloaded it."""
     # Detectron2's checkpointer passes a path through urlparse, which makes "mmdet:/file" of "mmdet:///file".
     place = path.removeprefix(PREFIX).removeprefix("//") if path.startswith(PREFIX) else path
     place = IMAGENET.get(place, place)
@@ -200,7 +201,7 @@ def _unfetched(place: str, error: OSError) -> OSError:
 
 
 def _convert(source: str, downloaded: bool) -> dict[str, Any]:
-    """Reads and converts a file; what this call has downloaded for nothing is deleted."""
+    """Reads and converts a file. If it is damaged and was just downloaded, it is deleted."""
     try:
         return convert_file(source)
     except CorruptCheckpointError as error:
@@ -220,6 +221,6 @@ def _cache_dir() -> Path:
 
 
 def _version() -> str:
-    """Changes whenever the conversion does, so that files which an older one made are not used."""
+    """A digest of the code that converts: what an older version has converted is not used."""
     sources = (Path(str(file)) for file in (names.__file__, provenance.__file__, mmdet.__file__, torchvision.__file__))
     return hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:8]

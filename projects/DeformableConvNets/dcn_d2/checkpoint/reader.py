@@ -1,5 +1,5 @@
 # Copyright (c) the dcn_d2 authors. SPDX-License-Identifier: Apache-2.0
-"""Reading of files of weights as data, and never as code."""
+"""Reads files of weights as data, and never as code."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[Any, Any]:
 
     Takes both formats of PyTorch and the pickles of Detectron2's zoo, whatever the file is called. The checksums of
     PyTorch's newer format are compared, and so is the digest that a file may have at the end of its name. Reading
-    takes neither much longer nor much more memory than the size of the file asks for, whatever the file claims.
+    takes time and memory in proportion to the size of the file, whatever the file says about itself.
 
     Raises:
-        CorruptCheckpointError: The file is truncated, corrupted, or no checkpoint.
+        CorruptCheckpointError: The file is truncated, corrupted, or not a checkpoint.
         ValueError: It holds objects of other types, which could run code when they are read.
         OSError: It cannot be opened.
     """
@@ -44,13 +44,13 @@ def _read(path: str | os.PathLike[str], values: bool) -> dict[Any, Any]:
             checkpoint = read_file(file, values)
         except NotDataError as refused:
             raise ValueError(_refusal(path, shown(refused))) from None
-        except MemoryError:  # says something about the machine, and nothing about the file
+        except MemoryError:  # the machine is at fault, not the file
             raise
         except Exception as error:  # damaged files make pickle, zipfile and torch raise errors of a dozen types
             raise CorruptCheckpointError(_damage(path, error)) from error
     if not isinstance(checkpoint, Mapping) or not checkpoint:
         what = "nothing" if isinstance(checkpoint, Mapping) else f"a {type(checkpoint).__name__}"
-        raise CorruptCheckpointError(f"{path} is no checkpoint: it holds {what} instead of named weights")
+        raise CorruptCheckpointError(f"{path} is not a checkpoint: it holds {what} instead of named weights")
     left_over = {key: what for key, value in checkpoint.items() if (what := _left_over(key, value))}
     if left_over and ("state_dict" in left_over or "state_dict" not in checkpoint):
         listed = "; ".join([*left_over.values()][:5])
@@ -61,14 +61,14 @@ def _read(path: str | os.PathLike[str], values: bool) -> dict[Any, Any]:
 
 
 def shown(name: object) -> str:
-    """A name from a file as it can stand in a message: in one line, and not without end."""
+    """A name from a file as it can be shown in a message: in one line, and cut where it is long."""
     text = str(name)
     text = text if len(text) <= 120 else f"{text[:100]}…"
     return text if text.isprintable() else repr(text)[1:-1]
 
 
 def _left_over(name: object, value: object) -> str:
-    """Names what is neither tensor nor array, text or number at or below an entry; "" if nothing is."""
+    """Names the first thing at or below an entry that is not a tensor, an array, text or a number; "" if all are."""
     seen: set[int] = set()
     waiting = [(str(name), value)]
     while waiting:
@@ -94,8 +94,8 @@ def _damage(path: str | os.PathLike[str], error: Exception) -> str:
     if isinstance(error, RecursionError):
         reason = "its containers are nested too deep"
     elif error.args and type(error.args[0]) is int or isinstance(error, pickle.UnpicklingError):
-        reason = "its pickle is damaged, or it has none"  # where text is, an operation of a pickle is looked for
+        reason = "its pickle is damaged, or it has none"  # its bytes were taken for the operations of a pickle
     else:
         reason = " ".join(str(error).split())[:300] or type(error).__name__
     size = os.path.getsize(path)
-    return f"{path} ({size} bytes) is truncated, corrupted, or no checkpoint of PyTorch or Detectron2: {reason}"
+    return f"{path} ({size} bytes) is truncated, corrupted, or not a checkpoint of PyTorch or Detectron2: {reason}"

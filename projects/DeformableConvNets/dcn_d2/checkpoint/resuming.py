@@ -14,7 +14,7 @@ class SavedCheckpoints:
     """Finds checkpoints of runs in local folders, and remembers which ones were found to be whole."""
 
     def __init__(self) -> None:
-        self._whole: dict[str, tuple[tuple[int, int], str]] = {}  # path: what it looked like, what is wrong with it
+        self._whole: dict[str, tuple[tuple[int, int], str]] = {}  # path: (time, size), what is wrong with it
 
     def note_whole(self, path: str) -> None:
         """Notes that a checkpoint was just written, so that it need not be read to know that it is whole."""
@@ -22,7 +22,7 @@ class SavedCheckpoints:
         self._whole[path] = (stat.st_mtime_ns, stat.st_size), ""
 
     def newest(self, save_dir: str) -> tuple[str, list[str]]:
-        """The file to resume from, "" if there is none, and what is wrong with those that would have come before it."""
+        """The file to resume from, "" if there is none, and what is wrong with the files that were passed over."""
         folder, tag = Path(save_dir), Path(save_dir, "last_checkpoint")
         if not folder.is_dir():
             return "", []
@@ -57,7 +57,7 @@ class SavedCheckpoints:
         return "", problems if candidates or len(problems) > 1 or tagged else []
 
     def _written_after(self, noted: int, named: Path) -> tuple[str, list[str]]:
-        """As `newest`, where `last_checkpoint`, of the time `noted`, names the whole checkpoint `named`."""
+        """As `newest`, if `last_checkpoint`, written at the time `noted`, names the whole checkpoint `named`."""
         later = [file for file in named.parent.glob("*.pth") if file != named and file.stat().st_mtime_ns > noted]
         candidates = [(iteration, file) for file in later if (iteration := _iteration_of(file)) is not None]
         own = _iteration_of(named)

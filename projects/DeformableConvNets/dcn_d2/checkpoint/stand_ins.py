@@ -14,11 +14,11 @@ import torch
 
 
 class NotDataError(Exception):
-    """A pickle names something that is no data; its text is the name."""
+    """A pickle names something that is not data; the text of the error is that name."""
 
 
 class DamagedError(Exception):
-    """A file claims what cannot be."""
+    """A file says something about itself that cannot be true."""
 
 
 class Ignored:
@@ -28,27 +28,27 @@ class Ignored:
 
 
 class Unusable:
-    """Stands in for a tensor or an array that is no plain one; `kind` says what it is."""
+    """Stands in for a tensor or an array of a kind that is not read; `kind` says which."""
 
     def __init__(self, kind: str) -> None:
         self.kind = kind
 
 
 class Storage:
-    """Values of one type in a row, as many tensors may share."""
+    """Values of one type in a row, which several tensors may share."""
 
     def __init__(self, values: torch.Tensor, quantised: bool = False) -> None:
         self.values, self.quantised = values, quantised
 
 
 class StorageType:
-    """What the name of a class of storages says: the type of its values."""
+    """A class of storages, of which only the type of its values matters."""
 
     def __init__(self, dtype: torch.dtype, quantised: bool = False) -> None:
         self.dtype, self.quantised = dtype, quantised
 
     def size_of(self, count: object) -> int:
-        """Bytes of so many values."""
+        """How many bytes `count` values take."""
         if type(count) is not int or count < 0:
             raise DamagedError(f"a storage has {count!r} values")
         return count * self.dtype.itemsize
@@ -65,13 +65,13 @@ class DType:
             self.order = state[1]
 
     def resolve(self) -> np.dtype | None:
-        """The type of numbers, None if it is one of text, objects or records."""
+        """NumPy's type; None for text, objects and records."""
         plain = re.fullmatch(r"[<>|=]?(b1|[iu][1248]|f[248]|c8|c16)", self.name)
         return np.dtype(self.order + plain[1]) if plain else None
 
 
 class Array:
-    """An array before its content is known, which a pickle gives later."""
+    """An array whose content the pickle gives later."""
 
     def __init__(self) -> None:
         self.value: np.ndarray | Unusable | None = None
@@ -100,7 +100,7 @@ def as_array(content: object, dtype: object, shape: object, order: object) -> np
 def as_numbers(value: object) -> tuple[int, ...]:
     """The value as the natural numbers of a shape, a stride or an offset, which it has to be."""
     if not isinstance(value, (tuple, list)) or not all(type(v) is int and 0 <= v < 1 << 62 for v in value):
-        raise DamagedError("a shape, a stride or an offset is no natural number")
+        raise DamagedError("a shape, a stride or an offset is not a whole number from 0")
     if len(value) > 32:
         raise DamagedError(f"a tensor has {len(value)} dimensions")
     return tuple(value)

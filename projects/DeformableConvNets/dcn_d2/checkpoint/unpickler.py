@@ -18,16 +18,16 @@ import torch
 from .stand_ins import Array, DamagedError, DType, Ignored, NotDataError, Storage, StorageType, Unusable, as_numbers
 from .vocabulary import TABLE, Maker, check_key, make_set
 
-# A training checkpoint of ResNet-101 needs some 50,000 operations. They bound the time, and with some 200 bytes for
-# each also the memory, that a hostile file can take.
+# A training checkpoint of ResNet-101 needs about 50,000 operations. The limit bounds the time that a hostile file can
+# take, and the memory too: an operation takes about 200 bytes.
 MAX_OPERATIONS = 400_000
 MAX_DEPTH = 64
-# Tensors may share values, so that together they hold more than the file; this many times more, and bytes beyond that.
+# Tensors may share values, so together they may hold more than the file: this many times its size, and bytes beyond it.
 MAX_SHARING, FREE_SHARING = 8, 64 << 20
 
 
 class BoundedFile:
-    """A file of which nobody can read more bytes than there are: such a claim is an error, and takes no memory."""
+    """A file that refuses to read more bytes than it has, before memory is taken for them."""
 
     def __init__(self, file: IO[bytes], size: int) -> None:
         self._file, self.size = file, size
@@ -44,20 +44,20 @@ class BoundedFile:
         return self._file.readline()
 
     def fill(self, values: torch.Tensor) -> None:
-        """Reads the bytes of a row of values."""
+        """Fills `values` with the next bytes of the file."""
         if values.nbytes and self._file.readinto(values.view(torch.uint8).numpy()) != values.nbytes:  # type: ignore
             raise DamagedError(f"it ends before the {values.nbytes} bytes that it announces")
 
 
 class _Counted(dict):
-    """The table of operations, which counts how many are looked up."""
+    """The table of operations. It counts how many are looked up."""
 
     count = 0
 
     def __getitem__(self, key: int) -> Any:
         self.count += 1
         if self.count > MAX_OPERATIONS:
-            raise DamagedError(f"it has more than {MAX_OPERATIONS:,} operations, and no checkpoint needs as many")
+            raise DamagedError(f"it has more than {MAX_OPERATIONS:,} operations, more than any checkpoint needs")
         return super().__getitem__(key)
 
 
@@ -69,8 +69,7 @@ class DataUnpickler(_Unpickler):
 
     Args:
         file: where it begins.
-        storage: gives the values that a reference of PyTorch stands for; None where there are none, as in plain
-            pickles.
+        storage: gives the values that a reference of PyTorch stands for. None for plain pickles, which have none.
         payload: bytes of the values of all tensors.
     """
 
@@ -126,7 +125,7 @@ class DataUnpickler(_Unpickler):
 
     def _call(self, function: object, args: object, kwargs: Mapping[str, Any] | None = None) -> Any:
         if not isinstance(function, Maker) or not isinstance(args, tuple):
-            raise DamagedError("it calls something that is no function")
+            raise DamagedError("it calls something that is not a function")
         return function.make(*args, **(kwargs or {}))
 
     # The operations below are those of `pickle`, restricted: they call what the table gives, and change only lists,
@@ -230,8 +229,8 @@ for _names, _function in {
 
 
 def finish(tree: object) -> Any:
-    """Puts arrays in the place of what stood for them, and checks that containers are neither deep nor endless."""
-    done: dict[int, tuple[object, object]] = {}  # with what was there, so that no other object gets its number
+    """Replaces stand-ins by their arrays. Refuses containers that are nested too deep or contain themselves."""
+    done: dict[int, tuple[object, object]] = {}  # id: the object, kept so that its id stays its own, and the result
 
     def visit(value: object, depth: int) -> object:
         if isinstance(value, Array):

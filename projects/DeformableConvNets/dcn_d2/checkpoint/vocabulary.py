@@ -1,5 +1,5 @@
 # Copyright (c) the dcn_d2 authors. SPDX-License-Identifier: Apache-2.0
-"""The names that a pickle may use, and what each one gives: all others are refused."""
+"""The names that a pickle may use, and what each of them gives. All others are refused."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ TABLE: dict[str, Any] = {
     "builtins.bytearray": Maker(lambda value=b"", *rest: bytearray(value if isinstance(value, bytes) else b"")),
     "builtins.complex": Maker(lambda real=0.0, imaginary=0.0: complex(float(real), float(imaginary))),
     "_codecs.encode": Maker(_encode),
-    "torch.serialization._get_layout": Maker(lambda *args: None),  # of sparse tensors
+    "torch.serialization._get_layout": Maker(lambda *args: None),  # sparse tensors name it
     **{str(value): None for value in vars(torch).values() if isinstance(value, torch.qscheme)},
     "torch.Size": Maker(lambda values=(): as_numbers(values)),
     "torch.device": Maker(lambda *args: ":".join(str(arg) for arg in args if isinstance(arg, (str, int)))),

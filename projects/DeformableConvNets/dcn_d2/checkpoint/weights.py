@@ -1,5 +1,5 @@
 # Copyright (c) the dcn_d2 authors. SPDX-License-Identifier: Apache-2.0
-"""The one way by which weights come into a model: a file of any kind -> content of a file of Detectron2, checked."""
+"""Reads a file of weights of any kind, and checks that weights are finite numbers."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def read_weights(path: str) -> dict[str, Any]:
         and what training has left. Detectors of MMDetection and ResNets of torchvision are converted.
 
     Raises:
-        ValueError, OSError: As `read_checkpoint`; or what has the names of MMDetection is none of its detectors.
+        ValueError, OSError: As `read_checkpoint`. Or the file has MMDetection's names but is not one of its detectors.
     """
     checkpoint = read_checkpoint(path)
     if isinstance(checkpoint.get("model_state"), Mapping):  # of pycls
@@ -74,7 +74,7 @@ def check_weights(
     Args:
         weights: tensors or arrays by name.
         origin: names the file in messages.
-        may_be_integer: tells the entries that may be integers or truth values.
+        may_be_integer: tells by its name whether an entry may hold integers or truth values.
 
     Raises:
         ValueError: Some are not; the message names them.
@@ -87,7 +87,7 @@ def check_weights(
         more = [f"and {len(problems) - 20} more"] if len(problems) > 20 else []
         listed = "\n  ".join([*problems[:20], *more])
         raise ValueError(
-            f"{origin} is refused, {len(problems)} of its {len(weights)} entries are no weights:\n  {listed}"
+            f"{origin} is refused, {len(problems)} of its {len(weights)} entries are not weights:\n  {listed}"
         )
 
 
@@ -95,7 +95,7 @@ def _problem(value: object, may_be_integer: bool) -> str:
     if isinstance(value, np.ndarray):
         value = torch.from_numpy(value)
     if not isinstance(value, torch.Tensor):
-        return f"is a {type(value).__name__} and no tensor"
+        return f"is of type {type(value).__name__}, not a tensor"
     if value.is_quantized or value.is_sparse or value.is_meta:
         return "is a quantised, sparse or meta tensor; save its dequantised or dense values"
     if value.is_complex():

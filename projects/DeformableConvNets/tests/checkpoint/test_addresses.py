@@ -146,7 +146,7 @@ def test_files_of_the_user_are_never_deleted(tmp_path: Path, monkeypatch: pytest
     (tmp_path / "sub").mkdir()
     monkeypatch.chdir(tmp_path / "sub")
     for address in ("mmdet://../thesis.txt", f"mmdet://{thesis}", f"mmdet:{thesis}"):
-        with pytest.raises(CorruptCheckpointError, match="thesis.txt .* no checkpoint"):
+        with pytest.raises(CorruptCheckpointError, match="thesis.txt .* not a checkpoint"):
             PathManager.get_local_path(address)
     assert thesis.read_text() == "years of work"
 

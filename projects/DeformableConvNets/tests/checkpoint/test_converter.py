@@ -230,7 +230,7 @@ def test_what_cannot_be_converted_is_told_in_a_line(tmp_path: Path) -> None:
     assert_one_line(run(path, out), "a.pth is neither a detector of MMDetection nor a ResNet of torchvision")
     assert "No such file" in failure(tmp_path / "nothing.pth", out)
     path.write_text("text")
-    assert "a.pth (4 bytes) is truncated, corrupted, or" in failure(path, out)
+    assert "a.pth (4 bytes) is truncated, corrupted, or not a checkpoint" in failure(path, out)
     torch.save({"state_dict": SMALL}, path)
     assert "has the names of MMDetection, not those of Detectron2" in failure("--to-mmdet", path, out)
     assert not out.exists()

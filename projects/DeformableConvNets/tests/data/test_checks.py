@@ -371,7 +371,7 @@ def test_no_images_or_annotations_at_all(data: Data) -> None:
     data.register("bare", [{key: value for key, value in r.items() if key != "annotations"} for r in data.records()])
     assert "3 of 3 images have no list 'annotations'" in error_of(config("bare"))
     data.register("strings", ["1.png"])
-    assert "1 of 1 images are no dicts: [0] is '1.png'" in error_of(config("strings"))
+    assert "1 of 1 images are not dicts: [0] is '1.png'" in error_of(config("strings"))
 
 
 # Test sets
@@ -480,7 +480,7 @@ BROKEN: dict[str, tuple[Callable[[dict], Any], str]] = {
     "no annotations": (lambda coco: change(coco, "annotations", drop=True), "no list 'annotations'"),
     "texts": (
         lambda coco: change(coco, "images", 0, to="1.png"),
-        "1 of 3 entries of 'images' are no objects: [0] is '1.png'",
+        "1 of 3 entries of 'images' are not objects: [0] is '1.png'",
     ),
     "image without id": (lambda coco: change(coco, "images", 1, "id", drop=True), "1 of 3 images have no 'id'"),
     "image without name": (
