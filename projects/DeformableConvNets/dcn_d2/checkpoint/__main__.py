@@ -33,10 +33,9 @@ import torch
 from dcn_d2 import __version__
 
 from .files import write_atomically
-from .mmdet import to_mmdet, unwrap_state_dict
+from .mmdet import to_mmdet
 from .provenance import read_author, recognise, warn_of_v1
-from .reader import read_checkpoint
-from .weights import as_data, check_weights, convert_file
+from .weights import as_data, convert_file, read_state_dict
 
 
 def convert_back(path: str) -> dict[str, Any]:
@@ -46,8 +45,7 @@ def convert_back(path: str) -> dict[str, Any]:
         ValueError: It has no such names, or entries that have no place in MMDetection; the message lists them.
         OSError: It cannot be read.
     """
-    weights = unwrap_state_dict(read_checkpoint(path))
-    check_weights(weights, path)
+    weights = read_state_dict(path)
     if provenance := recognise(weights):
         raise ValueError(
             f"{path} has the names of {provenance.value}, not those of Detectron2, which --to-mmdet converts"
@@ -98,7 +96,7 @@ def main(arguments: list[str] | None = None) -> None:
         warn_of_v1(read_author(converted.get("__author__")), source)
         with write_atomically(args.target) as file:
             torch.save(as_data(converted, source), file)  # tensors, also where a pickle had arrays
-    except (OSError, ValueError) as error:
+    except (ImportError, OSError, ValueError) as error:  # ImportError: an address, but no Detectron2
         sys.exit(f"dcn_d2.checkpoint: {error}")
     weights = converted["state_dict" if args.to_mmdet else "model"]
     print(f"wrote {args.target} with {len(weights)} entries")

@@ -65,7 +65,8 @@ def convert_checkpoint(checkpoint: Mapping[str, Any], origin: str) -> dict[str, 
         raise ValueError(f"{origin}: {error}") from error
     raise ValueError(
         f"{origin} is neither a detector of MMDetection nor a ResNet of torchvision; its first entries are "
-        f"{', '.join(list(map(str, weights))[:5])}. A file of Detectron2 needs no prefix before its path"
+        f"{', '.join(list(map(str, weights))[:5])}. A file of Detectron2 needs no conversion, and no mmdet:// before "
+        "its path"
     )
 
 

@@ -33,10 +33,7 @@ def read_weights(path: str) -> dict[str, Any]:
         blobs = checkpoint["blobs"] if isinstance(checkpoint.get("blobs"), Mapping) else checkpoint
         weights = {name: value for name, value in blobs.items() if not str(name).endswith("_momentum")}
         return {"model": weights, "__author__": "Caffe2", "matching_heuristics": True}
-    try:
-        weights = dict(unwrap_state_dict(checkpoint))
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
+    weights = _unwrap(checkpoint, path)
     if provenance := recognise(weights):
         converted = convert_checkpoint(weights, path)
         warn_of_v1(provenance, path)
@@ -52,9 +49,26 @@ def convert_file(path: str) -> dict[str, Any]:
     Raises:
         ValueError, OSError: As `read_checkpoint`, `check_weights` and `convert_checkpoint`.
     """
-    checkpoint = read_checkpoint(path)
-    check_weights(unwrap_state_dict(checkpoint), path)
-    return convert_checkpoint(checkpoint, path)
+    return convert_checkpoint(read_state_dict(path), path)
+
+
+def read_state_dict(path: str) -> dict[str, Any]:
+    """Reads the weights of a file by their names there, without what training puts around them, and checks them.
+
+    Raises:
+        ValueError, OSError: As `read_checkpoint`, `unwrap_state_dict` and `check_weights`.
+    """
+    weights = _unwrap(read_checkpoint(path), path)
+    check_weights(weights, path)
+    return weights
+
+
+def _unwrap(checkpoint: Mapping[str, Any], path: str) -> dict[str, Any]:
+    """Does what `unwrap_state_dict` does, with errors that name the file."""
+    try:
+        return dict(unwrap_state_dict(checkpoint))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
 
 
 def _is_caffe2(checkpoint: Mapping[str, Any], path: str) -> bool:

@@ -144,6 +144,7 @@ def test_a_file_needs_neither_detectron2_nor_mmdetection(tmp_path: Path) -> None
     assert done.returncode == 0, done.stderr
     assert_same_bits(read(tmp_path / "mine.pth")["model"], SMALL_CONVERTED)
     assert_one_line(run(tmp_path / "none.pth", tmp_path / "out.pth", script=("-c", code)), "No such file")
+    assert_one_line(run("mmdet://none.pth", tmp_path / "out.pth", script=("-c", code)), "detectron2")
 
 
 @pytest.mark.parametrize("form", ["mmdet://{path}", "mmdet://{url}", "{url}"])
@@ -231,6 +232,9 @@ def test_what_cannot_be_converted_is_told_in_a_line(tmp_path: Path) -> None:
     assert "No such file" in failure(tmp_path / "nothing.pth", out)
     path.write_text("text")
     assert "a.pth (4 bytes) is truncated, corrupted, or not a checkpoint" in failure(path, out)
+    torch.save({"state_dict": {3: torch.zeros(1)}}, path)
+    for options in ([], ["--to-mmdet"]):
+        assert "a.pth: an entry is called '3', which is of type int, not text" in failure(*options, path, out)
     torch.save({"state_dict": SMALL}, path)
     assert "has the names of MMDetection, not those of Detectron2" in failure("--to-mmdet", path, out)
     assert not out.exists()

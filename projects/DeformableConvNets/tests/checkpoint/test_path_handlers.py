@@ -256,7 +256,7 @@ def test_processes_share_one_download_and_one_conversion(
 def test_what_is_neither_a_detector_nor_a_resnet_is_refused(tmp_path: Path) -> None:
     torch.save({"model": {"backbone.bottom_up.stem.conv1.weight": torch.zeros(1)}}, tmp_path / "own.pth")
     with pytest.raises(
-        ValueError, match="own.pth is neither .* backbone.bottom_up.stem.conv1.weight.* needs no prefix"
+        ValueError, match="own.pth is neither .* backbone.bottom_up.stem.conv1.weight.* needs no conversion"
     ):
         PathManager.get_local_path(f"mmdet://{tmp_path}/own.pth")
     torch.save({"state_dict": {"bbox_head.retina_cls.bias": torch.zeros(1)}}, tmp_path / "retinanet.pth")
