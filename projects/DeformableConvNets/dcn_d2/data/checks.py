@@ -21,7 +21,7 @@ from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
 from detectron2.utils.logger import log_first_n
 
-from .coco_json import check_coco_json, read_json
+from .coco_json import check_coco_json, read_before, read_json
 from .findings import Findings, show
 from .image_files import check_image_files
 from .needs import Needs, check_number_of_classes, compare_names, read_needs
@@ -155,9 +155,15 @@ def _check_one(name: str, needs: Needs, reference: str, hand_on: bool, quiet: bo
     begin = time.perf_counter()
     with _without_garbage_collection():
         if path and metadata.get("evaluator_type", None) in COCO_EVALUATORS:
-            check_coco_json(PathManager.get_local_path(path), image_root, needs, findings)
+            file = PathManager.get_local_path(path)
+            content = read_json(file)
+            check_coco_json(content, image_root, needs, findings)
             findings.refuse()
-        records = _load(name, findings)
+            with read_before(file, content):
+                records = _load(name, findings)
+            del content
+        else:
+            records = _load(name, findings)
         _check_names(metadata, needs, reference, findings)
         summary = "of a size that is not known"
         if isinstance(records, Sequence):  # else it is a torch Dataset, which may hold anything
