@@ -100,6 +100,6 @@ def test_wheel_holds_configs_images_and_one_library_for_all_pythons(project: Pat
     assert "-cp310-abi3-" in wheel.name
     names = set(zipfile.ZipFile(wheel).namelist())
     expected = {f"dcn_d2/configs/{path.name}" for path in (project / "configs").glob("*.yaml")}
-    expected |= {"dcn_d2/_C.abi3.so", "dcn_d2/data/nuclei/image.png", "dcn_d2/data/nuclei/labels.png"}
+    expected |= {"dcn_d2/_C.abi3.so", "dcn_d2/data/nuclei_images/image.png", "dcn_d2/data/nuclei_images/labels.png"}
     expected |= {str(path.relative_to(project)) for path in (project / "dcn_d2").rglob("*.py")}
     assert expected <= names, expected - names

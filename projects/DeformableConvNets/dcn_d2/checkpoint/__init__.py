@@ -1,7 +1,18 @@
 # Copyright (c) the dcn_d2 authors. SPDX-License-Identifier: Apache-2.0
-"""Reading of weights: renaming as pure functions over dictionaries, and what applies it to files and models.
+"""Weights: reading, converting, downloading, loading and saving them.
 
-The names below are imported when they are first used, so that the renaming needs neither torch nor Detectron2.
+    names                           the table of names: MMDetection's and torchvision's <-> Detectron2's
+    mmdet, torchvision              state dicts -> state dicts with Detectron2's names, and back
+    provenance                      who made a file, and its conversion
+    files                           digests, and writing in one step
+    reader, formats, unpickler,     reading of files as data, without running anything that is in them
+    vocabulary, stand_ins
+    weights                         a file of any kind -> checked weights
+    download, path_handlers         values of MODEL.WEIGHTS -> local files
+    checkpointer, fit, resuming     local files -> a model, and back
+    __main__                        `python -m dcn_d2.checkpoint`, which converts a file by hand
+
+The names below are imported when they are first used, so that renaming needs neither torch nor Detectron2.
 """
 
 from __future__ import annotations
@@ -11,9 +22,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .checkpointer import DCNCheckpointer
+    from .files import CorruptCheckpointError
     from .mmdet import convert_mmdet_state_dict, to_mmdet
     from .path_handlers import register_path_handlers
-    from .reader import CorruptCheckpointError, read_checkpoint
+    from .reader import read_checkpoint
     from .torchvision import convert_torchvision_resnet, is_torchvision_resnet
     from .weights import read_weights
 
@@ -22,7 +34,7 @@ _HOMES = {
     "convert_mmdet_state_dict": "mmdet",
     "to_mmdet": "mmdet",
     "register_path_handlers": "path_handlers",
-    "CorruptCheckpointError": "reader",
+    "CorruptCheckpointError": "files",
     "read_checkpoint": "reader",
     "read_weights": "weights",
     "convert_torchvision_resnet": "torchvision",

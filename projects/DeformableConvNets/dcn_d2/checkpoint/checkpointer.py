@@ -1,51 +1,51 @@
 # Copyright (c) the dcn_d2 authors. SPDX-License-Identifier: Apache-2.0
-"""Detectron2's checkpointer, which also knows MMDetection's and torchvision's files and refuses what does not fit."""
+"""A checkpointer that also reads files of MMDetection and torchvision, and refuses what does not fit."""
 
 from __future__ import annotations
 
-import logging
 import os
-import re
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
-from detectron2.layers import FrozenBatchNorm2d
 from fvcore.common.checkpoint import Checkpointer
 from torch import nn
 
-from .download import SCHEMES
+from .files import CorruptCheckpointError, remove_leftovers, write_atomically
+from .fit import OPTIONAL, Fit, model_state, unwrap_module
 from .mmdet import unwrap_name
-from .path_handlers import PUBLISHERS, fetch_weights, register_path_handlers
-from .reader import CorruptCheckpointError, peek, read_checkpoint, remove_leftovers, shown, write_atomically
+from .path_handlers import find_weights, register_path_handlers
+from .reader import shown
+from .resuming import SavedCheckpoints
 from .weights import as_data, check_weights, read_weights
-
-logger = logging.getLogger(__name__)
-
-# Entries that a file may lack or have too many of: they come from the config, or nothing reads them.
-_OPTIONAL = re.compile(r"pixel_mean|pixel_std|.*anchor_generator\.cell_anchors\.\d+|.*\.num_batches_tracked")
 
 
 class DCNCheckpointer(DetectionCheckpointer):
     """A `DetectionCheckpointer` that recognises files by content and does not load what does not fit.
 
-    It reads its own files, those of Detectron2, its deformable models included, detectors of MMDetection, and ResNets
-    of torchvision, as `train_net.py`, a path or an address may give them. Detectron2's loads what fits and warns; here
-    entries that are missing, unknown or of another shape are an error that lists them all, and nothing is loaded. A
-    ResNet alone, as training starts from, has to cover the model's ResNet, offset branches aside. Checkpoints are
-    written in one step: an interruption leaves no part of one. Files that hold more than data, or weights that are NaN,
-    infinite or no floating-point numbers, are refused; no file is ever executed.
+    It reads, from a path or an address:
 
-    Names are those of the model itself: what DistributedDataParallel, torch.compile and FSDP add is taken off.
+    - what it has written itself,
+    - files of Detectron2, its deformable models included,
+    - detectors of MMDetection,
+    - ResNets of torchvision.
+
+    Detectron2's checkpointer loads what fits and warns of the rest. Here entries that are missing, unknown or of
+    another shape are an error that lists them all, and nothing is loaded. A file with only a ResNet, such as training
+    starts from, must have all entries of the model's ResNet except its offset branches. A file is refused if it holds
+    more than data, or weights that are NaN, infinite or not floating-point numbers. Nothing in a file is ever executed.
+
+    A checkpoint is written in one step: an interruption leaves no part of one. The names in it are those of the model
+    itself, without what DistributedDataParallel, torch.compile and FSDP add.
 
     Args:
-        model: see `DetectionCheckpointer`, as for the rest.
-        save_dir: where `save` writes.
-        fine_tune: allows that heads, neck and offset branches differ, for example because the number of classes does,
-            and the stem's input, because images are grey.
-            They keep their initial values, and the log lists them. Resuming is always exact.
+        model: whose weights are loaded and saved.
+        save_dir: the folder that `save` writes to.
+        fine_tune: allows heads, neck and offset branches to differ, for example in the number of classes, and the stem
+            to take another number of image channels. What differs keeps its initial values, and the log lists it. This
+            does not concern resuming, which is always exact.
+        others: as in `DetectionCheckpointer`: `save_to_disk`, and what is saved besides the model.
 
     Attributes:
         initial: names of the model's entries that the last `load` left at their initial values.
@@ -58,13 +58,13 @@ class DCNCheckpointer(DetectionCheckpointer):
         self.initial: list[str] = []
         self._path = ""
         self._heuristics = False
-        self._whole: dict[str, tuple[tuple[int, int], str]] = {}  # path: what it looked like, what is wrong with it
+        self._saved = SavedCheckpoints()
 
     def load(self, path: str, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Loads a file; see `DetectionCheckpointer`. Then `initial` names what it left at initial values."""
+        """Loads a file, as `DetectionCheckpointer` does, and sets `initial`."""
         path = os.fspath(path) if path else ""
         self._path = path  # for messages
-        self.initial = [name for name in self._model_state() if not _OPTIONAL.fullmatch(name)]
+        self.initial = [name for name in model_state(self.model) if not OPTIONAL.fullmatch(name)]
         if path:
             self.logger.info(f"[DCNCheckpointer] Loading from {path} ...")
             path = self._find(path)
@@ -88,7 +88,7 @@ class DCNCheckpointer(DetectionCheckpointer):
                 if self._path
                 else "MODEL.WEIGHTS is empty, so that there are weights for"
             )
-            total = len([name for name in self._model_state() if not _OPTIONAL.fullmatch(name)])
+            total = len([name for name in model_state(self.model) if not OPTIONAL.fullmatch(name)])
             raise ValueError(
                 f"the heads are not trained: {what} {total - len(self.initial)} of the model's {total} entries, and "
                 f"{self.initial[-1]} is not among them. Load trained weights: MODEL.WEIGHTS output/model_final.pth, or "
@@ -103,15 +103,7 @@ class DCNCheckpointer(DetectionCheckpointer):
             return path
         address = path.removesuffix("?matching_heuristics=True")
         self._heuristics = address != path
-        if address.startswith((*SCHEMES, "detectron2://")) and not address.startswith(PUBLISHERS):
-            return fetch_weights(address)
-        try:
-            file = self.path_manager.get_local_path(address)
-        except RuntimeError as error:  # of Detectron2's catalogue, and of handlers that cannot do it
-            raise ValueError(f"{address} cannot be fetched: {error or type(error).__name__}") from error
-        if not os.path.isfile(file):
-            raise FileNotFoundError(f"there is {'only a folder' if os.path.isdir(file) else 'no file'} {file}")
-        return file
+        return find_weights(address)
 
     def resume_or_load(self, path: str, *, resume: bool = True) -> dict[str, Any]:
         """Loads the newest whole checkpoint of `save_dir` if `resume` asks for it and there is one, else `path`.
@@ -144,74 +136,19 @@ class DCNCheckpointer(DetectionCheckpointer):
         return bool(self.get_checkpoint_file())
 
     def get_checkpoint_file(self) -> str:
-        """The checkpoint that `last_checkpoint` names, else the whole one of most iterations; "" if there is none.
+        """The checkpoint to resume from; "" if there is none.
 
-        One of more iterations that was written after `last_checkpoint` comes before both: the process was killed in
-        between.
+        It is the one that the file `last_checkpoint` names. If that one is missing or damaged, it is the whole
+        checkpoint with the most iterations. A whole checkpoint with more iterations that was written after
+        `last_checkpoint` takes precedence: the process was killed before it could note that one.
         """
         return self._last_checkpoint()[0]
 
     def _last_checkpoint(self) -> tuple[str, list[str]]:
-        """The file to resume from, "" if there is none, and what is wrong with those that would have come before it."""
+        """The file to resume from, "" if there is none, and what is wrong with the files that were passed over."""
         if "://" in self.save_dir:
             return (super().get_checkpoint_file() if super().has_checkpoint() else ""), []
-        folder, tag = Path(self.save_dir), Path(self.save_dir, "last_checkpoint")
-        if not self.save_dir or not folder.is_dir():
-            return "", []
-        problems = []
-        try:
-            tagged, noted = tag.read_text(errors="replace").strip(), tag.stat().st_mtime_ns
-        except FileNotFoundError:
-            tagged = ""
-            problems.append(f"{tag} is missing")
-        else:
-            if not tagged or os.path.basename(tagged) != tagged or not tagged.isprintable():
-                problems.append(f"{tag} names no file")
-            elif problem := self._problem_of(str(folder / tagged)):
-                problems.append(f"{tag} names {tagged}, and {problem}")
-            else:
-                return self._written_after(noted, folder / tagged)
-        candidates = []
-        for file in folder.glob("*.pth"):
-            try:
-                iteration = peek(file).get("iteration")
-            except (OSError, ValueError) as error:
-                if file.name != tagged:
-                    problems.append(str(error))
-                continue
-            if type(iteration) is int:  # not only weights
-                candidates.append((iteration, file.stat().st_mtime_ns, str(file)))
-        for _, _, file_name in sorted(candidates, reverse=True):
-            if not (problem := self._problem_of(file_name)):
-                return file_name, problems
-            if Path(file_name).name != tagged:
-                problems.append(problem)
-        return "", problems if candidates or len(problems) > 1 or tagged else []
-
-    def _written_after(self, noted: int, named: Path) -> tuple[str, list[str]]:
-        """As `_last_checkpoint`, where `last_checkpoint`, of the time `noted`, names the whole checkpoint `named`."""
-        later = [file for file in named.parent.glob("*.pth") if file != named and file.stat().st_mtime_ns > noted]
-        candidates = [(iteration, file) for file in later if (iteration := _iteration_of(file)) is not None]
-        own = _iteration_of(named)
-        for iteration, file in sorted(candidates, reverse=True):
-            if own is not None and iteration > own and not self._problem_of(str(file)):
-                return str(file), [f"last_checkpoint names {named.name}, but {file.name} was written after it"]
-        return str(named), []
-
-    def _problem_of(self, path: str) -> str:
-        """What is wrong with a checkpoint; "" if it is whole."""
-        try:
-            stat = os.stat(path)
-            seen = (stat.st_mtime_ns, stat.st_size)
-            if path not in self._whole or self._whole[path][0] != seen:
-                self._whole[path] = seen, ""
-                if not isinstance(read_checkpoint(path).get("model"), Mapping):
-                    self._whole[path] = seen, f"{path} holds no model"
-        except FileNotFoundError:
-            return f"{path} does not exist"
-        except (OSError, ValueError) as error:
-            self._whole[path] = seen, str(error)
-        return self._whole[path][1]
+        return self._saved.newest(self.save_dir) if self.save_dir else ("", [])
 
     def save(self, name: str, **kwargs: Any) -> None:
         """Writes model, checkpointables and `kwargs` to `name`.pth in `save_dir`, in one step.
@@ -219,14 +156,14 @@ class DCNCheckpointer(DetectionCheckpointer):
         Numbers and arrays of NumPy become those of Python and PyTorch; names are those of the model without wrappers.
 
         Raises:
-            ValueError: Something is no data, or a weight is NaN or infinite, so that `load` would refuse the file.
+            ValueError: Something is not data, or a weight is NaN or infinite, so that `load` would refuse the file.
             OSError: The file could not be written; the message says which checkpoint is whole.
         """
         if not self.save_dir or not self.save_to_disk:
             return
         if os.path.basename(name) != name:
-            raise ValueError(f"a checkpoint is called {name!r}, which is no name of a file")
-        data: dict[str, Any] = {"model": self._model_state()}
+            raise ValueError(f"a checkpoint is called {name!r}, which is not the name of a file")
+        data: dict[str, Any] = {"model": model_state(self.model)}
         data |= {key: value.state_dict() for key, value in self.checkpointables.items()}
         data = {key: as_data(value, key) for key, value in (data | kwargs).items()}
         self._check(data["model"], f"the checkpoint {name}")
@@ -243,8 +180,7 @@ class DCNCheckpointer(DetectionCheckpointer):
                 last = self.get_checkpoint_file()
                 whole = f"the last whole checkpoint is {last}" if last else f"{self.save_dir} has no whole checkpoint"
                 raise type(error)(*error.args[:-1], f"{error.args[-1] if error.args else error}; {whole}") from error
-            stat = os.stat(path)
-            self._whole[path] = (stat.st_mtime_ns, stat.st_size), ""
+            self._saved.note_whole(path)
         self.tag_last_checkpoint(os.path.basename(path))
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
@@ -263,145 +199,35 @@ class DCNCheckpointer(DetectionCheckpointer):
         return checkpoint
 
     def _check(self, weights: Mapping[str, Any], origin: str, heuristics: bool = False) -> None:
-        """Refuses what is no weight; integers are where the model has some, and where nothing reads them."""
-        model = self._model_state()
+        """Refuses what is not a weight. Integers are allowed where the model has some, and where nothing reads them."""
+        model = model_state(self.model)
         integers = {name for name, v in model.items() if not (v.is_floating_point() or v.is_complex())}
 
         def may_be_integer(name: str) -> bool:
-            return heuristics or name in integers or (name not in model and bool(_OPTIONAL.fullmatch(name)))
+            return heuristics or name in integers or (name not in model and bool(OPTIONAL.fullmatch(name)))
 
         check_weights(weights, origin, may_be_integer)
 
-    def _model_state(self) -> dict[str, torch.Tensor]:
-        """The model's entries by their names without wrappers."""
-        state = self.model.state_dict()
-        names = {name: unwrap_name(name) for name in state}
-        if all(name == short for name, short in names.items()):
-            return state  # with the versions of its layers
-        return {short: state[name] for name, short in names.items()}
-
     def _load_model(self, checkpoint: dict[str, Any]) -> Any:
         weights = checkpoint["model"]
+        fit = Fit(self.model, self._path, self.fine_tune)
         if {"stem.conv1.weight", "res2.0.conv1.weight"} <= weights.keys():
-            checkpoint = {"model": self._fit_resnet(weights)}
+            checkpoint = {"model": fit.fit_resnet(weights)}
         elif not checkpoint.get("matching_heuristics"):  # with them only Detectron2 knows what goes where
-            self._check_fit(weights)
+            fit.check(weights)
         wrapped = {unwrap_name(name): name for name in self.model.state_dict()}
         if not checkpoint.get("matching_heuristics"):
             checkpoint["model"] = {wrapped.get(name, name): value for name, value in checkpoint["model"].items()}
         incompatible = super()._load_model(checkpoint)
         for names in (incompatible.missing_keys, incompatible.unexpected_keys):  # what Detectron2 goes on to report
-            names[:] = [name for name in names if not _OPTIONAL.fullmatch(name)]
+            names[:] = [name for name in names if not OPTIONAL.fullmatch(name)]
         left = {*incompatible.missing_keys, *(name for name, *_ in incompatible.incorrect_shapes)}
         self.initial = [unwrap_name(name) for name in self.model.state_dict() if name in left]
-        loaded = {name for name in self._model_state() if not _OPTIONAL.fullmatch(name)}.difference(self.initial)
-        # Statistics that a file lacks are made up by FrozenBatchNorm2d.
+        loaded = {name for name in model_state(self.model) if not OPTIONAL.fullmatch(name)}.difference(self.initial)
+        # They count for nothing: FrozenBatchNorm2d makes up statistics that a file lacks.
         if all(name.endswith((".running_mean", ".running_var")) for name in loaded):
             raise ValueError(
                 f"{self._path} does not fit the model: none of its {len(weights)} entries, such as "
                 f"{shown(next(iter(weights), None))}, has a place in it"
             )
         return incompatible
-
-    def _fit_resnet(self, weights: Mapping[str, Any]) -> dict[str, Any]:
-        """Puts the model's prefix before the names of a ResNet, and checks that it covers the model's."""
-        model = self._model_state()
-        stems = [name for name in model if name.endswith("stem.conv1.weight")]
-        if len(stems) != 1:
-            raise ValueError(f"{self._path} holds a ResNet, but the model has {len(stems)} ResNets and not one")
-        prefix = stems[0].removesuffix("stem.conv1.weight")
-        own = {name: value for name, value in model.items() if name.startswith((f"{prefix}stem.", f"{prefix}res"))}
-        found = {name: value for key, value in weights.items() if (name := prefix + key) in own}
-        if not any(".conv2_offset." in name for name in found):  # an ordinary ResNet: the branches start from zero
-            own = {name: value for name, value in own.items() if ".conv2_offset." not in name}
-        problems = _differences(own, found)
-        for name in self._stem_for_other_images(own, found) if self.fine_tune else ():
-            logger.warning(f"fine-tuning from {self._path}: {problems.pop(name)}: the stem starts afresh")
-            del found[name]
-        if problems:
-            raise ValueError(_listed(f"{self._path} does not fit the model's ResNet", problems))
-        rest = len([name for name in model if name not in found and not _OPTIONAL.fullmatch(name)])
-        logger.info(f"{self._path} holds a ResNet: the model's {rest} other entries keep their initial values")
-        return found
-
-    def _check_fit(self, weights: Mapping[str, Any]) -> None:
-        problems = _differences(self._model_state(), weights)
-        if not any(name.endswith(".running_mean") for name in weights):
-            # Detectron2's oldest models have the statistics folded into weight and bias, as FrozenBatchNorm2d expects.
-            frozen = [name for name, module in self.model.named_modules() if isinstance(module, FrozenBatchNorm2d)]
-            for name in frozen:
-                problems.pop(f"{name}.running_mean", None)
-                problems.pop(f"{name}.running_var", None)
-        fatal = problems
-        if self.fine_tune:
-            stem = self._stem_for_other_images(self._model_state(), weights)
-            fatal = {name: text for name, text in problems.items() if not (_may_start_afresh(name) or name in stem)}
-        if fatal:
-            raise ValueError(_listed(f"{self._path} does not fit the model", fatal))
-        if problems:
-            fate = "what does not fit is left out, and the model's entries keep their initial values"
-            logger.warning(_listed(f"fine-tuning from {self._path}: {fate}", problems))
-
-    def _stem_for_other_images(self, model: Mapping[str, Any], weights: Mapping[str, Any]) -> list[str]:
-        """The entries of the stem whose number of image channels is another one, grey instead of colour for example.
-
-        Raises:
-            ValueError: They are frozen, so that a fresh one would never learn.
-        """
-        frozen = {unwrap_name(name) for name, value in self.model.named_parameters() if not value.requires_grad}
-        found = []
-        for name in (name for name in model if name.endswith("stem.conv1.weight") and name in weights):
-            mine, theirs = list(model[name].shape), list(weights[name].shape)
-            if mine == theirs or mine[:1] + mine[2:] != theirs[:1] + theirs[2:]:
-                continue
-            if name in frozen:
-                raise ValueError(
-                    f"{self._path}: {name} is {theirs}, the model's is {mine}, for images of {mine[1]} channel(s). It "
-                    "would have to start afresh, but is frozen: set MODEL.BACKBONE.FREEZE_AT to 0, or take images of "
-                    f"{theirs[1]} channel(s) (INPUT.FORMAT, MODEL.PIXEL_MEAN)"
-                )
-            found.append(name)
-        return found
-
-
-def _iteration_of(path: Path) -> int | None:
-    """The iteration of a checkpoint of a training run; None for other files."""
-    try:
-        iteration = peek(path).get("iteration")
-    except (OSError, ValueError):
-        return None
-    return iteration if type(iteration) is int else None
-
-
-def unwrap_module(model: nn.Module) -> nn.Module:
-    """The module inside of DistributedDataParallel, DataParallel and torch.compile, in whatever order."""
-    wrappers = (nn.parallel.DistributedDataParallel, nn.DataParallel)
-    while isinstance(
-        inner := getattr(model, "module" if isinstance(model, wrappers) else "_orig_mod", None), nn.Module
-    ):
-        model = inner
-    return model
-
-
-def _may_start_afresh(name: str) -> bool:
-    """Whether training may start without an entry; the ResNet, offset branches aside, has to be there."""
-    neck = name.startswith(("backbone.fpn_", "backbone.top_block."))
-    return not name.startswith("backbone.") or ".conv2_offset." in name or neck
-
-
-def _differences(model: Mapping[str, Any], weights: Mapping[str, Any]) -> dict[str, str]:
-    """One sentence for each entry that is missing, unknown or of another shape."""
-    differences = {}
-    for name in (*model, *(name for name in weights if name not in model)):
-        if name not in weights and not _OPTIONAL.fullmatch(name):
-            differences[name] = f"{name} is missing"
-        elif name not in model and not _OPTIONAL.fullmatch(name):
-            differences[name] = f"{name} is unknown"
-        elif name in model and name in weights and tuple(model[name].shape) != tuple(weights[name].shape):
-            theirs, mine = list(weights[name].shape), list(model[name].shape)
-            differences[name] = f"{name} is {theirs}, the model's is {mine}"
-    return differences
-
-
-def _listed(what: str, problems: Mapping[str, str]) -> str:
-    return "\n  ".join([f"{what} ({len(problems)} entries):", *problems.values()])

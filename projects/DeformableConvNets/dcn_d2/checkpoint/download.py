@@ -1,5 +1,5 @@
 # Copyright (c) the dcn_d2 authors. SPDX-License-Identifier: Apache-2.0
-"""Downloads of weights into the cache: nothing is written outside it, and no server can make the program wait for ever.
+"""Downloads weights into the cache. Nothing is written outside it, and no server can make the program wait forever.
 
 Detectron2's own downloads (iopath) keep files by the path in their address, whatever the host, and follow ".." in it.
 """
@@ -19,14 +19,14 @@ from pathlib import Path
 from typing import IO, Any
 from urllib.parse import unquote, urlsplit
 
-from .reader import CorruptCheckpointError, digest_in_name, sha256_of, write_atomically
+from .files import CorruptCheckpointError, digest_in_name, sha256_of, write_atomically
 
 logger = logging.getLogger(__name__)
 
 SCHEMES = ("http://", "https://", "ftp://")
 TIMEOUT = 30.0  # seconds without a byte
-WINDOW, LEAST = 60.0, 1 << 16  # a server that sends fewer bytes than these in so many seconds has stalled
-LARGEST = 16 << 30
+WINDOW, LEAST = 60.0, 1 << 16  # a server that sends fewer than LEAST bytes in WINDOW seconds has stalled
+LARGEST = 16 << 30  # bytes, where the server does not announce how many there are
 ATTEMPTS = 2
 
 
@@ -53,14 +53,14 @@ def file_name(address: str) -> str:
             raise ValueError(
                 f"{address!r} is refused: a part of its path is {segment!r}, which names no folder or file"
             )
-    # Only what stands after the last slash, whatever redirections and headers say; long names keep their digest.
+    # The part after the last slash. Redirections and headers do not matter. Long names keep their digest.
     return re.sub(r"[^A-Za-z0-9._+-]", "_", plain)[-120:]
 
 
 def fetch(address: str, cache: Path, force: bool = False) -> tuple[Path, bool]:
-    """Gives the local copy of an address, and whether this call has downloaded it.
+    """Gives the local copy of what an address names, and whether this call has downloaded it.
 
-    The whole address is the key. A copy that has changed since it was downloaded is downloaded again.
+    The whole address is the key in the cache. A copy that has changed since it was downloaded is downloaded again.
 
     Args:
         address: of http, https or ftp.
@@ -119,7 +119,7 @@ def locked(file: Path, cache: Path) -> Any:
 
 
 def read_note(file: Path) -> dict[str, Any]:
-    """What was noted about a file of the cache when it was written; empty if nothing was."""
+    """Reads what `write_note` has noted about a file of the cache; empty if there is no note."""
     try:
         note = json.loads(Path(f"{file}.json").read_text())
     except (OSError, ValueError):

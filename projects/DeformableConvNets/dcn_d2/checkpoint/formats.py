@@ -1,7 +1,7 @@
 # Copyright (c) the dcn_d2 authors. SPDX-License-Identifier: Apache-2.0
-"""The three formats of checkpoints -> the data in them: PyTorch's two, and the pickles of Detectron2's zoo.
+"""Reads the three formats of checkpoints: PyTorch's two, and the pickles of Detectron2's zoo.
 
-A file's first bytes tell which one it is. None is read with `pickle.load` or `torch.load`; see `unpickler`.
+The first bytes of a file tell its format. No file is read with `pickle.load` or `torch.load`; see `unpickler`.
 """
 
 from __future__ import annotations
@@ -14,13 +14,14 @@ from typing import IO, Any
 
 import torch
 
-from .unpickler import BoundedFile, DamagedError, DataUnpickler, Storage, StorageType, finish
+from .stand_ins import DamagedError, Storage, StorageType
+from .unpickler import BoundedFile, DataUnpickler, finish
 
-MAX_PICKLE = 64 << 20  # bytes of the part without values; that of a training checkpoint has less than one MiB
+MAX_PICKLE = 64 << 20  # bytes of the part without values, which in a training checkpoint has less than one MiB
 MAX_DIRECTORY = 16 << 20  # bytes of a zip archive's list of members
 
 _LEGACY_MAGIC = bytes.fromhex("8a0a6cfc9c46f9206aa850192e")  # PyTorch's number 0x1950a86a20f9469cfc6c, pickled
-_OTHERS = {  # how files begin that people take for checkpoints
+_OTHERS = {  # first bytes of files that people mistake for checkpoints
     b"<": "a web page",
     b"version https://git-lfs": "a pointer of Git LFS, whose content `git lfs pull` fetches",
     b"\x1f\x8b": "a gzip archive, which has to be unpacked first",
@@ -36,8 +37,8 @@ def read_file(file: IO[bytes], values: bool = True) -> Any:
         values: without them, the tensors of PyTorch's formats are on the device "meta".
 
     Raises:
-        NotDataError: It names something that is no data.
-        DamagedError: It claims what cannot be. Damaged files raise errors of many other types, too.
+        NotDataError: It names something that is not data.
+        DamagedError: It contradicts itself. Damaged files raise errors of many other types, too.
     """
     size = os.fstat(file.fileno()).st_size
     start = file.read(512)
@@ -108,7 +109,7 @@ def _read_zip(file: IO[bytes], size: int, with_values: bool) -> Any:
 
 
 def _check_directory(file: IO[bytes], size: int) -> None:
-    """Refuses an archive with a list of members that `zipfile` would take much memory for."""
+    """Refuses an archive whose list of members is so long that `zipfile` would take much memory for it."""
     file.seek(max(0, size - (1 << 16) - 100))
     tail = file.read()
     file.seek(0)

@@ -7,51 +7,14 @@ layout asks for a transposition: classes, box deltas, anchors and flattened feat
 
 from __future__ import annotations
 
-import functools
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-# MMDetection 2.x and 3.x -> Detectron2. `*` stands for the parameter, {x} for a number, {x+1} for the same number plus
-# 1, and {x.} for a number and a dot or for nothing at all: a cascade numbers its heads.
-_RULES = (
-    ("backbone.conv1.*", "backbone.bottom_up.stem.conv1.*"),
-    ("backbone.bn1.*", "backbone.bottom_up.stem.conv1.norm.*"),
-    ("backbone.layer{s}.{b}.conv2.conv_offset.*", "backbone.bottom_up.res{s+1}.{b}.conv2_offset.*"),
-    # The name until early 2020. The way back takes the first rule that fits, so it gives the newer one.
-    ("backbone.layer{s}.{b}.conv2_offset.*", "backbone.bottom_up.res{s+1}.{b}.conv2_offset.*"),
-    ("backbone.layer{s}.{b}.conv{k}.*", "backbone.bottom_up.res{s+1}.{b}.conv{k}.*"),
-    ("backbone.layer{s}.{b}.bn{k}.*", "backbone.bottom_up.res{s+1}.{b}.conv{k}.norm.*"),
-    ("backbone.layer{s}.{b}.downsample.0.*", "backbone.bottom_up.res{s+1}.{b}.shortcut.*"),
-    ("backbone.layer{s}.{b}.downsample.1.*", "backbone.bottom_up.res{s+1}.{b}.shortcut.norm.*"),
-    ("neck.lateral_convs.{i}.conv.*", "backbone.fpn_lateral{i+2}.*"),
-    ("neck.lateral_convs.{i}.bn.*", "backbone.fpn_lateral{i+2}.norm.*"),
-    ("neck.fpn_convs.{i}.conv.*", "backbone.fpn_output{i+2}.*"),
-    ("neck.fpn_convs.{i}.bn.*", "backbone.fpn_output{i+2}.norm.*"),
-    ("rpn_head.rpn_conv.*", "proposal_generator.rpn_head.conv.*"),
-    ("rpn_head.rpn_cls.*", "proposal_generator.rpn_head.objectness_logits.*"),
-    ("rpn_head.rpn_reg.*", "proposal_generator.rpn_head.anchor_deltas.*"),
-    (
-        "roi_head.bbox_roi_extractor.roi_layers.{l}.offset_fc.{i}.*",
-        "roi_heads.box_pooler.level_poolers.{l}.offset_fc.{i}.*",
-    ),
-    (
-        "roi_head.bbox_roi_extractor.roi_layers.{l}.mask_fc.{i}.*",
-        "roi_heads.box_pooler.level_poolers.{l}.mask_fc.{i}.*",
-    ),
-    ("roi_head.bbox_head.{s.}shared_fcs.{i}.*", "roi_heads.box_head.{s.}fc{i+1}.*"),
-    ("roi_head.bbox_head.{s.}fc_cls.*", "roi_heads.box_predictor.{s.}cls_score.*"),
-    ("roi_head.bbox_head.{s.}fc_reg.*", "roi_heads.box_predictor.{s.}bbox_pred.*"),
-    ("roi_head.mask_head.{s.}convs.{i}.conv.*", "roi_heads.mask_head.{s.}mask_fcn{i+1}.*"),
-    ("roi_head.mask_head.{s.}convs.{i}.bn.*", "roi_heads.mask_head.{s.}mask_fcn{i+1}.norm.*"),
-    ("roi_head.mask_head.{s.}upsample.*", "roi_heads.mask_head.{s.}deconv.*"),
-    ("roi_head.mask_head.{s.}conv_logits.*", "roi_heads.mask_head.{s.}predictor.*"),
-)
-_PARAMETERS = "weight|bias|running_mean|running_var|num_batches_tracked"
-_STATISTICS = ("bias", "running_mean", "running_var")
+from . import names
 
-# Buffers that the other side makes from its config.
-_CONSTANTS = re.compile(r"data_preprocessor\..*|pixel_mean|pixel_std|.*anchor_generator\.cell_anchors\.\d+")
+_NO_COUNTERPART = f"{names.PREPROCESSOR}|{names.CONSTANTS}"
+_STATISTICS = ("weight", "bias", "running_mean", "running_var")
 
 _V1_HEADS = ("bbox_head.", "mask_head.", "bbox_roi_extractor.", "mask_roi_extractor.")
 _MMDET_PREFIXES = ("backbone.conv1.", "backbone.layer", "neck.", "rpn_head.", "roi_head.", *_V1_HEADS)
@@ -62,17 +25,17 @@ _WRAPPERS = re.compile(r"(?:(?<=\.)|^)(?:_orig_mod|_fsdp_wrapped_module|_fpw_mod
 
 
 def unwrap_name(name: str) -> str:
-    """Takes off what wrappers other than DistributedDataParallel put into a name: `a._orig_mod.b` is `a.b`."""
+    """Takes off what wrappers other than DistributedDataParallel put into a name: `a._orig_mod.b` becomes `a.b`."""
     return _WRAPPERS.sub("", name)
 
 
 def unwrap_state_dict(checkpoint: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Takes off what training puts around a state dict: {"state_dict": …}, {"model": …} and the prefix "module.".
+    """Takes off what training puts around a state dict and its names.
 
-    And what `unwrap_name` takes off.
+    That is {"state_dict": …} or {"model": …} around it, and in the names "module." and what `unwrap_name` takes off.
 
     Raises:
-        ValueError: A name is no text, or two are the same without wrappers.
+        ValueError: A name is not text, or two are the same without wrappers.
     """
     for _ in range(100):  # a dictionary may contain itself
         wrapped = [key for key in ("state_dict", "model") if isinstance(checkpoint.get(key), Mapping)]
@@ -83,17 +46,19 @@ def unwrap_state_dict(checkpoint: Mapping[str, Any]) -> Mapping[str, Any]:
         raise ValueError(f"{wrapped[0]!r} contains itself")
     for name in checkpoint:
         if not isinstance(name, str):
-            raise ValueError(f"an entry is called {str(name)[:100]!r}, a {type(name).__name__} and no text")
+            raise ValueError(
+                f"an entry is called {str(name)[:100]!r}, which is of type {type(name).__name__}, not text"
+            )
     while True:
-        names = {name: unwrap_name(name) for name in checkpoint}
-        if names and all(name.startswith("module.") for name in names.values()):
-            names = {name: short.removeprefix("module.") for name, short in names.items()}
-        if all(name == short for name, short in names.items()):
+        unwrapped = {name: unwrap_name(name) for name in checkpoint}
+        if unwrapped and all(name.startswith("module.") for name in unwrapped.values()):
+            unwrapped = {name: short.removeprefix("module.") for name, short in unwrapped.items()}
+        if all(name == short for name, short in unwrapped.items()):
             return checkpoint
-        if len(set(names.values())) < len(names):
-            twice = [name for name, short in names.items() if name != short and short in checkpoint]
+        if len(set(unwrapped.values())) < len(unwrapped):
+            twice = [name for name, short in unwrapped.items() if name != short and short in checkpoint]
             raise ValueError(f"without the names of wrappers, {', '.join(twice) or 'entries'} are there twice")
-        checkpoint = {short: checkpoint[name] for name, short in names.items()}
+        checkpoint = {short: checkpoint[name] for name, short in unwrapped.items()}
 
 
 def is_mmdet_detector(state_dict: Mapping[str, Any]) -> bool:
@@ -106,10 +71,10 @@ def has_v1_layout(state_dict: Mapping[str, Any]) -> bool:
 
     Version 2 put the heads below "roi_head." and moved the background from the first class to the last.
     """
-    names = unwrap_state_dict(state_dict)
+    weights = unwrap_state_dict(state_dict)
 
     def has(*prefixes: str) -> bool:
-        return any(name.startswith(prefixes) for name in names)
+        return any(name.startswith(prefixes) for name in weights)
 
     return has("rpn_head.") and has("bbox_head.", "mask_head.") and not has("roi_head.")
 
@@ -141,7 +106,9 @@ def convert_mmdet_state_dict(
         background_first = _background_first(weights, otherwise=True)
     else:
         background_first = _background_first(weights, otherwise=False)
-    return _rename(_background_last(weights) if background_first else weights, _RULES, "of MMDetection")
+    if background_first:
+        weights = _background_last(weights)
+    return names.rename(weights, names.DETECTOR, "of MMDetection", _NO_COUNTERPART, _find_missing(weights))
 
 
 def to_mmdet(state_dict: Mapping[str, Any]) -> dict[str, Any]:
@@ -155,79 +122,20 @@ def to_mmdet(state_dict: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         ValueError: Names are unknown, or a norm lacks its statistics; all are listed.
     """
-    backwards = [(theirs, mine) for mine, theirs in _RULES]
-    return _rename(unwrap_state_dict(state_dict), backwards, "of a detector with the names of Detectron2")
+    weights, rules = unwrap_state_dict(state_dict), names.backwards(names.DETECTOR)
+    whose = "of a detector with the names of Detectron2"
+    return names.rename(weights, rules, whose, _NO_COUNTERPART, _find_missing(weights))
 
 
-def _rename(weights: Mapping[str, Any], rules: Iterable[tuple[str, str]], whose: str) -> dict[str, Any]:
-    sources: dict[str, str] = {}
+def _find_missing(weights: Mapping[str, Any]) -> list[str]:
+    """Lists the statistics that norms lack, which Detectron2's FrozenBatchNorm2d would silently make up."""
     problems = []
-    for name, value in weights.items():
-        if _CONSTANTS.fullmatch(name):
-            continue
-        new_name = next((new for rule in rules if (new := _apply(rule, name))), None)
-        if new_name is None:
-            problems.append(f"{name} is unknown")
-        elif new_name in sources:
-            problems.append(f"{sources[new_name]} and {name} both become {new_name}")
-        elif not hasattr(value, "shape"):
-            problems.append(f"{name} is no tensor but a {type(value).__name__}")
-        else:
-            sources[new_name] = name
-    # Detectron2's FrozenBatchNorm2d fills in for missing statistics without a word.
     for name in weights:
-        stem, _, parameter = name.rpartition(".")
-        if parameter == "running_mean" or re.search(r"(\.norm|\.bn\d?|\.downsample\.1)$", stem):
-            lacking = [key for key in ("weight", *_STATISTICS) if f"{stem}.{key}" not in weights]
-            problems += [f"{stem}.{key} is missing" for key in lacking]
-    if problems:
-        listed = "\n  ".join(dict.fromkeys(problems))
-        raise ValueError(f"these are not the weights {whose}, or not of a model that dcn_d2 knows:\n  {listed}")
-    return {new_name: weights[name] for new_name, name in sources.items()}
-
-
-_FIELD = re.compile(r"\*|\{(?P<letter>\w)(?P<kind>\.|\+\d+)?\}")
-
-
-def _apply(rule: tuple[str, str], name: str) -> str | None:
-    """The new name if the rule's left side is that of `name`, else None."""
-    source, target = rule
-    pattern, shifts = _compile(source)
-    if not (match := pattern.fullmatch(name)):
-        return None
-    numbers = {
-        letter: None if digits is None else int(digits) - shifts[letter]
-        for letter, digits in match.groupdict().items()
-        if letter != "parameter"
-    }
-    if any(number is not None and number < 0 for number in numbers.values()):
-        return None
-
-    def fill(field: re.Match[str]) -> str:
-        if field[0] == "*":
-            return match["parameter"]
-        number = numbers[field["letter"]]
-        if number is None:
-            return ""
-        return f"{number}." if field["kind"] == "." else str(number + int(field["kind"] or 0))
-
-    return _FIELD.sub(fill, target)
-
-
-@functools.cache
-def _compile(template: str) -> tuple[re.Pattern[str], dict[str, int]]:
-    """Regular expression of a side of a rule, and what has to be subtracted from each of its numbers."""
-    pattern, position, shifts = "", 0, {}
-    for field in _FIELD.finditer(template):
-        pattern += re.escape(template[position : field.start()])
-        position = field.end()
-        letter, kind = field["letter"], field["kind"]
-        if field[0] == "*":
-            pattern += rf"(?P<parameter>{_PARAMETERS})"
-        else:
-            pattern += rf"(?:(?P<{letter}>\d+)\.)?" if kind == "." else rf"(?P<{letter}>\d+)"
-            shifts[letter] = 0 if kind == "." else int(kind or 0)
-    return re.compile(pattern + re.escape(template[position:])), shifts
+        norm, _, parameter = name.rpartition(".")
+        if parameter == "running_mean" or re.search(r"(\.norm|\.bn\d?|\.downsample\.1)$", norm):
+            lacking = [key for key in _STATISTICS if f"{norm}.{key}" not in weights]
+            problems += [f"{norm}.{key} is missing" for key in lacking]
+    return problems
 
 
 _CLS, _REG, _MASK = ".fc_cls.weight", ".fc_reg.weight", ".conv_logits.weight"
@@ -239,9 +147,10 @@ def _classes_with_background(weights: Mapping[str, Any]) -> int:
 
 
 def _background_first(weights: Mapping[str, Any], otherwise: bool) -> bool:
-    """Tells whether class 0 is the background: in 1.x there are boxes and masks for the background too.
+    """Tells whether class 0 is the background, as in 1.x, which has boxes and masks for the background too.
 
-    Heads that are shared by all classes have the same shapes in both; then it is `otherwise`.
+    Heads that all classes share have the same shapes in all versions. If there are no others, the result is
+    `otherwise`.
     """
     classes = _classes_with_background(weights)
     said: dict[bool, list[str]] = {True: [], False: []}

@@ -1,7 +1,7 @@
 # Copyright (c) the dcn_d2 authors. SPDX-License-Identifier: Apache-2.0
-"""Addresses of foreign weights as values of MODEL.WEIGHTS: they are fetched, checked and converted on the way.
+"""Addresses of foreign weights as values of MODEL.WEIGHTS, which are fetched, checked and converted.
 
-What the rest of Detectron2 sees is the path of a file in Detectron2's own format, so its stock `DetectionCheckpointer`,
+The rest of Detectron2 sees the path of a file in Detectron2's own format, so its stock `DetectionCheckpointer`,
 `DefaultPredictor` and `DefaultTrainer` work as they are.
 """
 
@@ -22,12 +22,11 @@ from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.utils.file_io import Detectron2Handler, PathHandler, PathManager
 from iopath.common.file_io import get_cache_dir
 
-from . import conversion, download, mmdet, torchvision
-from .conversion import convert_checkpoint, is_foreign, warn_of_v1
+from . import download, mmdet, names, provenance, torchvision
 from .download import locked, read_note, write_note
-from .mmdet import unwrap_state_dict
-from .reader import CorruptCheckpointError, check_digest, read_checkpoint, sha256_of, write_atomically
-from .weights import check_weights
+from .files import CorruptCheckpointError, check_digest, sha256_of, write_atomically
+from .provenance import read_author, recognise, warn_of_v1
+from .weights import convert_file
 
 logger = logging.getLogger(__name__)
 
@@ -55,9 +54,9 @@ PUBLISHERS = (
 class ForeignWeightsHandler(PathHandler):
     """Resolves `mmdet://` followed by a path below MMDetection's download folder, an address, or a local file.
 
-    Also resolves MMDetection's names of ImageNet weights and plain addresses of what MMDetection and torchvision
-    publish. The cache of Detectron2's downloads keeps both the download and what it was converted to, some 170 MB each
-    for a row of the zoo: below "dcn_d2/downloads" and "dcn_d2". Either may be deleted at any time, and is made again.
+    Also resolves MMDetection's names of ImageNet weights, and plain addresses of what MMDetection and torchvision
+    publish. The cache of Detectron2's downloads keeps the download, in "dcn_d2/downloads", and the converted file, in
+    "dcn_d2". Each has about 170 MB for a row of the zoo. Either may be deleted at any time, and is made again.
     """
 
     def _get_supported_prefixes(self) -> list[str]:
@@ -79,7 +78,7 @@ class ForeignWeightsHandler(PathHandler):
                 note = {"sha256": sha256_of(target), "author": converted["__author__"]}
                 write_note(target, note)
                 logger.info(f"{source} converted to {target}")
-        warn_of_v1({"__author__": note.get("author")}, source)
+        warn_of_v1(read_author(note.get("author")), source)
         return str(target)
 
     def _open(self, path: str, mode: str = "r", buffering: int = -1, **kwargs: Any) -> IO[Any]:
@@ -91,7 +90,8 @@ class ForeignWeightsHandler(PathHandler):
 def register_path_handlers() -> None:
     """Makes Detectron2's PathManager resolve the addresses; a second call changes nothing.
 
-    Detectron2's own checkpointer, which takes foreign files without a prefix for its own, then says what they are.
+    Detectron2's own checkpointer takes a foreign file without a prefix for one of its own. From then on it logs an
+    error that says what the file is.
     """
     PathManager.register_handler(ForeignWeightsHandler())
     if not hasattr(DetectionCheckpointer._load_file, "tells_foreign_files"):
@@ -102,8 +102,8 @@ def _telling_foreign_files(original: Callable[..., dict[str, Any]]) -> Callable[
     @functools.wraps(original)
     def load_file(self: DetectionCheckpointer, filename: str) -> dict[str, Any]:
         loaded = original(self, filename)
-        with contextlib.suppress(ValueError):  # names that are no text: Detectron2 will say so
-            if not loaded.get("matching_heuristics") and is_foreign(loaded):
+        with contextlib.suppress(ValueError):  # a name is not text: Detectron2 will say so
+            if not loaded.get("matching_heuristics") and recognise(loaded):
                 logger.error(
                     f"{filename} has the names of MMDetection or torchvision, of which Detectron2 knows NONE: the "
                     f"model keeps its initial weights. Write {PREFIX}// before the path, and the file is converted: "
@@ -113,6 +113,33 @@ def _telling_foreign_files(original: Callable[..., dict[str, Any]]) -> Callable[
 
     load_file.tells_foreign_files = True  # type: ignore[attr-defined]
     return load_file
+
+
+def find_weights(path: str, *, original: bool = False) -> str:
+    """Gives the local file that a value of MODEL.WEIGHTS names: a path, or an address of any kind.
+
+    Args:
+        path: the value.
+        original: gives a foreign file as it was published, and not what it is converted to.
+
+    Raises:
+        ValueError: The address is refused, or the file cannot be converted.
+        OSError: The file does not exist, or cannot be fetched.
+    """
+    if os.path.isfile(path):
+        return path
+    foreign = path.startswith((PREFIX, *IMAGENET, *PUBLISHERS))
+    if foreign and original:
+        return _fetch(path, force=False)[0]
+    if path.startswith((*download.SCHEMES, Detectron2Handler.PREFIX)) and not foreign:
+        return fetch_weights(path)
+    try:
+        file = PathManager.get_local_path(path)
+    except RuntimeError as error:  # of Detectron2's catalogue, and of handlers that cannot do it
+        raise ValueError(f"{path} cannot be fetched: {error or type(error).__name__}") from error
+    if not os.path.isfile(file):
+        raise FileNotFoundError(f"there is {'only a folder' if os.path.isdir(file) else 'no file'} {file}")
+    return file
 
 
 def fetch_weights(address: str) -> str:
@@ -131,7 +158,7 @@ def fetch_weights(address: str) -> str:
 
 
 def _fetch(path: str, force: bool) -> tuple[str, bool]:
-    """Local file for a path that the handler takes, and whether this call has downloaded it and may delete it."""
+    """Gives the local file for a path that the handler takes, and whether this call has just downloaded it."""
     # Detectron2's checkpointer passes a path through urlparse, which makes "mmdet:/file" of "mmdet:///file".
     place = path.removeprefix(PREFIX).removeprefix("//") if path.startswith(PREFIX) else path
     place = IMAGENET.get(place, place)
@@ -174,11 +201,9 @@ def _unfetched(place: str, error: OSError) -> OSError:
 
 
 def _convert(source: str, downloaded: bool) -> dict[str, Any]:
-    """Reads and converts a file; what this call has downloaded for nothing is deleted."""
+    """Reads and converts a file. If it is damaged and was just downloaded, it is deleted."""
     try:
-        checkpoint = read_checkpoint(source)
-        check_weights(unwrap_state_dict(checkpoint), source)
-        return convert_checkpoint(checkpoint, source)
+        return convert_file(source)
     except CorruptCheckpointError as error:
         if not downloaded:
             raise
@@ -196,6 +221,6 @@ def _cache_dir() -> Path:
 
 
 def _version() -> str:
-    """Changes whenever the conversion does, so that files which an older one made are not used."""
-    sources = (Path(str(file)) for file in (conversion.__file__, mmdet.__file__, torchvision.__file__))
+    """A digest of the code that converts: what an older version has converted is not used."""
+    sources = (Path(str(file)) for file in (names.__file__, provenance.__file__, mmdet.__file__, torchvision.__file__))
     return hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:8]

@@ -1,26 +1,16 @@
 # Copyright (c) the dcn_d2 authors. SPDX-License-Identifier: Apache-2.0
-"""Files of weights: reading them as data and never as code, their digests, and writing them in one step."""
+"""Reads files of weights as data, and never as code."""
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
-import io
 import os
 import pickle
-import re
-import tempfile
-import time
-from collections.abc import Iterator, Mapping
-from pathlib import Path
-from typing import IO, Any
+from collections.abc import Mapping
+from typing import Any
 
+from .files import CorruptCheckpointError, check_digest
 from .formats import read_file
-from .unpickler import Ignored, NotDataError, Unusable
-
-
-class CorruptCheckpointError(ValueError):
-    """A file that is no checkpoint, or only a part of one."""
+from .stand_ins import Ignored, NotDataError, Unusable
 
 
 def read_checkpoint(path: str | os.PathLike[str]) -> dict[Any, Any]:
@@ -28,10 +18,10 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[Any, Any]:
 
     Takes both formats of PyTorch and the pickles of Detectron2's zoo, whatever the file is called. The checksums of
     PyTorch's newer format are compared, and so is the digest that a file may have at the end of its name. Reading
-    takes neither much longer nor much more memory than the size of the file asks for, whatever the file claims.
+    takes time and memory in proportion to the size of the file, whatever the file says about itself.
 
     Raises:
-        CorruptCheckpointError: The file is truncated, corrupted, or no checkpoint.
+        CorruptCheckpointError: The file is truncated, corrupted, or not a checkpoint.
         ValueError: It holds objects of other types, which could run code when they are read.
         OSError: It cannot be opened.
     """
@@ -54,13 +44,13 @@ def _read(path: str | os.PathLike[str], values: bool) -> dict[Any, Any]:
             checkpoint = read_file(file, values)
         except NotDataError as refused:
             raise ValueError(_refusal(path, shown(refused))) from None
-        except MemoryError:  # says something about the machine, and nothing about the file
+        except MemoryError:  # the machine is at fault, not the file
             raise
         except Exception as error:  # damaged files make pickle, zipfile and torch raise errors of a dozen types
             raise CorruptCheckpointError(_damage(path, error)) from error
     if not isinstance(checkpoint, Mapping) or not checkpoint:
         what = "nothing" if isinstance(checkpoint, Mapping) else f"a {type(checkpoint).__name__}"
-        raise CorruptCheckpointError(f"{path} is no checkpoint: it holds {what} instead of named weights")
+        raise CorruptCheckpointError(f"{path} is not a checkpoint: it holds {what} instead of named weights")
     left_over = {key: what for key, value in checkpoint.items() if (what := _left_over(key, value))}
     if left_over and ("state_dict" in left_over or "state_dict" not in checkpoint):
         listed = "; ".join([*left_over.values()][:5])
@@ -71,14 +61,14 @@ def _read(path: str | os.PathLike[str], values: bool) -> dict[Any, Any]:
 
 
 def shown(name: object) -> str:
-    """A name from a file as it can stand in a message: in one line, and not without end."""
+    """A name from a file as it can be shown in a message: in one line, and cut where it is long."""
     text = str(name)
     text = text if len(text) <= 120 else f"{text[:100]}…"
     return text if text.isprintable() else repr(text)[1:-1]
 
 
 def _left_over(name: object, value: object) -> str:
-    """Names what is neither tensor nor array, text or number at or below an entry; "" if nothing is."""
+    """Names the first thing at or below an entry that is not a tensor, an array, text or a number; "" if all are."""
     seen: set[int] = set()
     waiting = [(str(name), value)]
     while waiting:
@@ -104,122 +94,8 @@ def _damage(path: str | os.PathLike[str], error: Exception) -> str:
     if isinstance(error, RecursionError):
         reason = "its containers are nested too deep"
     elif error.args and type(error.args[0]) is int or isinstance(error, pickle.UnpicklingError):
-        reason = "its pickle is damaged, or it has none"  # where text is, an operation of a pickle is looked for
+        reason = "its pickle is damaged, or it has none"  # its bytes were taken for the operations of a pickle
     else:
         reason = " ".join(str(error).split())[:300] or type(error).__name__
     size = os.path.getsize(path)
-    return f"{path} ({size} bytes) is truncated, corrupted, or no checkpoint of PyTorch or Detectron2: {reason}"
-
-
-def check_digest(path: str | os.PathLike[str]) -> None:
-    """Compares a file with the digest in its name, if there is one: one rule for all ways to a file.
-
-    Raises:
-        CorruptCheckpointError: They differ.
-    """
-    expected = digest_in_name(os.path.basename(path))
-    if expected is not None and not (digest := sha256_of(path)).startswith(expected):
-        raise CorruptCheckpointError(
-            f"{path}: its SHA-256 digest begins with {digest[:8]}, but with {expected} according to its name. It is "
-            "truncated or corrupted; if it is another file on purpose, rename it"
-        )
-
-
-def sha256_of(path: str | os.PathLike[str]) -> str:
-    """Hexadecimal SHA-256 digest of a file."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def digest_in_name(name: str) -> str | None:
-    """The first 8 digits of the SHA-256 digest, which publishers put at the end of a file's name; None without them.
-
-    For example "d68aed1e" of "faster_rcnn_r50_fpn_dconv_c3-c5_1x_coco_20200130-d68aed1e.pth". A date is no digest.
-    """
-    found = re.search(r"-([0-9a-f]{8})\.(?:pth|pt|bin)$", name)
-    return found[1] if found and not re.fullmatch(r"20[0-3]\d[01]\d[0-3]\d", found[1]) else None
-
-
-class _Part(io.FileIO):
-    """A file that remembers why it could not be written: what torch.save raises then does not say so."""
-
-    error: OSError | None = None
-
-    def write(self, content: Any) -> int:
-        try:
-            return super().write(content)
-        except OSError as error:
-            self.error = error
-            raise
-
-
-@contextlib.contextmanager
-def write_atomically(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
-    """Opens a file for writing that takes its name when it is complete, so that nobody ever sees a part of it.
-
-    Raises:
-        OSError: It could not be written, for example because the disk is full; what had its name before is untouched.
-    """
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, part = tempfile.mkstemp(prefix=f".{target.name[-200:]}.", suffix=".part", dir=target.parent)
-    raw = _Part(descriptor, "wb")
-    _lock(raw)  # says that it is in use, see remove_leftovers
-    try:
-        with io.BufferedWriter(raw) as file:
-            yield file
-            file.flush()
-            os.fsync(descriptor)
-            os.chmod(part, 0o666 & ~_umask())  # mkstemp lets only the owner read
-            os.replace(part, target)
-    except BaseException as error:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(part)
-        reason = raw.error or error
-        if isinstance(reason, OSError) and reason.errno:
-            message = f"{target} could not be written: {os.strerror(reason.errno)}"
-            raise OSError(reason.errno, f"{message}; a file that had this name before is untouched") from error
-        raise
-
-
-def remove_leftovers(folder: str | os.PathLike[str], min_age: float = 60) -> list[str]:
-    """Removes what `write_atomically` left in a folder when its process was killed.
-
-    Files that a process is still writing are locked by it, and stay, as do those younger than `min_age` seconds.
-
-    Returns:
-        The names of the removed files.
-    """
-    removed = []
-    for path in sorted(Path(folder).glob(".*.part")) if os.path.isdir(folder) else []:
-        if not re.fullmatch(r"\..+\.(pth|json)\.[a-z0-9_]{8}\.part|\.last_checkpoint\.[a-z0-9_]{8}\.part", path.name):
-            continue
-        with contextlib.suppress(FileNotFoundError, PermissionError):  # another process removes it, or it is not ours
-            if path.is_symlink() or time.time() - path.stat().st_mtime < min_age:
-                continue
-            with path.open("rb") as file:
-                if _lock(file):
-                    path.unlink()
-                    removed.append(path.name)
-    return removed
-
-
-def _lock(file: IO[bytes] | io.FileIO) -> bool:
-    """Takes the lock of an open file, without waiting; tells whether it was free. It is let go with the file."""
-    try:
-        import fcntl
-
-        fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (ImportError, OSError):  # another system, another process, or a file system without locks
-        return False
-    return True
-
-
-def _umask() -> int:
-    """The process's mask for new files, which can only be read by setting it."""
-    mask = os.umask(0o077)
-    os.umask(mask)
-    return mask
+    return f"{path} ({size} bytes) is truncated, corrupted, or not a checkpoint of PyTorch or Detectron2: {reason}"

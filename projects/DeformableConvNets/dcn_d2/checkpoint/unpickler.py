@@ -1,53 +1,33 @@
 # Copyright (c) the dcn_d2 authors. SPDX-License-Identifier: Apache-2.0
 """A reader of pickles that knows data only: numbers, text, containers, tensors, arrays.
 
-Nothing that a pickle names is imported or called; a name that is not in the table below is refused. What a pickle
-claims is compared with what the file holds before memory is taken for it.
+Nothing that a pickle names is imported or called; a name that is not in the table of `vocabulary` is refused. What a
+pickle claims is compared with what the file holds before memory is taken for it.
 """
 
 from __future__ import annotations
 
 import math
 import pickle
-import re
-from collections import Counter, OrderedDict, defaultdict
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from typing import IO, Any
 
-import numpy as np
 import torch
 
-# A training checkpoint of ResNet-101 needs some 50,000 operations. They bound the time, and with some 200 bytes for
-# each also the memory, that a hostile file can take.
+from .stand_ins import Array, DamagedError, DType, Ignored, NotDataError, Storage, StorageType, Unusable, as_numbers
+from .vocabulary import TABLE, Maker, check_key, make_set
+
+# A training checkpoint of ResNet-101 needs about 50,000 operations. The limit bounds the time that a hostile file can
+# take, and the memory too: an operation takes about 200 bytes.
 MAX_OPERATIONS = 400_000
 MAX_DEPTH = 64
-# Tensors may share values, so that together they hold more than the file; this many times more, and bytes beyond that.
+# Tensors may share values, so together they may hold more than the file: this many times its size, and bytes beyond it.
 MAX_SHARING, FREE_SHARING = 8, 64 << 20
 
 
-class NotDataError(Exception):
-    """A pickle names something that is no data; its text is the name."""
-
-
-class DamagedError(Exception):
-    """A file claims what cannot be."""
-
-
-class Ignored:
-    """Stands in for an object of a training run that is left in a checkpoint; holds nothing and does nothing."""
-
-    kind = "an object of MMEngine"
-
-
-class Unusable:
-    """Stands in for a tensor or an array that is no plain one; `kind` says what it is."""
-
-    def __init__(self, kind: str) -> None:
-        self.kind = kind
-
-
 class BoundedFile:
-    """A file of which nobody can read more bytes than there are: such a claim is an error, and takes no memory."""
+    """A file that refuses to read more bytes than it has, before memory is taken for them."""
 
     def __init__(self, file: IO[bytes], size: int) -> None:
         self._file, self.size = file, size
@@ -64,197 +44,20 @@ class BoundedFile:
         return self._file.readline()
 
     def fill(self, values: torch.Tensor) -> None:
-        """Reads the bytes of a row of values."""
+        """Fills `values` with the next bytes of the file."""
         if values.nbytes and self._file.readinto(values.view(torch.uint8).numpy()) != values.nbytes:  # type: ignore
             raise DamagedError(f"it ends before the {values.nbytes} bytes that it announces")
 
 
-class Storage:
-    """Values of one type in a row, as many tensors may share."""
-
-    def __init__(self, values: torch.Tensor, quantised: bool = False) -> None:
-        self.values, self.quantised = values, quantised
-
-
-class StorageType:
-    """What the name of a class of storages says: the type of its values."""
-
-    def __init__(self, dtype: torch.dtype, quantised: bool = False) -> None:
-        self.dtype, self.quantised = dtype, quantised
-
-    def size_of(self, count: object) -> int:
-        """Bytes of so many values."""
-        if type(count) is not int or count < 0:
-            raise DamagedError(f"a storage has {count!r} values")
-        return count * self.dtype.itemsize
-
-
-class _DType:
-    def __init__(self, name: str) -> None:
-        self.name, self.order = name, "="
-
-    def build(self, state: object) -> None:
-        if isinstance(state, tuple) and len(state) > 1 and state[1] in ("<", ">", "|", "="):
-            self.order = state[1]
-
-    def resolve(self) -> np.dtype | None:
-        """The type of numbers, None if it is one of text, objects or records."""
-        plain = re.fullmatch(r"[<>|=]?(b1|[iu][1248]|f[248]|c8|c16)", self.name)
-        return np.dtype(self.order + plain[1]) if plain else None
-
-
-class _Array:
-    """An array before its content is known, which a pickle gives later."""
-
-    def __init__(self) -> None:
-        self.value: np.ndarray | Unusable | None = None
-
-    def build(self, state: object) -> None:
-        if not isinstance(state, tuple) or len(state) != 5:
-            raise DamagedError("an array has no content")
-        _, shape, dtype, fortran, content = state
-        self.value = _array(content, dtype, shape, "F" if fortran else "C")
-
-
-def _array(content: object, dtype: object, shape: object, order: object) -> np.ndarray | Unusable:
-    resolved = dtype.resolve() if isinstance(dtype, _DType) else None
-    if resolved is None:
-        return Unusable(f"an array of {getattr(dtype, 'name', 'objects')}")
-    if isinstance(content, str):  # as Python 2 wrote bytes
-        content = content.encode("latin1")
-    shape = _numbers(shape)
-    if not isinstance(content, (bytes, bytearray)) or len(content) != math.prod(shape) * resolved.itemsize:
-        raise DamagedError(f"an array of shape {list(shape)} does not have as many bytes")
-    values = np.frombuffer(content, resolved).reshape(shape, order="F" if order == "F" else "C")
-    return values.astype(resolved.newbyteorder("="))  # a copy, which can be written to
-
-
-def _numbers(value: object) -> tuple[int, ...]:
-    if not isinstance(value, (tuple, list)) or not all(type(v) is int and 0 <= v < 1 << 62 for v in value):
-        raise DamagedError("a shape, a stride or an offset is no natural number")
-    if len(value) > 32:
-        raise DamagedError(f"a tensor has {len(value)} dimensions")
-    return tuple(value)
-
-
-def _scalar(dtype: object, content: object = b"") -> object:
-    value = _array(content, dtype, (), "C")
-    return value if isinstance(value, Unusable) else value.item()
-
-
-def _encode(text: object, encoding: object = "latin1") -> bytes:
-    if not isinstance(text, str) or encoding not in ("latin1", "latin-1"):
-        raise DamagedError("bytes are written in an unknown way")
-    return text.encode("latin1")
-
-
-def _mapping(make: Callable[..., Any]) -> Callable[..., Any]:
-    def build(*args: Any) -> Any:
-        made = make()
-        for arg in args:
-            if not isinstance(arg, (Mapping, list, tuple)):
-                raise DamagedError("a dictionary is made of something else")
-            for key, value in arg.items() if isinstance(arg, Mapping) else arg:
-                _check_key(key)
-                made[key] = value
-        return made
-
-    return build
-
-
-def _set(values: object = ()) -> set:
-    if not isinstance(values, (list, tuple)):
-        raise DamagedError("a set is made of something else")
-    for value in values:
-        _check_key(value)
-    return set(values)
-
-
-def _check_key(key: object) -> None:
-    """Only numbers, text and tuples of them: the hash of deep containers can crash Python."""
-    parts = key if isinstance(key, tuple) else (key,)
-    if not all(part is None or isinstance(part, (str, bytes, int, float)) for part in parts):
-        raise DamagedError("a dictionary or set has an entry with a name that is neither text nor a number")
-
-
-class _Maker:
-    """What a name in a pickle stands for."""
-
-    __slots__ = ("make",)
-
-    def __init__(self, make: Callable[..., Any]) -> None:
-        self.make = make
-
-
-def _ignored(*args: object, **kwargs: object) -> Ignored:
-    return Ignored()
-
-
-def _unusable(kind: str) -> _Maker:
-    return _Maker(lambda *args, **kwargs: Unusable(kind))
-
-
-_STORAGES = {
-    **{
-        f"{name}Storage": StorageType(dtype)
-        for name, dtype in {
-            **{"Double": torch.float64, "Float": torch.float32, "Half": torch.float16, "BFloat16": torch.bfloat16},
-            **{"Long": torch.int64, "Int": torch.int32, "Short": torch.int16, "Char": torch.int8, "Byte": torch.uint8},
-            **{"Bool": torch.bool, "ComplexFloat": torch.complex64, "ComplexDouble": torch.complex128},
-            "Untyped": torch.uint8,
-        }.items()
-    },
-    **{f"{name}Storage": StorageType(torch.uint8, quantised=True) for name in ("QInt8", "QUInt8", "QUInt4x2")},
-    **{f"{name}Storage": StorageType(torch.uint8, quantised=True) for name in ("QUInt2x4",)},
-    "QInt32Storage": StorageType(torch.int32, quantised=True),
-}
-_DTYPES = {str(value): value for value in vars(torch).values() if isinstance(value, torch.dtype)}
-
-_TABLE: dict[str, Any] = {
-    "collections.OrderedDict": _Maker(_mapping(OrderedDict)),
-    "collections.Counter": _Maker(_mapping(Counter)),
-    "collections.defaultdict": _Maker(lambda *args: defaultdict(None)),
-    "builtins.set": _Maker(_set),
-    "builtins.dict": _Maker(_mapping(dict)),
-    "builtins.list": _Maker(lambda *args: list(args)),
-    "builtins.int": _Maker(_ignored),
-    "builtins.bytearray": _Maker(lambda value=b"", *rest: bytearray(value if isinstance(value, bytes) else b"")),
-    "builtins.complex": _Maker(lambda real=0.0, imaginary=0.0: complex(float(real), float(imaginary))),
-    "_codecs.encode": _Maker(_encode),
-    "torch.serialization._get_layout": _Maker(lambda *args: None),  # of sparse tensors
-    **{str(value): None for value in vars(torch).values() if isinstance(value, torch.qscheme)},
-    "torch.Size": _Maker(lambda values=(): _numbers(values)),
-    "torch.device": _Maker(lambda *args: ":".join(str(arg) for arg in args if isinstance(arg, (str, int)))),
-    **{f"torch.{name}": storage for name, storage in _STORAGES.items()},
-    "torch.storage.UntypedStorage": _STORAGES["UntypedStorage"],
-    **_DTYPES,
-    "torch._utils._rebuild_qtensor": _unusable("a quantised tensor"),
-    "torch._utils._rebuild_sparse_tensor": _unusable("a sparse tensor"),
-    "torch._utils._rebuild_nested_tensor": _unusable("a nested tensor"),
-    "torch._utils._rebuild_meta_tensor_no_storage": _unusable("a tensor of device meta, without values"),
-    **{
-        f"numpy.{core}.multiarray.{name}": maker
-        for core in ("core", "_core")
-        for name, maker in {"_reconstruct": _Maker(lambda *args: _Array()), "scalar": _Maker(_scalar)}.items()
-    },
-    **{f"numpy.{core}.numeric._frombuffer": _Maker(_array) for core in ("core", "_core")},
-    "numpy.ndarray": _Maker(lambda *args: _Array()),
-    "numpy.dtype": _Maker(lambda name="", *rest: _DType(name if isinstance(name, str) else "objects")),
-    # MMDetection 3.x leaves the history of the losses in its training checkpoints, with bound methods of it.
-    "mmengine.logging.history_buffer.HistoryBuffer": _Maker(_ignored),
-    "builtins.getattr": _Maker(_ignored),
-}
-
-
 class _Counted(dict):
-    """The table of operations, which counts how many are looked up."""
+    """The table of operations. It counts how many are looked up."""
 
     count = 0
 
     def __getitem__(self, key: int) -> Any:
         self.count += 1
         if self.count > MAX_OPERATIONS:
-            raise DamagedError(f"it has more than {MAX_OPERATIONS:,} operations, and no checkpoint needs as many")
+            raise DamagedError(f"it has more than {MAX_OPERATIONS:,} operations, more than any checkpoint needs")
         return super().__getitem__(key)
 
 
@@ -266,8 +69,7 @@ class DataUnpickler(_Unpickler):
 
     Args:
         file: where it begins.
-        storage: gives the values that a reference of PyTorch stands for; None where there are none, as in plain
-            pickles.
+        storage: gives the values that a reference of PyTorch stands for. None for plain pickles, which have none.
         payload: bytes of the values of all tensors.
     """
 
@@ -282,13 +84,13 @@ class DataUnpickler(_Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         module = {"__builtin__": "builtins", "copy_reg": "copyreg"}.get(module, module)
         if module == "torch._utils" and name in ("_rebuild_tensor", "_rebuild_tensor_v2", "_rebuild_tensor_v3"):
-            return _Maker(self._tensor)
+            return Maker(self._tensor)
         if module == "torch._utils" and name in ("_rebuild_parameter", "_rebuild_parameter_with_state"):
-            return _Maker(lambda data, *rest: data)
+            return Maker(lambda data, *rest: data)
         if (module, name) == ("copyreg", "_reconstructor"):
-            return _Maker(lambda cls, *rest: self._call(cls, ()))
+            return Maker(lambda cls, *rest: self._call(cls, ()))
         try:
-            return _TABLE[f"{module}.{name}"]
+            return TABLE[f"{module}.{name}"]
         except KeyError:
             raise NotDataError(f"{module}.{name}") from None
 
@@ -309,7 +111,7 @@ class DataUnpickler(_Unpickler):
             if values.nbytes % dtype.itemsize:
                 raise DamagedError(f"a storage of {values.nbytes} bytes holds values of {dtype.itemsize}")
             values = values.view(torch.uint8).view(dtype)
-        (offset,), size, stride = _numbers([offset]), _numbers(size), _numbers(stride)
+        (offset,), size, stride = as_numbers([offset]), as_numbers(size), as_numbers(stride)
         if len(size) != len(stride):
             raise DamagedError(f"a tensor has {len(size)} sizes and {len(stride)} strides")
         count = math.prod(size)
@@ -322,8 +124,8 @@ class DataUnpickler(_Unpickler):
         return values.as_strided(size, stride, offset)
 
     def _call(self, function: object, args: object, kwargs: Mapping[str, Any] | None = None) -> Any:
-        if not isinstance(function, _Maker) or not isinstance(args, tuple):
-            raise DamagedError("it calls something that is no function")
+        if not isinstance(function, Maker) or not isinstance(args, tuple):
+            raise DamagedError("it calls something that is not a function")
         return function.make(*args, **(kwargs or {}))
 
     # The operations below are those of `pickle`, restricted: they call what the table gives, and change only lists,
@@ -350,7 +152,7 @@ class DataUnpickler(_Unpickler):
     def load_build(self) -> None:
         state = self.stack.pop()
         target = self.stack[-1]
-        if isinstance(target, (_DType, _Array)):
+        if isinstance(target, (DType, Array)):
             target.build(state)
         elif not isinstance(target, (OrderedDict, Ignored, Unusable)):  # a state dict has its versions as a state
             raise DamagedError(f"it gives a state to a {type(target).__name__}")
@@ -373,7 +175,7 @@ class DataUnpickler(_Unpickler):
         if not isinstance(target, dict) or len(items) % 2:
             raise DamagedError(f"it gives entries to a {type(target).__name__}")
         for key, value in zip(items[::2], items[1::2], strict=True):
-            _check_key(key)
+            check_key(key)
             target[key] = value
 
     def load_append(self) -> None:
@@ -394,10 +196,10 @@ class DataUnpickler(_Unpickler):
         items = self.pop_mark()
         if not isinstance(self.stack[-1], set):
             raise DamagedError(f"it adds to a {type(self.stack[-1]).__name__}")
-        self.stack[-1].update(_set(items))
+        self.stack[-1].update(make_set(items))
 
     def load_frozenset(self) -> None:
-        self.append(frozenset(_set(self.pop_mark())))
+        self.append(frozenset(make_set(self.pop_mark())))
 
     def load_bytearray8(self) -> None:
         self.append(bytearray(self.read(int.from_bytes(self.read(8), "little"))))
@@ -427,15 +229,15 @@ for _names, _function in {
 
 
 def finish(tree: object) -> Any:
-    """Puts arrays in the place of what stood for them, and checks that containers are neither deep nor endless."""
-    done: dict[int, tuple[object, object]] = {}  # with what was there, so that no other object gets its number
+    """Replaces stand-ins by their arrays. Refuses containers that are nested too deep or contain themselves."""
+    done: dict[int, tuple[object, object]] = {}  # id: the object, kept so that its id stays its own, and the result
 
     def visit(value: object, depth: int) -> object:
-        if isinstance(value, _Array):
+        if isinstance(value, Array):
             if value.value is None:
                 raise DamagedError("an array has no content")
             return value.value
-        if isinstance(value, (_Maker, _DType, Storage, StorageType)):
+        if isinstance(value, (Maker, DType, Storage, StorageType)):
             return Unusable("a type, not a value")
         if not isinstance(value, (dict, list, tuple, set, frozenset)):
             return value

@@ -1,5 +1,5 @@
 # Copyright (c) the dcn_d2 authors. SPDX-License-Identifier: Apache-2.0
-"""The one way by which weights come into a model: a file of any kind -> content of a file of Detectron2, checked."""
+"""Reads a file of weights of any kind, and checks that weights are finite numbers."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from .conversion import convert_checkpoint, is_foreign, warn_of_v1
 from .mmdet import unwrap_state_dict
+from .provenance import convert_checkpoint, recognise, warn_of_v1
 from .reader import read_checkpoint, shown
 
 
@@ -23,7 +23,7 @@ def read_weights(path: str) -> dict[str, Any]:
         and what training has left. Detectors of MMDetection and ResNets of torchvision are converted.
 
     Raises:
-        ValueError, OSError: As `read_checkpoint`; or what has the names of MMDetection is none of its detectors.
+        ValueError, OSError: As `read_checkpoint`. Or the file has MMDetection's names but is not one of its detectors.
     """
     checkpoint = read_checkpoint(path)
     if isinstance(checkpoint.get("model_state"), Mapping):  # of pycls
@@ -33,17 +33,42 @@ def read_weights(path: str) -> dict[str, Any]:
         blobs = checkpoint["blobs"] if isinstance(checkpoint.get("blobs"), Mapping) else checkpoint
         weights = {name: value for name, value in blobs.items() if not str(name).endswith("_momentum")}
         return {"model": weights, "__author__": "Caffe2", "matching_heuristics": True}
-    try:
-        weights = dict(unwrap_state_dict(checkpoint))
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
-    if is_foreign(weights):
+    weights = _unwrap(checkpoint, path)
+    if provenance := recognise(weights):
         converted = convert_checkpoint(weights, path)
-        warn_of_v1(converted, path)
+        warn_of_v1(provenance, path)
         return converted
     if isinstance(checkpoint.get("model"), Mapping):
         return checkpoint | {"model": weights}
     return {"model": weights}
+
+
+def convert_file(path: str) -> dict[str, Any]:
+    """Reads a file of MMDetection or torchvision, checks its weights, and converts them; see `convert_checkpoint`.
+
+    Raises:
+        ValueError, OSError: As `read_checkpoint`, `check_weights` and `convert_checkpoint`.
+    """
+    return convert_checkpoint(read_state_dict(path), path)
+
+
+def read_state_dict(path: str) -> dict[str, Any]:
+    """Reads the weights of a file by their names there, without what training puts around them, and checks them.
+
+    Raises:
+        ValueError, OSError: As `read_checkpoint`, `unwrap_state_dict` and `check_weights`.
+    """
+    weights = _unwrap(read_checkpoint(path), path)
+    check_weights(weights, path)
+    return weights
+
+
+def _unwrap(checkpoint: Mapping[str, Any], path: str) -> dict[str, Any]:
+    """Does what `unwrap_state_dict` does, with errors that name the file."""
+    try:
+        return dict(unwrap_state_dict(checkpoint))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
 
 
 def _is_caffe2(checkpoint: Mapping[str, Any], path: str) -> bool:
@@ -63,7 +88,7 @@ def check_weights(
     Args:
         weights: tensors or arrays by name.
         origin: names the file in messages.
-        may_be_integer: tells the entries that may be integers or truth values.
+        may_be_integer: tells by its name whether an entry may hold integers or truth values.
 
     Raises:
         ValueError: Some are not; the message names them.
@@ -76,7 +101,7 @@ def check_weights(
         more = [f"and {len(problems) - 20} more"] if len(problems) > 20 else []
         listed = "\n  ".join([*problems[:20], *more])
         raise ValueError(
-            f"{origin} is refused, {len(problems)} of its {len(weights)} entries are no weights:\n  {listed}"
+            f"{origin} is refused, {len(problems)} of its {len(weights)} entries are not weights:\n  {listed}"
         )
 
 
@@ -84,7 +109,7 @@ def _problem(value: object, may_be_integer: bool) -> str:
     if isinstance(value, np.ndarray):
         value = torch.from_numpy(value)
     if not isinstance(value, torch.Tensor):
-        return f"is a {type(value).__name__} and no tensor"
+        return f"is of type {type(value).__name__}, not a tensor"
     if value.is_quantized or value.is_sparse or value.is_meta:
         return "is a quantised, sparse or meta tensor; save its dequantised or dense values"
     if value.is_complex():

@@ -1,8 +1,8 @@
 # Copyright (c) the dcn_d2 authors. SPDX-License-Identifier: Apache-2.0
 """Checks of the annotations of a loaded data set: categories, boxes, masks, keypoints.
 
-COCO's 860,000 are looked at in a second or two: whole columns at a time, and one by one only where a column is not what
-it should be.
+COCO's 860,000 annotations take a second or two: whole columns are checked at a time, and single values only where a
+column has a fault.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from .needs import Needs
 
 Record = dict[str, Any]
 BOX_LENGTHS = {BoxMode.XYXY_ABS: 4, BoxMode.XYWH_ABS: 4, BoxMode.XYWHA_ABS: 5}
-EDGE = 1.0  # pixels that a box may reach over its image's edge without a word: rounding
+EDGE = 1.0  # pixels that a box may reach over its image's edge without a warning, because of rounding
 
 
 def check_annotations(records: Sequence[Record], needs: Needs, names: Sequence[str] | None, findings: Findings) -> None:
     """Checks all annotations, as `check_records` does."""
     annotations = _Annotations(records, needs, findings)
     strange = [i for i, annotation in enumerate(annotations.all) if not isinstance(annotation, dict)]
-    if annotations.report(strange, "are no dicts"):
+    if annotations.report(strange, "are not dicts"):
         return
     _check_categories(annotations, names)
     _check_boxes(annotations)
@@ -46,7 +46,7 @@ def name_image(record: Record) -> str:
 
 
 def is_number(value: Any) -> bool:
-    """True for finite numbers of any kind; a bool is none."""
+    """True for finite numbers of any kind, but not for a bool."""
     try:
         return isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
     except OverflowError:  # a whole number that no float can hold
@@ -88,7 +88,7 @@ def _check_categories(annotations: _Annotations, names: Sequence[str] | None) ->
         bad = [
             i for i, value in enumerate(values) if not isinstance(value, numbers.Integral) or isinstance(value, bool)
         ]
-        if annotations.report(bad, "have a 'category_id' that is no whole number", key="category_id"):
+        if annotations.report(bad, "have a 'category_id' that is not a whole number", key="category_id"):
             return
         column = np.array([int(value) for value in values], dtype=np.int64)
     things = annotations.needs.things
@@ -143,7 +143,7 @@ def _is_box(value: Any, length: int) -> bool:
 
 
 def _check_place(annotations: _Annotations, where: np.ndarray, boxes: np.ndarray, mode: BoxMode) -> None:
-    """Boxes have an area and lie in their image. What is not so is counted: Detectron2 trains without it."""
+    """Counts boxes that have no area or do not lie in their image."""
     x0, y0, x1, y1 = boxes.T
     if mode == BoxMode.XYWH_ABS:
         x1, y1 = x0 + x1, y0 + y1
@@ -171,7 +171,7 @@ def _check_place(annotations: _Annotations, where: np.ndarray, boxes: np.ndarray
         (outside, "have a 'bbox' outside their image", lost),
         (over & ~outside & ~flat & ~mirrored, "have a 'bbox' that reaches over the edge of their image", cut),
     ):
-        # Where nothing is left, this is no matter of a few bad boxes: a wrong bbox_mode, say.
+        # If no box is left, the cause is probably not a few bad boxes but, for example, a wrong bbox_mode.
         warn = then == cut or int(found.sum()) < len(annotations.all)
         annotations.report(where[found].tolist(), what, key="bbox", then=then, warn=warn)
 
@@ -210,7 +210,7 @@ def _is_nothing(value: Any) -> bool:
 def _is_polygon(polygon: Any) -> bool:
     if isinstance(polygon, np.ndarray):
         return polygon.size >= 6 and polygon.size % 2 == 0 and bool(np.isfinite(polygon).all())
-    try:  # the sum is a fast way to find numbers that are not finite, and what is no number
+    try:  # the sum is a fast way to find values that are not numbers, or not finite
         return len(polygon) >= 6 and len(polygon) % 2 == 0 and math.isfinite(sum(polygon))
     except (TypeError, OverflowError):
         return False

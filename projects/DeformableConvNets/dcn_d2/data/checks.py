@@ -21,7 +21,7 @@ from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
 from detectron2.utils.logger import log_first_n
 
-from .coco_json import check_coco_json, read_json
+from .coco_json import check_coco_json, read_before, read_json
 from .findings import Findings, show
 from .image_files import check_image_files
 from .needs import Needs, check_number_of_classes, compare_names, read_needs
@@ -60,10 +60,10 @@ def check_data_sets(names: Iterable[str]) -> None:
 def check_data(cfg: CfgNode, train: bool, test: bool = True, coco_evaluation: bool = True) -> None:
     """Checks the data sets of a config against its model, before anything runs.
 
-    Looked at are annotation files, images (their headers: all of a small data set, a sample of a large one), boxes,
-    masks, keypoints and categories. Warnings are logged, a line each. The data sets that are loaded next, those of the
-    training if `train`, are loaded once: what was loaded here is what the next `DatasetCatalog.get` of them gives.
-    A data set that was found good is not looked at again while its file stays the same.
+    It checks annotation files, images (their headers: of all images of a small data set, of a sample of a large one),
+    boxes, masks, keypoints and categories. Warnings are logged, a line each. The data sets that are needed next, those
+    for training if `train`, are loaded only once: the next `DatasetCatalog.get` gives what was loaded here. A data set
+    without faults is not checked again while its file stays the same.
 
     In a distributed job the main process checks and speaks; the others wait, and stop as it does. All must call it.
 
@@ -144,7 +144,7 @@ def _check(cfg: CfgNode, train: bool, test: bool, coco_evaluation: bool) -> None
 def _check_one(name: str, needs: Needs, reference: str, hand_on: bool, quiet: bool = False) -> None:
     """Checks one data set, and its names of categories against those of the data set `reference`, unless that is "".
 
-    With `quiet`, nothing but errors is told.
+    With `quiet`, only errors are told.
     """
     metadata = MetadataCatalog.get(name)
     path, image_root = metadata.get("json_file", None), str(metadata.get("image_root", None) or "")
@@ -155,9 +155,15 @@ def _check_one(name: str, needs: Needs, reference: str, hand_on: bool, quiet: bo
     begin = time.perf_counter()
     with _without_garbage_collection():
         if path and metadata.get("evaluator_type", None) in COCO_EVALUATORS:
-            check_coco_json(PathManager.get_local_path(path), image_root, needs, findings)
+            file = PathManager.get_local_path(path)
+            content = read_json(file)
+            check_coco_json(content, image_root, needs, findings)
             findings.refuse()
-        records = _load(name, findings)
+            with read_before(file, content):
+                records = _load(name, findings)
+            del content
+        else:
+            records = _load(name, findings)
         _check_names(metadata, needs, reference, findings)
         summary = "of a size that is not known"
         if isinstance(records, Sequence):  # else it is a torch Dataset, which may hold anything
@@ -176,7 +182,7 @@ def _check_one(name: str, needs: Needs, reference: str, hand_on: bool, quiet: bo
 
 
 def _load(name: str, findings: Findings) -> Any:
-    """Loads a data set; an error of its loader gets the data set's name."""
+    """Loads a data set. An error of its loader is raised again with the data set's name."""
     function = DatasetCatalog[name]
     if isinstance(function, _HandOn):  # it is for training and for tests: what was loaded stays for the training
         return function.records
@@ -237,7 +243,7 @@ def _get_function(name: str) -> Callable[[], Any]:
 
 
 def _fingerprint(name: str, path: str | None, reference: str) -> tuple[Any, ...]:
-    """Changes when a data set is another one."""
+    """A value that changes when the data set does."""
     stamp = None
     if path:
         status = os.stat(PathManager.get_local_path(path))
@@ -246,7 +252,7 @@ def _fingerprint(name: str, path: str | None, reference: str) -> tuple[Any, ...]
 
 
 class _HandOn:
-    """Stands in for the function that loads a data set: gives what was loaded once, and puts the function back."""
+    """Stands in for the function that loads a data set: gives once what was loaded, and then puts the function back."""
 
     def __init__(self, name: str, function: Callable[[], Any], records: list[Any]) -> None:
         self.name, self.function, self.records = name, function, records
@@ -259,7 +265,7 @@ class _HandOn:
 
 @contextlib.contextmanager
 def _without_garbage_collection() -> Iterator[None]:
-    """Millions of small objects are made, none of them garbage: looking through them doubles the time."""
+    """Pauses it while millions of small objects are made: none is garbage, and checking them doubles the time."""
     enabled = gc.isenabled()
     gc.disable()
     try:

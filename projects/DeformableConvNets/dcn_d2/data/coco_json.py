@@ -1,44 +1,75 @@
 # Copyright (c) the dcn_d2 authors. SPDX-License-Identifier: Apache-2.0
-"""Annotation files in COCO's format: what Detectron2's loader and COCO's evaluation stop at, or pass over in silence.
+"""Checks annotation files in COCO's format: what makes Detectron2's loader or COCO's evaluation stop or ignore data.
 
-They are data from strangers. Nothing here opens a file that they name.
+Such files may come from strangers. Nothing here opens a file that they name.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import posixpath
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
+
+import pycocotools.coco
 
 from .findings import Findings, shorten
 from .needs import Needs
 
 
 def read_json(path: str) -> Any:
-    """Reads a JSON file; ValueError names the file and what is wrong with it."""
-    with open(path, "rb") as file:
-        text = file.read()
-    if not text.strip():
-        raise ValueError(f"{path} is empty ({len(text)} bytes)")
+    """Reads a JSON file as pycocotools does.
+
+    Raises:
+        ValueError: It is not JSON; the message names the file and says what is wrong with it.
+    """
+    size = os.path.getsize(path)
     try:
+        with open(path) as file:  # in the system's encoding, as pycocotools
+            text = file.read()
+        if not text or text.isspace():
+            raise ValueError(f"{path} is empty ({size} bytes)")
         return json.loads(text)
     except json.JSONDecodeError as error:
         end = "; the file ends there, it may have been cut off" if error.pos >= len(error.doc.rstrip()) - 1 else ""
         raise ValueError(
-            f"{path} ({len(text)} bytes) is not JSON: {error.msg} at line {error.lineno}, column {error.colno}{end}"
+            f"{path} ({size} bytes) is not JSON: {error.msg} at line {error.lineno}, column {error.colno}{end}"
         ) from error
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not JSON: byte {error.start} is no {error.encoding} text") from error
+        raise ValueError(f"{path} is not JSON: byte {error.start} is not {error.encoding} text") from error
     except RecursionError as error:
         raise ValueError(f"{path} is nested too deeply to be an annotation file") from error
 
 
-def check_coco_json(path: str, image_root: str, needs: Needs, findings: Findings) -> None:
-    """Checks a file; see `Findings` for where the result goes."""
-    data = read_json(path)
+@contextlib.contextmanager
+def read_before(path: str, data: dict[str, Any]) -> Iterator[None]:
+    """Gives pycocotools the content of a file that was read before: COCO's takes several seconds to read.
+
+    Args:
+        path: the file.
+        data: what `read_json` gave for it. Loaders must not change it.
+    """
+
+    class ReadBefore(pycocotools.coco.COCO):
+        def __init__(self, annotation_file: str | None = None) -> None:
+            super().__init__(None if annotation_file == path else annotation_file)
+            if annotation_file == path:
+                self.dataset = data
+                self.createIndex()
+
+    original = pycocotools.coco.COCO
+    pycocotools.coco.COCO = ReadBefore
+    try:
+        yield
+    finally:
+        pycocotools.coco.COCO = original
+
+
+def check_coco_json(data: Any, image_root: str, needs: Needs, findings: Findings) -> None:
+    """Checks the content of a file; see `Findings` for where the result goes."""
     if not isinstance(data, dict):
         findings.errors.append(f"the file holds a {type(data).__name__}, not COCO's object with images and annotations")
         return
@@ -66,17 +97,17 @@ def check_coco_json(path: str, image_root: str, needs: Needs, findings: Findings
 
 
 def _get_list(data: dict[str, Any], key: str, findings: Findings) -> list[dict[str, Any]] | None:
-    """A list of the file, or None where there is none; entries that are no objects are an error."""
+    """A list of the file, or None if it has none. Entries that are not objects are an error."""
     entries = data.get(key)
     if not isinstance(entries, list):
         return None
     others = [index for index, entry in enumerate(entries) if type(entry) is not dict]
-    findings.count(others, entries, f"entries of {key!r} are no objects", lambda i: f"[{i}] is {shorten(entries[i])}")
+    findings.count(others, entries, f"entries of {key!r} are not objects", lambda i: f"[{i}] is {shorten(entries[i])}")
     return entries
 
 
 def _without(entries: Sequence[dict[str, Any]], key: str, types: tuple[type, ...]) -> list[int]:
-    """The entries whose value for a key is missing or of another type than these. A bool is no int."""
+    """The entries whose value for a key is missing or of another type than these. A bool is not an int."""
     kinds = [type(entry.get(key)) for entry in entries]
     return [] if set(kinds) <= set(types) else [index for index, kind in enumerate(kinds) if kind not in types]
 
@@ -88,7 +119,7 @@ def _check_ids(
     findings: Findings,
     only: tuple[type, ...] = (int, str),
 ) -> None:
-    """Ids are there and differ."""
+    """Checks that all ids are there and differ."""
     kinds = " or ".join("a whole number" if kind is int else "a text" for kind in only)
     if findings.count(_without(entries, "id", only), entries, f"{noun} have no 'id' that is {kinds}", describe):
         return
@@ -187,7 +218,7 @@ def _has_short_polygon(value: Any) -> bool:
 
 
 def _check_for_evaluation(annotations: Sequence[dict[str, Any]], needs: Needs, report: Callable[..., bool]) -> None:
-    """What COCO's evaluation reads, at the end of all."""
+    """Checks what COCO's evaluation reads, which runs last, when training is over."""
     numbers = (int, float)
     fields: dict[str, tuple[type, ...]] = {"bbox": (list,), "area": numbers, "iscrowd": (int, bool)}
     if needs.masks:

@@ -1,5 +1,5 @@
 # Copyright (c) the dcn_d2 authors. SPDX-License-Identifier: Apache-2.0
-"""What is wrong with a data set, said once: each kind of fault with how often it occurs and where it does so first."""
+"""Collects what is wrong with a data set: each kind of fault once, with how often and where it first occurs."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Findings:
             what: the fault, as in "annotations have no bbox".
             describe: gives the place of one in words.
             then: what it means and the way out.
-            warn: it is no error.
+            warn: it is a warning, not an error.
 
         Returns:
             True if there are any.
@@ -71,7 +71,7 @@ class Findings:
 
 
 def show(name: Any, length: int = 300) -> str:
-    """A name from a file as it may stand in a message: in one line, without control characters, not without end."""
+    """A name from a file as it can be shown in a message: in one line, printable, and cut where it is long."""
     text = str(name)
     text = text if text.isprintable() else repr(text)
     return text if len(text) <= length else f"{text[:length]}…"

@@ -1,5 +1,5 @@
 # Copyright (c) the dcn_d2 authors. SPDX-License-Identifier: Apache-2.0
-"""Do the images of a data set exist, and have they the sizes that the annotations say? Reads headers, no pixels."""
+"""Checks that the images of a data set exist and have the sizes that the annotations say. Reads only their headers."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from PIL import Image
 from .findings import Findings, show
 from .images import fault_of
 
-ALL = 2000  # with at most so many images each is looked at,
-SAMPLE = 200  # otherwise so many, always the same ones
+ALL = 2000  # up to this many images, each one is looked at
+SAMPLE = 200  # of more images, this many are looked at, always the same ones
 _REMOTE = re.compile(r"\w+://")
 _ORIENTATION = 0x0112  # EXIF: how a camera was held
 

@@ -1,11 +1,11 @@
 # Copyright (c) the dcn_d2 authors. SPDX-License-Identifier: Apache-2.0
-"""Reads images: the one way in for training, evaluation, prediction and the demo.
+"""Reads images, for training, evaluation, prediction and the demo.
 
 Images of 8 bits a channel become what Detectron2's `read_image` makes of them: rotated as their EXIF data says,
 palettes looked up, alpha left out, CMYK and grey converted. What differs:
 
-- Of 16 bits a channel the upper 8 are taken, value // 256, so that 65535 becomes 255. Pillow and OpenCV do the same to
-  16-bit colour files. The rule looks at one value and never at its neighbours: a grey level means the same in every
+- With 16 bits a channel the upper 8 are taken, value // 256, so that 65535 becomes 255. Pillow and OpenCV do the same
+  to 16-bit colour files. The rule looks at one value and never at its neighbours: a grey level means the same in every
   image, in training and in prediction. Data of 12 or 14 bits in such files come out dark, and a warning says so.
 - Floats, 32-bit integers, and files of several pages or frames have no such rule: they are refused.
 - A file that ends too early is refused, and every error names the file.
@@ -47,7 +47,7 @@ def read_image(file_name: str | os.PathLike[str], format: str = "BGR") -> np.nda
         (height, width, channels) of uint8; "YUV-BT.601" is float.
 
     Raises:
-        ImageError: The file is no image, damaged, cut off, too large, or of a kind that is refused.
+        ImageError: The file is not an image, or is damaged, cut off, too large, or of a kind that is refused.
         OSError: There is no such file, or it may not be read.
     """
     name = os.fspath(file_name)
@@ -60,7 +60,7 @@ def read_image(file_name: str | os.PathLike[str], format: str = "BGR") -> np.nda
         except ImageError:
             raise
         except Image.UnidentifiedImageError as error:
-            raise ImageError(f"{name} is no image that Pillow can read") from error
+            raise ImageError(f"{name} is not an image that Pillow can read") from error
         except Exception as error:  # decoders raise errors of all kinds for damaged files
             raise ImageError(f"{name} cannot be read: {error}") from error
 
@@ -157,7 +157,7 @@ def _upper_8_bits(pixels: np.ndarray, name: str) -> np.ndarray:
 
 
 def _range(pixels: np.ndarray) -> str:
-    """Says from where to where the values reach, where there are any that can be compared."""
+    """Says which range the values have; "" if there are none, or they have no order."""
     if pixels.size == 0 or pixels.dtype.kind not in "buif":
         return ""
     return f" with values from {pixels.min()} to {pixels.max()}"

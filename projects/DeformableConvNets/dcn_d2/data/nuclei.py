@@ -29,12 +29,12 @@ from detectron2.data.datasets import load_coco_json
 from detectron2.utils.file_io import PathManager
 from iopath.common.file_io import PathHandler
 
-SOURCE_DIR = Path(__file__).resolve().parent / "nuclei"
+SOURCE_DIR = Path(__file__).resolve().parent / "nuclei_images"
 SCHEME = "nuclei://"  # nuclei://val.json is the annotation file; reading it cuts the tiles if they are not there
 CATEGORY = "nucleus"
 SCALE = 2  # a nucleus of about 25 pixels becomes one of about 50, which Faster R-CNN's usual strides suit
 MIN_VISIBLE = 0.25  # of a nucleus' area in the whole image
-LEFT_OVER_AGE = 3600  # seconds after which an unfinished folder is taken for one that nobody works on
+LEFT_OVER_AGE = 3600  # seconds after which an unfinished folder is taken for abandoned
 
 
 class Split(NamedTuple):
@@ -210,8 +210,10 @@ class _NucleiPathHandler(PathHandler):
 
     def _get_local_path(self, path: str, force: bool = False, **kwargs: Any) -> str:
         name = path[len(SCHEME) :]
-        if os.path.isabs(name) or ".." in name.split("/"):  # an address from a file of others shall open nothing else
-            raise ValueError(f"{path} is no file of the data set: {SCHEME} takes names of files in its folder")
+        if os.path.isabs(name) or ".." in name.split(
+            "/"
+        ):  # an address in a stranger's file must not open anything else
+            raise ValueError(f"{path} is not a file of the data set: {SCHEME} takes names of files in its folder")
         return str(ensure_nuclei() / name)
 
     def _open(self, path: str, mode: str = "r", buffering: int = -1, **kwargs: Any) -> Any:

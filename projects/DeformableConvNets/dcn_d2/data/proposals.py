@@ -1,8 +1,8 @@
 # Copyright (c) the dcn_d2 authors. SPDX-License-Identifier: Apache-2.0
 """Files of precomputed proposals (MODEL.LOAD_PROPOSALS).
 
-They are pickles, which could run code, and Detectron2 loads them as they are. So they are read here first, by a reader
-that knows arrays and numbers only.
+They are pickles, which could run code, and Detectron2 loads them without a check. So they are read here first, by a
+reader that knows only arrays and numbers.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _KEYS = (("ids", "indexes"), ("boxes",), ("objectness_logits", "scores"))
 class _DataUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in _ALLOWED:
-            raise ValueError(f"it names {module}.{name}, which is no data: reading it could run code")
+            raise ValueError(f"it names {module}.{name}, which is not data: reading it could run code")
         return super().find_class(module, name)
 
 
@@ -44,7 +44,7 @@ def check_proposals(cfg: CfgNode, split: str) -> None:
         split: "TRAIN" or "TEST".
 
     Raises:
-        ValueError: One is no file of proposals, or could run code.
+        ValueError: One is not a file of proposals, or could run code.
         FileNotFoundError: One is not there.
     """
     if not cfg.MODEL.LOAD_PROPOSALS:

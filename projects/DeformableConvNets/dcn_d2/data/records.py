@@ -1,5 +1,5 @@
 # Copyright (c) the dcn_d2 authors. SPDX-License-Identifier: Apache-2.0
-"""Checks of a loaded data set, the list of dicts that `DatasetCatalog.get` gives, whatever it was made from."""
+"""Checks a loaded data set: the list of dicts that `DatasetCatalog.get` gives."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def check_records(records: Sequence[Record], needs: Needs, names: Sequence[str] 
         findings.errors.append("it has no images")
         return
     strange = [index for index, record in enumerate(records) if not isinstance(record, dict)]
-    if findings.count(strange, records, "images are no dicts", lambda i: f"[{i}] is {shorten(records[i])}"):
+    if findings.count(strange, records, "images are not dicts", lambda i: f"[{i}] is {shorten(records[i])}"):
         return
     if _check_images(records, needs, findings) and needs.annotations:
         check_annotations(records, needs, names, findings)
@@ -53,7 +53,7 @@ def _check_images(records: Sequence[Record], needs: Needs, findings: Findings) -
         unlabelled = [index for index, record in enumerate(records) if not record.get("sem_seg_file_name")]
         report(unlabelled, "images have no 'sem_seg_file_name', which a model with a SEM_SEG_HEAD trains with")
     bad = [i for i, record in enumerate(records) if not (_is_size(record, "width") and _is_size(record, "height"))]
-    usable &= not report(bad, "images have a 'width' or 'height' that is no number above 0")
+    usable &= not report(bad, "images have a 'width' or 'height' that is not a number above 0")
     without = [i for i, record in enumerate(records) if not isinstance(record.get("annotations"), (list, tuple))]
     if not needs.annotations or not needs.train and len(without) == len(records):
         return usable
@@ -68,7 +68,7 @@ def _is_size(record: Record, key: str) -> bool:
 
 
 def _check_what_is_left(records: Sequence[Record], needs: Needs, findings: Findings) -> None:
-    """Something to learn from must be left by the filters of Detectron2's loader."""
+    """Checks that the filters of Detectron2's loader leave images to learn from."""
     left: Sequence[Record] = records
     why = []
     if needs.drops_empty:

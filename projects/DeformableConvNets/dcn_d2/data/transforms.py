@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import cv2
 import numpy as np
 from detectron2.config import CfgNode
 from detectron2.data import transforms as T
@@ -20,23 +21,19 @@ class OpenCVResizeTransform(T.ResizeTransform):
 
     def apply_image(self, img: np.ndarray, interp: int | None = None) -> np.ndarray:
         """Resizes (h, w) or (h, w, c) pixels; another `interp` than the default is left to `ResizeTransform`."""
-        import cv2
-
         if interp is not None:
             return super().apply_image(img, interp)
         return self._resize(img, cv2.INTER_LINEAR)
 
     def apply_segmentation(self, segmentation: np.ndarray) -> np.ndarray:
-        import cv2
-
+        """Resizes (h, w) labels: each pixel takes the nearest one's."""
         return self._resize(segmentation, cv2.INTER_NEAREST)
 
     def inverse(self) -> OpenCVResizeTransform:
+        """The transform back to the size before."""
         return OpenCVResizeTransform(self.new_h, self.new_w, self.h, self.w, self.interp)
 
     def _resize(self, pixels: np.ndarray, interpolation: int) -> np.ndarray:
-        import cv2
-
         if pixels.shape[:2] != (self.h, self.w):
             raise ValueError(f"the image is {pixels.shape[:2]} and not {(self.h, self.w)}, (height, width)")
         resized = cv2.resize(np.ascontiguousarray(pixels), (self.new_w, self.new_h), interpolation=interpolation)

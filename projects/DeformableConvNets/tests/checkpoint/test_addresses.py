@@ -13,7 +13,7 @@ import torch
 from detectron2.utils.file_io import PathManager
 
 from dcn_d2.checkpoint import CorruptCheckpointError, DCNCheckpointer, download, path_handlers, register_path_handlers
-from dcn_d2.checkpoint.reader import sha256_of
+from dcn_d2.checkpoint.files import sha256_of
 from dcn_d2.config import load_config
 from dcn_d2.config_reader import ConfigError
 
@@ -146,7 +146,7 @@ def test_files_of_the_user_are_never_deleted(tmp_path: Path, monkeypatch: pytest
     (tmp_path / "sub").mkdir()
     monkeypatch.chdir(tmp_path / "sub")
     for address in ("mmdet://../thesis.txt", f"mmdet://{thesis}", f"mmdet:{thesis}"):
-        with pytest.raises(CorruptCheckpointError, match="thesis.txt .* no checkpoint"):
+        with pytest.raises(CorruptCheckpointError, match="thesis.txt .* not a checkpoint"):
             PathManager.get_local_path(address)
     assert thesis.read_text() == "years of work"
 

@@ -132,8 +132,8 @@ def tensor(count: int, size: tuple, stride: tuple, offset: int = 0) -> bytes:
         (dict(count=4, size=(5,), stride=(1,)), r"shape \[5\] reaches beyond its 4 stored"),
         (dict(count=4, size=(2,), stride=(4,)), "reaches beyond"),
         (dict(count=4, size=(1,), stride=(1,), offset=4), "reaches beyond"),
-        (dict(count=4, size=(1,), stride=(1,), offset=-1), "no natural number"),
-        (dict(count=4, size=(2,), stride=(-1,), offset=3), "no natural number"),
+        (dict(count=4, size=(1,), stride=(1,), offset=-1), "not a whole number from 0"),
+        (dict(count=4, size=(2,), stride=(-1,), offset=3), "not a whole number from 0"),
         (dict(count=4, size=(1 << 30, 1 << 30), stride=(0, 0)), "many times more values than the file"),
         (dict(count=4, size=(1 << 61, 1 << 61, 0), stride=(1, 1, 1)), "checkpoint"),
         (dict(count=4, size=(1,), stride=(1, 1)), "1 sizes and 2 strides"),
@@ -180,12 +180,12 @@ def test_changed_bytes_in_the_middle_are_found(tmp_path: Path, part: float) -> N
         (torch.zeros(1, dtype=torch.int32), "b.weight is of type int32; weights are floating-point"),
         (torch.zeros(1, dtype=torch.bool), "b.weight is of type bool"),
         (np.zeros(1, np.int64), "b.weight is of type int64"),
-        (3.0, "b.weight is a float and no tensor"),
+        (3.0, "b.weight is of type float, not a tensor"),
     ],
 )
 def test_what_is_no_weight_is_refused_by_name(value: Any, match: str) -> None:
     weights = {"a.weight": torch.zeros(3), "n.num_batches_tracked": torch.tensor(3), "b.weight": value}
-    with pytest.raises(ValueError, match=f"f.pth is refused, 1 of its 3 entries are no weights:\n  {match}"):
+    with pytest.raises(ValueError, match=f"f.pth is refused, 1 of its 3 entries are not weights:\n  {match}"):
         check_weights(weights, "f.pth")
     del weights["b.weight"]
     check_weights(weights, "f.pth")
@@ -214,7 +214,7 @@ def test_tensor_of_another_kind_is_refused_by_name(tmp_path: Path, make: Any, ki
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "a pointer of Git LFS"),
         (b"\x1f\x8b\x08", "gzip"),
         (b"", "it is empty"),
-        (b"hello", "no checkpoint"),
+        (b"hello", "not a checkpoint"),
     ],
 )
 def test_what_people_take_for_a_checkpoint_is_named(tmp_path: Path, content: bytes, match: str) -> None:
@@ -224,7 +224,7 @@ def test_what_people_take_for_a_checkpoint_is_named(tmp_path: Path, content: byt
 
 def test_entry_with_a_number_as_its_name_is_told(tmp_path: Path) -> None:
     torch.save({"model": {"a": torch.zeros(1), 101: torch.zeros(1)}}, tmp_path / "a.pth")
-    with pytest.raises(ValueError, match="a.pth: an entry is called '101', a int and no text"):
+    with pytest.raises(ValueError, match="a.pth: an entry is called '101', which is of type int, not text"):
         read_weights(str(tmp_path / "a.pth"))
 
 

@@ -18,7 +18,7 @@ from torch import nn
 
 from dcn_d2 import model_zoo
 from dcn_d2.checkpoint import CorruptCheckpointError, path_handlers, register_path_handlers, to_mmdet
-from dcn_d2.checkpoint.reader import sha256_of
+from dcn_d2.checkpoint.files import sha256_of
 
 from ..slim import slim_config
 from .test_torchvision import config as resnet_config
@@ -232,14 +232,14 @@ def get_local_path(path: str, results: multiprocessing.Queue) -> None:
 def test_processes_share_one_download_and_one_conversion(
     server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original, notes = path_handlers.convert_checkpoint, tmp_path / "notes"
+    original, notes = path_handlers.convert_file, tmp_path / "notes"
 
-    def convert_and_note(checkpoint: dict, origin: str) -> dict:
+    def convert_and_note(path: str) -> dict:
         with notes.open("a") as file:
             file.write("converted\n")
-        return original(checkpoint, origin)
+        return original(path)
 
-    monkeypatch.setattr(path_handlers, "convert_checkpoint", convert_and_note)
+    monkeypatch.setattr(path_handlers, "convert_file", convert_and_note)
     url = f"mmdet://{server.url}/{publish(SMALL, server.folder).name}"
     context = multiprocessing.get_context("fork")
     results = context.Queue()
@@ -256,7 +256,7 @@ def test_processes_share_one_download_and_one_conversion(
 def test_what_is_neither_a_detector_nor_a_resnet_is_refused(tmp_path: Path) -> None:
     torch.save({"model": {"backbone.bottom_up.stem.conv1.weight": torch.zeros(1)}}, tmp_path / "own.pth")
     with pytest.raises(
-        ValueError, match="own.pth is neither .* backbone.bottom_up.stem.conv1.weight.* needs no prefix"
+        ValueError, match="own.pth is neither .* backbone.bottom_up.stem.conv1.weight.* needs no conversion"
     ):
         PathManager.get_local_path(f"mmdet://{tmp_path}/own.pth")
     torch.save({"state_dict": {"bbox_head.retina_cls.bias": torch.zeros(1)}}, tmp_path / "retinanet.pth")

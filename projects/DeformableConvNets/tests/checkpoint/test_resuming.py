@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from dcn_d2.checkpoint import CorruptCheckpointError, DCNCheckpointer
-from dcn_d2.checkpoint.reader import remove_leftovers, write_atomically
+from dcn_d2.checkpoint.files import remove_leftovers, write_atomically
 
 
 def net() -> nn.Module:
@@ -178,7 +178,7 @@ def test_saving_what_cannot_be_read_is_refused_and_writes_nothing(tmp_path: Path
     own = DCNCheckpointer(net(), str(tmp_path))
     with pytest.raises(ValueError, match="best cannot be saved: it is a pathlib.*Path.*Save its str"):
         own.save("x", best=tmp_path)
-    with pytest.raises(ValueError, match="called '../x', which is no name of a file"):
+    with pytest.raises(ValueError, match="called '../x', which is not the name of a file"):
         own.save("../x")
     own.model[0].weight.data[0, 0] = float("nan")
     with pytest.raises(ValueError, match=r"the checkpoint x is refused(?s:.*)0.weight holds NaN"):

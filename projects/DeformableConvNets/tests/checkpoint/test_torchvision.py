@@ -69,8 +69,18 @@ def test_names_and_shapes_become_those_of_detectron2(arguments: dict) -> None:
 
 
 def test_unknown_names_are_listed() -> None:
-    with pytest.raises(ValueError, match="2 names are not those of a torchvision ResNet: layer5.0.conv1.weight, neck"):
-        convert_torchvision_resnet({"conv1.weight": 1, "layer5.0.conv1.weight": 2, "neck": 3, "fc.bias": 4})
+    value = torch.zeros(1)
+    weights = {"conv1.weight": value, "fc.bias": value, "bn1.num_batches_tracked": value}
+    assert convert_torchvision_resnet(weights) == {"stem.conv1.weight": value}
+    weights |= {"layer5.0.conv1.weight": value, "neck": value, "layer1.0.conv2.conv_offset.weight": value}
+    with pytest.raises(ValueError, match="not the weights of a torchvision ResNet") as error:
+        convert_torchvision_resnet(weights | {"bn1.bias": 7})
+    assert str(error.value).splitlines()[1:] == [
+        "  layer5.0.conv1.weight is unknown",
+        "  neck is unknown",
+        "  layer1.0.conv2.conv_offset.weight is unknown",
+        "  bn1.bias is of type int, not a tensor",
+    ]
 
 
 @pytest.mark.parametrize("wrapped", [False, True])

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pycocotools.coco
 import pycocotools.mask
 import pytest
 import torch
@@ -371,7 +372,7 @@ def test_no_images_or_annotations_at_all(data: Data) -> None:
     data.register("bare", [{key: value for key, value in r.items() if key != "annotations"} for r in data.records()])
     assert "3 of 3 images have no list 'annotations'" in error_of(config("bare"))
     data.register("strings", ["1.png"])
-    assert "1 of 1 images are no dicts: [0] is '1.png'" in error_of(config("strings"))
+    assert "1 of 1 images are not dicts: [0] is '1.png'" in error_of(config("strings"))
 
 
 # Test sets
@@ -480,7 +481,7 @@ BROKEN: dict[str, tuple[Callable[[dict], Any], str]] = {
     "no annotations": (lambda coco: change(coco, "annotations", drop=True), "no list 'annotations'"),
     "texts": (
         lambda coco: change(coco, "images", 0, to="1.png"),
-        "1 of 3 entries of 'images' are no objects: [0] is '1.png'",
+        "1 of 3 entries of 'images' are not objects: [0] is '1.png'",
     ),
     "image without id": (lambda coco: change(coco, "images", 1, "id", drop=True), "1 of 3 images have no 'id'"),
     "image without name": (
@@ -724,6 +725,44 @@ def test_data_are_loaded_once_and_handed_on(data: Data, monkeypatch: pytest.Monk
     assert loaded == ["my_train", "my_val"], "the training takes what was loaded already"
     DatasetCatalog.get("my_train")
     assert loaded == ["my_train", "my_val", "my_train"], "and only once: whoever comes next may change what he gets"
+
+
+def test_an_annotation_file_is_parsed_once(data: Data, monkeypatch: pytest.MonkeyPatch) -> None:
+    data.register_file("my_train", data.coco())
+    expected = DatasetCatalog.get("my_train")
+    original, parsed = json.loads, []
+    monkeypatch.setattr(json, "loads", lambda text, **options: (parsed.append(len(text)), original(text, **options))[1])
+    check_data(config("my_train"), train=True)
+    assert len(parsed) == 1
+    assert DatasetCatalog.get("my_train") == expected, "what was loaded for the check"
+    assert len(parsed) == 1
+    assert DatasetCatalog.get("my_train") == expected, "what the next one loads"
+    assert len(parsed) == 2
+
+
+def test_a_loader_may_read_another_file_than_the_one_that_was_checked(data: Data) -> None:
+    data.register_file("other", data.coco())
+    data.register_file("my_train", data.coco() | {"images": data.coco()["images"][:2]})
+    other = DatasetCatalog["other"]
+    DatasetCatalog.data["my_train"] = other
+    check_data(config("my_train"), train=True)
+    assert DatasetCatalog.get("my_train") == other()
+
+
+def test_after_a_loader_that_fails_pycocotools_is_as_before(data: Data) -> None:
+    before = pycocotools.coco.COCO
+    data.register_file("my_train", data.coco())
+    DatasetCatalog.data["my_train"] = lambda: 1 / 0
+    assert "cannot be loaded: ZeroDivisionError" in error_of(config("my_train"))
+    assert pycocotools.coco.COCO is before
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_a_file_that_pycocotools_cannot_read_is_refused(data: Data, encoding: str) -> None:
+    data.register_file("my_train", json.dumps(data.coco()).encode(encoding))
+    with pytest.raises(ValueError):
+        pycocotools.coco.COCO(str(data.folder / "my_train.json"))
+    assert "my_train.json" in error_of(config("my_train")) and "is not JSON: " in error_of(config("my_train"))
 
 
 def test_data_for_training_and_tests_are_still_handed_on_to_the_training(data: Data) -> None:

@@ -186,7 +186,7 @@ def test_truncated_images_are_refused_by_name(tmp_path: Path, suffix: str) -> No
     data = file.read_bytes()
     for size in (0, 1, 30, len(data) // 2, len(data) - 100):
         file.write_bytes(data[:size])
-        with pytest.raises(ImageError, match=rf"cut\.{suffix} (cannot be read: |is no image)"):
+        with pytest.raises(ImageError, match=rf"cut\.{suffix} (cannot be read: |is not an image)"):
             read_image(file)
 
 
@@ -199,7 +199,7 @@ def test_too_large_images_are_refused_by_name(tmp_path: Path, monkeypatch: pytes
 
 def test_what_is_no_image_file_is_named(tmp_path: Path) -> None:
     (tmp_path / "text.png").write_text("<html>")
-    with pytest.raises(ImageError, match=r"text\.png is no image"):
+    with pytest.raises(ImageError, match=r"text\.png is not an image"):
         read_image(tmp_path / "text.png")
     with pytest.raises(ImageError, match="is a folder, an image file was expected"):
         read_image(tmp_path)

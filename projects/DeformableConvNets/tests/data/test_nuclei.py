@@ -200,7 +200,7 @@ def test_addresses_do_not_lead_out_of_the_cache(tmp_path: Path, name: str) -> No
     (tmp_path / "victim.json").write_text("{}")
     address = "nuclei://" + name.format(folder=tmp_path)
     for ask in (PathManager.get_local_path, PathManager.open, PathManager.exists, PathManager.isfile):
-        with pytest.raises(ValueError, match="is no file of the data set"):
+        with pytest.raises(ValueError, match="is not a file of the data set"):
             ask(address)
 
 
