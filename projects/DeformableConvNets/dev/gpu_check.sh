@@ -159,7 +159,7 @@ determinism() { run_tests 'cuda and determin' "$python" -m pytest; }
 conv2d() {
   local dtype=$1
   shift
-  "$python" benchmarks/deform_conv2d.py --device cuda --quick --dtype "$dtype" \
+  "$python" -m benchmarks.deform_conv2d --device cuda --quick --dtype "$dtype" \
     --output "$work/deform_conv2d_cuda_$dtype.json" "$@"
 }
 price() { conv2d bfloat16 --repeats 15 --peers none; }
@@ -172,7 +172,7 @@ deformops() {
   conv2d bfloat16 --repeats 15 --peers deformops --peer-seconds 400 --output "$work/deform_conv2d_cuda_deformops.json"
 }
 memory() {
-  "$python" benchmarks/deform_conv2d.py --device cuda --quick --memory --dtype bfloat16 \
+  "$python" -m benchmarks.deform_conv2d --device cuda --quick --memory --dtype bfloat16 \
     --peers torchvision autocast \
     --output "$work/deform_conv2d_memory_cuda_bfloat16.json"
 }
@@ -180,14 +180,14 @@ memory() {
 pooling() {
   local dtype failed=0
   for dtype in float32 float16; do
-    "$python" benchmarks/deform_roi_pool.py --device cuda --quick --dtype "$dtype" \
+    "$python" -m benchmarks.deform_roi_pool --device cuda --quick --dtype "$dtype" \
       --output "$work/deform_roi_pool_cuda_$dtype.json" || failed=1
   done
   return "$failed"
 }
 
 detector() {
-  "$python" benchmarks/detector.py --device cuda --dtype float16 --parts inference training --repeats 7 \
+  "$python" -m benchmarks.detector --device cuda --dtype float16 --parts inference training --repeats 7 \
     --output "$work/detector_cuda_float16.json"
 }
 
@@ -208,7 +208,7 @@ find_tool() {
   command -v "$1" || ls /usr/local/cuda/bin/"$1" 2>/dev/null || compgen -G "/opt/nvidia/nsight-compute/*/$1" | tail -n 1
 }
 
-times() { "$python" benchmarks/profile_cuda.py --output "$work/profile_cuda.json"; }
+times() { "$python" -m benchmarks.profile_cuda --output "$work/profile_cuda.json"; }
 
 # The time of each kernel by torch's profiler, then what limits each by Nsight Compute: counters, and where in the
 # machine code of the largest ones warps wait. Clocks stay as they are.
@@ -223,7 +223,7 @@ profile() {
     sections+=(--section "$section")
   done
   "$ncu" --clock-control none --profile-from-start off "${sections[@]}" \
-    -f -o "$report" "$python" benchmarks/profile_cuda.py --once || return 1
+    -f -o "$report" "$python" -m benchmarks.profile_cuda --once || return 1
   "$ncu" --import "$report" --page raw --csv >"$work/profile_counters.csv" || return 1
   "$ncu" --import "$report" --page source --csv --kernel-name "$large" >"$work/profile_source.csv" ||
     echo "the report could not be printed by line of machine code"

@@ -16,10 +16,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benchmarks import goals, goals_cuda
+from benchmarks.rows import PASSES, fastest
 
 DTYPES = ("bfloat16", "float16", "tf32", "float32")
-PASSES = ("forward", "forward+backward")
 SHOWN_KERNELS = 9
 TESTS = ("kernels:", "tests:", "determinism:")
 SHOWN_FAILURES = 5
@@ -49,12 +51,6 @@ def failures(folder: Path) -> Iterator[str]:
         more = f" (and {len(telling) - len(chosen)} more)" if len(telling) > len(chosen) else ""
         yield f"{stage}: {reason}{more}"
         yield from (f"  {line[:160]}" for line in chosen)
-
-
-def fastest(row: dict[str, Any], name: str) -> float | None:
-    """The median of a contestant in its faster memory format."""
-    times = [t["median"] for contestant, t in row["milliseconds"].items() if contestant.split()[0] == name]
-    return min(times, default=None)
 
 
 def price_table(folder: Path) -> Iterator[str]:
@@ -145,9 +141,6 @@ def counter_table(folder: Path) -> Iterator[str]:
 
 def next_steps(folder: Path, failed: bool) -> Iterator[str]:
     """What to look at first: what is wrong, then the goals that are missed by most."""
-    import goals
-    import goals_cuda
-
     if failed:
         yield "a test failed, see above: no time counts where a result is wrong"
     rows: dict[str, Rows] = {}

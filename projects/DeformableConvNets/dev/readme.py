@@ -18,6 +18,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benchmarks.rows import fastest
+
 PROJECT = Path(__file__).resolve().parent.parent
 README = PROJECT.parent.parent / "README.md"
 SECTION = re.compile(r"(<!-- generated: (?P<name>[\w-]+) -->\n).*?(<!-- end: (?P=name) -->)", re.DOTALL)
@@ -207,12 +211,6 @@ def origin(document: dict[str, Any], dtype: str) -> str:
 def link(path: Path) -> str:
     """A link to a result file."""
     return f"[{path.name}](projects/DeformableConvNets/results/{path.name})"
-
-
-def fastest(row: dict[str, Any], name: str) -> Any:
-    """The median of a contestant in its faster memory format, or None if it did not take part."""
-    medians = [t["median"] for contestant, t in row["milliseconds"].items() if contestant.split()[0] == name]
-    return min(medians, default=None)
 
 
 SECTIONS: dict[str, Callable[[], str]] = {"performance": performance, "zoo": zoo}
