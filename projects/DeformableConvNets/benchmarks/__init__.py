@@ -8,9 +8,10 @@ project's folder with `python -m benchmarks.deform_conv2d`; `python benchmarks/d
     measure        what a call costs: time and memory
     failures       who drops out of a row, and why
     results        the file of rows below results/
-    environment    where and on what it was measured
+    origin         where and on what it was measured
     rows           how to read a row; imports no torch
     goal, goals_cpu, goals_cuda, goals     what a goal is, the goals of each device, and which of them a file meets
     layer, peers   the operands of one convolution, and other implementations of it
     on_cuda        what happens on a GPU only
+    parity         a program of its own, which compares with MMDetection: `python -m benchmarks.parity --help`
 """

@@ -9,9 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.parity import pooling
 from dcn_d2 import ops
-
-from . import pooling
 
 SCALE = 1 / 16
 

@@ -4,7 +4,7 @@
 Random weights prove something only if every part of the detector does some work: offsets of pixels, norms that are no
 identity, scores on both sides of the threshold, boxes that overlap. So every layer's weight is a uniform random tensor
 times a gain that gives its outputs a wanted spread, and the last layers' biases remove the mean. Gains and centres are
-measured once, on MMDetection's model (`tests.parity.oracle.calibrate`).
+measured once, on MMDetection's model (`benchmarks.parity.oracle.calibrate`).
 """
 
 from __future__ import annotations
