@@ -82,7 +82,7 @@ def compile_args(cuda: bool, torch_headers: list[str]) -> dict[str, list[str]]:
     common = ["-std=c++20", f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}"]
     # As system headers they give no warnings: those that remain are our own.
     common += [word for path in torch_headers for word in ("-isystem", path)]
-    common += ["-DUSE_CUDA", "-DDCN_WITH_CUDA"] if cuda else []  # USE_CUDA opens torch's own stream functions
+    common += ["-DUSE_CUDA"] if cuda else []  # USE_CUDA opens torch's own stream functions
     common += ["-O0", "-g"] if flag("DEBUG") else ["-O3"]
     # Only `#pragma omp simd` is used: threads come from torch, so that torch.set_num_threads holds for us too.
     cxx = [*common, "-fvisibility=hidden", "-Wall", "-Wextra", "-fopenmp-simd"]
@@ -113,7 +113,7 @@ def extension() -> tuple[Extension, type[build_ext]]:
     """Returns the extension and the command that builds it."""
     # Relative, as setuptools demands. No file defines a Python module: dcn_d2.ops has torch load the library, so that
     # Python's headers (python3-dev) are not needed.
-    sources = sorted(glob("csrc/cpu/*.cpp"))
+    sources = sorted(glob("csrc/cpu/**/*.cpp", recursive=True))
     headers = sorted(glob("csrc/**/*.h", recursive=True) + glob("csrc/**/*.cuh", recursive=True))
     cuda_home = find_cuda_home()
     if cuda_home:
@@ -130,7 +130,7 @@ def extension() -> tuple[Extension, type[build_ext]]:
 
     cuda = want_cuda(torch, cuda_home)
     if cuda:
-        kernels = sorted(glob("csrc/cuda/*.cu"))
+        kernels = sorted(glob("csrc/cuda/**/*.cu", recursive=True))
         if not kernels:
             raise SystemExit(
                 f"dcn_d2: CUDA kernels are to be compiled, but {os.path.abspath('csrc/cuda')} holds none. Take the "
