@@ -8,6 +8,7 @@ Prints why stages failed, the prices, the kernels that take the time and what li
 
 from __future__ import annotations
 
+import argparse
 import csv
 import json
 import re
@@ -163,7 +164,7 @@ def next_steps(folder: Path, failed: bool) -> Iterator[str]:
         yield f"missed by {by:.1f} times: {words[:140]}"
 
 
-def main(folder: Path) -> None:
+def report(folder: Path) -> None:
     """Prints the report of a folder."""
     wrong = list(failures(folder))
     for title, lines in (
@@ -177,5 +178,17 @@ def main(folder: Path) -> None:
             print(*([f"-- {title}"] if title else []), *lines, sep="\n")
 
 
+def main(arguments: list[str] | None = None) -> None:
+    """Runs the command line."""
+    parser = argparse.ArgumentParser(
+        prog="gpu_report.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("folder", type=Path, metavar="FOLDER", help="the unpacked gpu_check_MODE.tar.gz")
+    folder = parser.parse_args(arguments).folder
+    if not folder.is_dir():
+        parser.error(f"{folder} is not a folder; unpack gpu_check_MODE.tar.gz first")
+    report(folder)
+
+
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main()
