@@ -10,12 +10,13 @@
 
 Shapes are those of a ResNet-50's stages at 800 x 1216. All contestants are timed alternately in one process; the table
 shows medians, and the file under results/ has their spread. A price is the time over that of the plain convolution in
-its faster memory format. On the GPU a call's operands may be those of the call before (hot) or others that are in no
-cache (rotated), and there take part too: the deterministic mode, torchvision's operator under autocast, and the two
-ways from an offset branch's output to the operator, as it is ("branch") and by a split and a sigmoid ("split branch").
+its faster memory format. On the GPU a call takes the same operands as the call before (hot) or others that are in no
+cache (rotated). More contestants take part there: the deterministic mode, torchvision's operator under autocast, and
+the two ways from an offset branch's output to the operator, as it is ("branch") and by a split and a sigmoid ("split
+branch").
 
 Before a shape is timed all implementations run once and are compared with torchvision in float32. One that raises or
-computes something else drops out, and the row says why; if it is one of ours the exit status is 1.
+computes something else drops out, and the row says why. If it is one of ours the exit status is 1.
 """
 
 from __future__ import annotations
@@ -37,18 +38,24 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for a run by 
 
 from benchmarks import command_line, failures, measure, on_cuda, rows
 from benchmarks.failures import Failures, attempt
-from benchmarks.layer import PEERS, STAGES, Layer, Shape, as_tensors, shapes
+from benchmarks.layer import STAGES, Layer, Shape, as_tensors, shapes
 from benchmarks.measure import Calls
+from benchmarks.peers import CONVOLUTION_PEERS
 from benchmarks.results import Results
 
-# How far values may be from those of float32, relative to the largest one.
+# How far values may differ from a computation in float32, relative to the largest value.
 TOLERANCES = {"float32": 1e-4, "tf32": 5e-3, "float16": 5e-3, "bfloat16": 2e-2}
 
 
 def check_equal(
-    layer: Layer, tolerance: float, failed: Failures, backward: bool, peers: Collection[str] = PEERS, seconds: float = 0
+    layer: Layer,
+    tolerance: float,
+    failed: Failures,
+    backward: bool,
+    peers: Collection[str] = CONVOLUTION_PEERS,
+    seconds: float = 0,
 ) -> None:
-    """Notes in `failed` who does not compute what torchvision does in float32, or raises.
+    """Notes in `failed` who raises or does not compute what torchvision computes in float32.
 
     Torchvision itself is not compared with itself, and plain convolutions compute something else. A peer may take
     `seconds`, if these are given.
@@ -71,8 +78,8 @@ def _difference(actual: list[Tensor], expected: list[Tensor], tolerance: float, 
     names = (names[:2] if branch else names[: len(expected)]) if len(expected) > 1 else ["output"]
     for name, a, e in zip(names, actual, expected):
         distance, size = (a.to(e.device).float() - e).abs(), e.abs()
-        # Where a sample lies exactly on the border of what contributes, torchvision's offset has another one-sided
-        # derivative than ours. These are few, but in 16 bits there are some.
+        # Some samples lie exactly on the border of the area that contributes. There torchvision takes another one-sided
+        # derivative by the offset than we do. These samples are few, but in 16 bits they exist.
         error = float(distance.mean() / size.mean() if name == "offset's gradient" else distance.max() / size.max())
         if not error <= tolerance:
             return f"its {name} differs from torchvision's in float32 by {error:.3g} (relative)"
@@ -130,9 +137,10 @@ def describe(row: dict[str, Any]) -> str:
 
 
 def measure_memory(arguments: argparse.Namespace, stages: list[Shape], results: Results) -> None:
-    """Peak extra memory of every contestant: on CPU with one thread, of the process; on CUDA what torch allocates.
+    """Measures the peak extra memory of every contestant; a row and a line for each shape and pass.
 
-    On CUDA a row also has what a channels_last copy of the input takes, with backward of its gradient too: "copies".
+    On a CPU it is measured with one thread. On CUDA a row also has "copies": what a channels_last copy of the input
+    takes and, for a backward pass, one of its gradient.
     """
     cuda = arguments.device == "cuda"
     torch.set_num_threads(1)
@@ -163,7 +171,7 @@ def main(arguments: list[str] | None = None, stages: list[Shape] = STAGES) -> in
     options = command_line.parser(__doc__ or "", "only the three plain stage shapes", repeats=9)
     options.add_argument("--memory", action="store_true", help="measure peak extra memory instead of time")
     options.add_argument("--buffers", nargs="+", choices=rows.BUFFERS, default=["hot"], help="CUDA only")
-    choices = ("all", "none", *PEERS)
+    choices = ("all", "none", *CONVOLUTION_PEERS)
     options.add_argument("--peers", nargs="+", choices=choices, default=["all"], help="other implementations to time")
     options.add_argument(
         "--peer-seconds",
@@ -176,7 +184,7 @@ def main(arguments: list[str] | None = None, stages: list[Shape] = STAGES) -> in
         options.error("--buffers rotated: only for --device cuda")
     if len(parsed.peers) > 1 and {"all", "none"} & {*parsed.peers}:
         options.error("--peers: all or none or some names")
-    parsed.peers = {"all": PEERS, "none": ()}.get(parsed.peers[0], parsed.peers)
+    parsed.peers = {"all": CONVOLUTION_PEERS, "none": ()}.get(parsed.peers[0], parsed.peers)
     if parsed.memory and parsed.device == "cpu" and os.environ.get("MALLOC_MMAP_THRESHOLD_") is None:
         environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
         return subprocess.run([sys.executable, *sys.orig_argv[1:]], env=environment, check=False).returncode

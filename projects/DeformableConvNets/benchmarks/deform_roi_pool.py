@@ -11,7 +11,7 @@ takes as many samples as a bin has pixels; `deform_psroi_pool` has no such mode.
 process; the table shows medians in the faster memory format, the file under results/ has both and the spread.
 
 Before a shape is timed all operators run once, and those that should agree with RoIAlign in float32 are compared with
-it. One that raises or computes something else drops out, and the row says why; if it is ours the exit status is 1.
+it. One that raises or computes something else drops out, and the row says why. If it is ours the exit status is 1.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from benchmarks.results import Results
 from dcn_d2.ops import deform_psroi_pool, deform_roi_pool
 
 MODES = ("plain", "deformable", "modulated", "psroi")
-# How far values may be from those of float32, relative to the largest one.
+# How far values may differ from a computation in float32, relative to the largest value.
 TOLERANCES = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 2e-2}
 
 
@@ -78,7 +78,7 @@ class Pooling:
             return torch.randn(*size, generator=generator).to(device, dtype)
 
         self.shape, self.sampling = shape, sampling
-        # Rounded to what torchvision can take: it wants them in the input's dtype, and has no kernels for bfloat16.
+        # Rounded, as torchvision takes RoIs only in the dtype of the input, and has no kernels for bfloat16.
         self.peer_dtype = torch.float32 if dtype == torch.bfloat16 else dtype
         self.rois = draw_rois(shape, generator).to(device, self.peer_dtype).float()
         self.input = normal(shape.batch, shape.channels, shape.height, shape.width)
@@ -104,7 +104,7 @@ class Pooling:
         return deform_psroi_pool(x, self.rois, offset, bins, scale, sample_per_part=self.sampling, mask=mask)
 
     def contestants(self, backward: bool) -> Calls:
-        """Every operator in both memory formats, ready to be called; gradients are those of all its operands."""
+        """Every operator in both memory formats, ready to be called; `backward` is by all its operands."""
         found = {"roi_align NCHW": prepare(self.roi_align, (self.input,), self.grad, backward)}
         moved = (self.offset, self.mask)
         for layout, memory_format in (("NCHW", torch.contiguous_format), ("NHWC", torch.channels_last)):
@@ -129,9 +129,9 @@ class Pooling:
 
 
 def check_equal(pooling: Pooling) -> Failures:
-    """Returns who does not compute what it should, or raises, and why.
+    """Returns who raises or does not compute what it should, and why.
 
-    RoIAlign itself is compared with nothing: in float16 it has coordinates in float16, and is off by some tenths.
+    RoIAlign itself is not compared: in float16 its coordinates are float16 too, and off by some tenths.
     """
     failed: Failures = {}
     calls = pooling.contestants(backward=False)

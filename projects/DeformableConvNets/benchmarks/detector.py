@@ -8,11 +8,11 @@
 
 Parts are the ResNet alone (trunk), the detector from image to boxes (inference), and forward, backward and optimizer
 step (training). Contestants are the plain model, ours, and ours with torchvision's operator in its layers. Weights are
-random and the same in all of them; offset branches are scaled so that offsets are about N(0, 1.5^2) pixels. On the GPU,
-training without a 16-bit dtype is in float16.
+random and the same in all of them; offset branches are scaled so that offsets are about N(0, 1.5^2) pixels. On the GPU
+training uses float16 unless another 16-bit dtype is given.
 
-A contestant drops out if it raises, if its trunk does not agree with those that it should, or if it pools fewer boxes
-than another. Its row says why; if it is not torchvision's the exit status is 1.
+A contestant drops out if it raises, if its trunk's features differ from the other contestants', or if it pools fewer
+boxes than another. Its row says why. If it is not torchvision's the exit status is 1.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ ROW = "faster_rcnn_R_50_FPN_1x_mdconv_c3-c5"
 SIZE = (800, 1216)
 OFFSET_SPREAD = 1.5
 MOST_SECONDS = 60.0  # per contestant and row
-# How far features may be apart, relative to the largest one.
+# How far features may differ, relative to the largest one.
 TOLERANCES = {"float32": 2e-3, "tf32": 2e-2, "float16": 2e-2, "bfloat16": 0.1}
 
 
@@ -73,7 +73,7 @@ def build(overrides: list[Any], device: str, images: Tensor) -> dict[str, Any]:
     deformable, plain = models["dcn_d2"], models["plain"]
     for name, weight in deformable.state_dict().items():
         if name.startswith("backbone.bottom_up") and name.endswith("conv3.norm.weight"):
-            weight.fill_(0.3)  # else each of the 16 blocks would double the variance of what it gets
+            weight.fill_(0.3)  # otherwise each of the 16 blocks would double the variance of its input
     missing, _ = plain.load_state_dict(deformable.state_dict(), strict=False)
     if missing:
         raise RuntimeError(f"the plain model has weights that the deformable one lacks: {missing}")
@@ -106,7 +106,7 @@ def _scale_offsets(model: Any, images: Tensor) -> None:
 def _torchvision_by_branch(
     input: Tensor, offset_and_mask: Tensor, weight: Tensor, bias: Tensor | None, *geometry: Any
 ) -> Tensor:
-    """In float32 and back under autocast, as torchvision itself does on a GPU; on CPU it has no rule for autocast."""
+    """Torchvision's operator in float32, as autocast runs it on a GPU. On CPU autocast has no rule for it."""
     offset, mask = split_offset_and_mask(offset_and_mask.float())
     bias = None if bias is None else bias.float()
     output = torchvision.ops.deform_conv2d(input.float(), offset, weight.float(), bias, *geometry, mask)
@@ -167,7 +167,7 @@ class Detector:
         inputs = [{"image": self.pixels, "instances": self.truth}]
         model = copy.deepcopy(model)  # its weights change
         weights = [p for p in model.parameters() if p.requires_grad]
-        # So small a rate that the work stays the same; so small a first scale that no step is left out.
+        # The rate is so small that the work stays the same, and the first scale so small that no step is skipped.
         optimizer = torch.optim.SGD(weights, lr=1e-8, momentum=0.9)
         scaler = torch.amp.GradScaler(self.device, init_scale=64.0, enabled=self.dtype == torch.float16)
 
@@ -184,7 +184,7 @@ class Detector:
 
 
 def check_equal(detector: Detector, tolerance: float) -> Failures:
-    """Returns whose trunk does not compute what it should, or who has fewer proposals than others, and why."""
+    """Returns whose trunk differs from the others', or who has fewer proposals than others, and why."""
     failed: Failures = {}
     outputs: dict[str, Any] = {
         name: attempt(failed, name, call) for name, call in detector.contestants("trunk").items()

@@ -11,10 +11,9 @@ from typing import Any
 
 import torch
 
-# Other implementations, by the first word of their contestants' names.
-PEERS = ("torchvision", "autocast", "deformops", "onnxruntime", "roi_align")
+from benchmarks.peers import PEERS
 
-# Why contestants dropped out, by their name. The name of a peer alone stands for all its contestants.
+# Why contestants dropped out, by their name. The name of a peer alone means all its contestants.
 Failures = dict[str, str]
 
 
@@ -65,7 +64,7 @@ def attempt(failed: Failures, name: str, function: Callable[..., Any], *argument
 
 @contextmanager
 def _time_limit(seconds: float) -> Iterator[None]:
-    """Raises TimeoutError in what runs longer, as soon as it comes back to Python in the main thread."""
+    """Raises TimeoutError in a body that runs longer, as soon as the main thread is back in Python."""
 
     def stop(*_: Any) -> None:
         raise TimeoutError(f"not done after {seconds:g} s")

@@ -17,12 +17,13 @@ class Goal:
         benchmark: whose result files it is about.
         quotient: names of two contestants, the first one's cost is divided by the second's.
         at_most: the quotient should not be above this; or
-        at_least: not below this.
-        where: what a row must say; keys other than "pass", "threads", "dtype" and "buffers" are those of its shape. The
-            value "all" for threads is the largest number in the file, and above 1; a tuple is any of its values.
+        at_least: the quotient should not be below this.
+        where: what a row must say. The keys "pass", "threads", "dtype" and "buffers" belong to the row, all others to
+            its shape. The value "all" for threads means the largest number in the file, if that is above 1. A tuple
+            means any of its values.
         mean: the bound is for the geometric mean of the rows, not for each of them.
-        scaling: the quotient with one thread is divided by that with all threads: how much of the gain from threads
-            that the second contestant has the first one has too.
+        scaling: the quotient with one thread is divided by the quotient with all threads. The result says how much of
+            the second contestant's gain from threads the first one has too.
     """
 
     what: str

@@ -106,7 +106,7 @@ def _quotients(goal: Goal, rows: list[dict[str, Any]], where: dict[str, Any]) ->
 
 
 def _failures(goal: Goal, rows: list[dict[str, Any]]) -> list[str]:
-    """Who of the goal's contestants dropped out of its rows, and where; the name of a peer stands for all of its."""
+    """Which of the goal's contestants dropped out of its rows, and where; a peer's name means all its contestants."""
     where = {key: value for key, value in goal.where.items() if value != "all"}
     found = []
     for row in rows:
@@ -118,7 +118,7 @@ def _failures(goal: Goal, rows: list[dict[str, Any]]) -> list[str]:
 
 
 def _place(where: dict[str, Any], row: dict[str, Any]) -> str:
-    """A row's name, with what it says about that of which the goal wants several."""
+    """A row's name, with its values of those keys for which the goal accepts several."""
     says = row["shape"] | row
     several = [f"{key} {says[key]}" for key, value in where.items() if isinstance(value, tuple)]
     return " ".join([row["shape"]["name"], *several])

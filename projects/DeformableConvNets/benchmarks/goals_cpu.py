@@ -68,7 +68,7 @@ def _convolution() -> list[Goal]:
 
 
 def _roi_pooling() -> list[Goal]:
-    """For the modulated operator, which has the most to do; `roi_align` always is the plain one."""
+    """Goals of the modulated operator, which does the most work. `roi_align` has no deformable form."""
     found = []
     sizes = ONE | {"rois": 512, "channels": 256, "bins": 7}
     for sampling in (2, 4):

@@ -21,7 +21,7 @@ def _mean(what: str, quotient: tuple[str, str], where: dict[str, Any], **bound: 
 
 
 def _convolution() -> list[Goal]:
-    """Geometric means over c3 to c5 at both batch sizes, for each state of the caches."""
+    """Goals of geometric means over c3 to c5 at both batch sizes, for each state of the caches."""
     found = []
     for buffers in BUFFERS:
         forward, both = ({"pass": direction, "buffers": buffers} for direction in PASSES)
@@ -51,7 +51,7 @@ def _convolution() -> list[Goal]:
 
 
 def _roi_pooling() -> list[Goal]:
-    """For the modulated operator, which has the most to do; `roi_align` always is the plain one."""
+    """Goals of the modulated operator, which does the most work. `roi_align` has no deformable form."""
     found = []
     sizes = {"rois": 512, "channels": 256, "bins": 7, "sampling": 2}
     for dtype in ("float32", "float16"):

@@ -19,9 +19,6 @@ from benchmarks.measure import Calls, prepare
 from dcn_d2.layers import split_offset_and_mask
 from dcn_d2.ops import deform_conv2d, modulated_deform_conv2d
 
-# Other implementations, by the first word of their contestants' names.
-PEERS = ("torchvision", "autocast", "deformops", "onnxruntime")
-
 
 @dataclass(frozen=True)
 class Shape:
@@ -42,7 +39,7 @@ STAGES = [Shape("c3", 128, 100, 152), Shape("c4", 256, 50, 76), Shape("c5", 512,
 
 
 def shapes(device: str, quick: bool, stages: list[Shape]) -> list[Shape]:
-    """The rows of the table: the stages, each also with one thing changed."""
+    """The shapes to measure: the stages as they are, and each stage with one thing changed."""
     changes: list[dict[str, Any]] = [{}]
     if not quick:
         changes += [{"mask": False}, {"deform_groups": 4}, {"stride": 2}, {"groups": 32}, {"batch": 2}]
@@ -113,12 +110,12 @@ class Layer:
         return self.deformable(torchvision.ops.deform_conv2d)(x, weight, *moved)
 
     def theirs(self, x: Tensor, weight: Tensor, *moved: Tensor) -> Tensor:
-        """Torchvision's operator; in float32 and back for bfloat16, for which it has no kernels."""
+        """Torchvision's operator. It has no kernels for bfloat16: there it computes in float32."""
         operands = [t.float() if x.dtype == torch.bfloat16 else t for t in (x, weight, *moved)]
         return self.torchvision(*operands).to(x.dtype)
 
     def reference(self, backward: bool) -> list[Tensor]:
-        """What torchvision computes in float32: in float16 it has coordinates in float16, off by some hundredths."""
+        """What torchvision computes in float32: in float16 its coordinates are float16 too, off by some hundredths."""
         operands = [t.float() for t in (self.input, self.weight, *self.moved())]
         with on_cuda.without_tf32():
             return as_tensors(prepare(self.torchvision, tuple(operands), self.grad.float(), backward)())
@@ -132,7 +129,9 @@ class Layer:
         offset, mask = split_offset_and_mask(branch)
         return deform_conv2d(x, offset, weight, None, self.shape.stride, 1, 1, mask)
 
-    def contestants(self, backward: bool, peers: Collection[str] = PEERS, failed: Failures | None = None) -> Calls:
+    def contestants(
+        self, backward: bool, peers: Collection[str] = other.CONVOLUTION_PEERS, failed: Failures | None = None
+    ) -> Calls:
         """Our implementations and those of `peers` that run this shape, ready to be called.
 
         What cannot be made ready is noted in `failed`.
@@ -160,7 +159,7 @@ class Layer:
         return found
 
     def _on_gpu(self, ours: Callable[[], object], backward: bool, peers: Collection[str], failed: Failures) -> Calls:
-        """Contestants that there are only on a GPU."""
+        """Contestants that exist on a GPU only."""
         plain, moved = (self.input, self.weight), self.moved()
         x, grad = (t.contiguous(memory_format=torch.channels_last) for t in (self.input, self.grad))
         more = {}

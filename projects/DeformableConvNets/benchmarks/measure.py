@@ -119,8 +119,8 @@ def interleave(
         contestants: what is timed.
         device: "cpu" or "cuda".
         repeats: how often each is timed.
-        failed: those that have dropped out; those that raise are added.
-        most_seconds: see above.
+        failed: who has dropped out before; whoever raises here is added.
+        most_seconds: after how much time a contestant is not timed again.
         ahead: the GPU sleeps until all of a call's kernels are queued. Then the time is that of their work, and not of
             how fast Python launches them; that is "issue_milliseconds".
         hot: a call that is not timed goes before each that is. Without it, the other contestants have filled the
@@ -154,7 +154,7 @@ def interleave(
 
 
 def _warm_up(call: Callable[[], object], device: str) -> float:
-    """Fills memory and caches, lets algorithms be chosen; returns the milliseconds in which a call was issued last."""
+    """Fills memory and caches, and lets algorithms be chosen; returns the milliseconds to issue the last call."""
     for _ in range(2 if device == "cuda" else 0):
         call()
     if device == "cuda":

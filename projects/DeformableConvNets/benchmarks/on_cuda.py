@@ -31,7 +31,7 @@ def set_precision(dtype: str, tune: bool = True) -> torch.dtype:
 
 @contextmanager
 def without_tf32() -> Iterator[None]:
-    """Matrix products do not round to TF32 inside, whatever the precision is set to."""
+    """Inside, matrix products do not round to TF32, whatever precision is set outside."""
     before = torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = False
     try:
@@ -56,7 +56,7 @@ def rotating(sets: Sequence[Calls]) -> Calls:
 
 
 def deterministic(call: Callable[[], object]) -> Callable[[], object]:
-    """The call under `torch.use_deterministic_algorithms`, without the filling of new memory that it brings."""
+    """The call under `torch.use_deterministic_algorithms`, but without filling new memory, which that would add."""
 
     def wrapped() -> object:
         settings: Any = torch.utils.deterministic  # its attribute is made at run time
@@ -83,7 +83,7 @@ def has_deterministic_mode(call: Callable[[], object]) -> bool:
 
 
 def under_autocast(function: Callable[..., Any], dtype: torch.dtype) -> Callable[..., Any]:
-    """The function as a model that trains with mixed precision calls it; its backward pass runs without, as there."""
+    """The function under autocast. Its backward pass runs outside, as in training with mixed precision."""
 
     def wrapped(*operands: Any) -> Any:
         with torch.autocast("cuda", dtype):

@@ -1,5 +1,5 @@
 # Copyright (c) the dcn_d2 authors. SPDX-License-Identifier: Apache-2.0
-"""Where and on what numbers were measured: every result file says it."""
+"""Where numbers were measured, on what machine, with which versions and commit: every result file says it."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def processor() -> str:
 
 @cache
 def commit() -> tuple[str, bool | None]:
-    """The commit, and whether files differ from it: None if nobody knows.
+    """The commit, and whether files differ from it, or None if that is not known.
 
     Where there is no git, the environment variable DCN_COMMIT says it: "abc123def456" or "abc123def456 with changes".
     """

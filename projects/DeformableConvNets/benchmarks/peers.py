@@ -1,5 +1,5 @@
 # Copyright (c) the dcn_d2 authors. SPDX-License-Identifier: Apache-2.0
-"""Other implementations of deformable convolution, each of which may be missing."""
+"""Other implementations: their names, and how to call those that may not be installed."""
 
 from __future__ import annotations
 
@@ -10,10 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+# Other implementations, by the first word of their contestants' names.
+CONVOLUTION_PEERS = ("torchvision", "autocast", "deformops", "onnxruntime")
+PEERS = (*CONVOLUTION_PEERS, "roi_align")
+
 
 @cache
 def deformops() -> Callable[..., Any] | None:
-    """The package deformops' operator with torchvision's arguments, or None, with a reason, where it cannot be had.
+    """The operator of the package deformops with torchvision's arguments; None, and a printed reason, if it is missing.
 
     On a GPU it runs its Triton kernels, unless told otherwise: it needs a C compiler for Triton, but neither nvcc nor
     the network. The first call for a shape and dtype tries 24 kernels forward and 16 backward, each of which takes

@@ -5,8 +5,8 @@
     ncu --profile-from-start off ... python -m benchmarks.profile_cuda --once
                                                          each call once, between the marks that ncu waits for
 
-The shapes are those of benchmarks/deform_conv2d.py: c3 to c5, modulated, channels_last. The plain convolution takes
-part for comparison. With --once only c3 and c5 with 16 images are run, forward and backward.
+The layers are c3 to c5 as in benchmarks/deform_conv2d.py, modulated and channels_last. The plain convolution takes part
+for comparison. With --once only c3 and c5 with 16 images are run, forward and backward.
 """
 
 from __future__ import annotations

@@ -34,7 +34,7 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def lowest(costs: dict[str, Any], name: str) -> float | None:
-    """The lowest cost of a contestant, named with its memory format or, for the better one of the two, without.
+    """The lowest cost of a contestant. A name without a memory format means the better one of the two.
 
     Args:
         costs: "milliseconds" of a row, of which the median counts, or its "peak_extra_mib".

@@ -37,7 +37,7 @@ def version_of(module: str) -> str:
 
 
 def describe() -> dict[str, str]:
-    """What a bug report needs, by name."""
+    """What a bug report needs: facts by their names."""
     cache = os.path.expanduser(os.environ.get("FVCORE_CACHE", "~/.torch/iopath_cache"))
     facts = {
         "dcn_d2": f"{__version__}, in {os.path.dirname(__file__)}",
@@ -128,7 +128,7 @@ def layouts_of(tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
 def samples(
     dtype: torch.dtype, device: str
 ) -> dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor], list[Any]]]:
-    """For each operator: itself, its reference, and operands; the first three have gradients, if they are tensors."""
+    """For each operator: the operator, its reference, and three operands, by which gradients are taken if not None."""
     generator = torch.Generator().manual_seed(0)
 
     def normal(*shape: int) -> Tensor:

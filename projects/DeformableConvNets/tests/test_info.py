@@ -38,7 +38,7 @@ def test_other_strides_than_promised_are_noticed(monkeypatch: pytest.MonkeyPatch
 
 
 def line(capsys: pytest.CaptureFixture[str], name: str) -> str:
-    """What stands behind a name in the output."""
+    """The text that the output has for a name."""
     info.main([])
     (found,) = [text for text in capsys.readouterr().out.splitlines() if text.startswith(f"{name}  ")]
     return found.removeprefix(name).strip()

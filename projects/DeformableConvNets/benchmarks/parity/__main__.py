@@ -42,7 +42,7 @@ def origin() -> dict[str, str]:
 
 
 def update(path: Path, columns: list[str], key: tuple[str, ...], rows: list[dict[str, Any]]) -> None:
-    """Puts rows into a table in place of those with the same key, in the order of the zoo."""
+    """Puts rows into a table, in the order of the zoo; they replace rows with the same key."""
 
     def shown(value: Any) -> str:
         return f"{value:.3g}" if isinstance(value, float) else str(value)

@@ -55,7 +55,7 @@ def convolutions_on_fake_gpu(fake_gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch)
 
 @pytest.fixture
 def deformops(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
-    """Stands in for the package deformops; returns the arguments of its calls but for the tensors."""
+    """Stands in for the package deformops; returns the arguments of its calls except the tensors."""
     calls = []
 
     def deform_conv2d(

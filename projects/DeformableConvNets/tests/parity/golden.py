@@ -91,7 +91,7 @@ def thin(outputs: Outputs) -> Outputs:
 
 
 def make(name: str, seed: int) -> bool:
-    """Makes one golden file, unless a decision in it hangs by a thread: then another seed is needed."""
+    """Makes one golden file; returns False if a small change would turn a decision in it: it needs another seed."""
     import mmcv
     import mmdet
     import torch

@@ -63,7 +63,7 @@ def test_operator_equals_independent_implementation(
 
 
 def test_the_two_poolings_differ() -> None:
-    """They take the same parameters, so one put in place of the other would go unnoticed elsewhere."""
+    """They take the same parameters, so other tests would not notice if one replaced the other."""
     feature, rois, offset, _ = operands(torch.float64)
     ours = ops.deform_psroi_pool(feature, rois, offset, 7, SCALE)
     assert float((ours - ops.deform_roi_pool(feature, rois, offset, 7, SCALE)).abs().mean()) > 0.05
