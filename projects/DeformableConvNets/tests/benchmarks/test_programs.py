@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import ast
+import graphlib
 import json
 import os
 import subprocess
@@ -109,6 +111,20 @@ def test_detectors_offsets_have_the_wanted_spread() -> None:
     assert len(spreads) == 13
     assert spreads == pytest.approx([detector.OFFSET_SPREAD] * 13, rel=0.1)
     assert not any("conv2_offset" in name for name in models["plain"].state_dict())
+
+
+def test_no_benchmark_imports_itself_through_another(project: Path) -> None:
+    names = {path.stem for path in (project / "benchmarks").glob("*.py")}
+    imports: dict[str, set[str]] = {}
+    for name in names:
+        imports[name] = set()
+        for node in ast.walk(ast.parse((project / f"benchmarks/{name}.py").read_text())):
+            if isinstance(node, ast.ImportFrom) and node.module == "benchmarks":
+                imports[name] |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("benchmarks."):
+                imports[name].add(str(node.module).split(".")[1])
+    assert {"goal", "goals_cpu", "goals_cuda", "rows"} <= imports["goals"] <= names
+    graphlib.TopologicalSorter(imports).prepare()  # raises CycleError
 
 
 @pytest.mark.parametrize("name", ["deform_conv2d", "deform_roi_pool", "detector", "profile_cuda"])
