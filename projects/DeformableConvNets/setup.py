@@ -80,9 +80,9 @@ def default_arch_list(cuda_version: str) -> str:
 def compile_args(cuda: bool, torch_headers: list[str]) -> dict[str, list[str]]:
     """Returns the flags for the C++ compiler and for nvcc."""
     common = ["-std=c++20", f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}"]
-    # As system headers they give no warnings: those that remain are our own.
+    # Included as system headers, torch's headers give no warnings: those that remain are our own.
     common += [word for path in torch_headers for word in ("-isystem", path)]
-    common += ["-DUSE_CUDA", "-DDCN_WITH_CUDA"] if cuda else []  # USE_CUDA opens torch's own stream functions
+    common += ["-DUSE_CUDA"] if cuda else []  # USE_CUDA opens torch's own stream functions
     common += ["-O0", "-g"] if flag("DEBUG") else ["-O3"]
     # Only `#pragma omp simd` is used: threads come from torch, so that torch.set_num_threads holds for us too.
     cxx = [*common, "-fvisibility=hidden", "-Wall", "-Wextra", "-fopenmp-simd"]

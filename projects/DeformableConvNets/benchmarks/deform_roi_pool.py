@@ -1,39 +1,42 @@
 # Copyright (c) the dcn_d2 authors. SPDX-License-Identifier: Apache-2.0
 """Deformable RoI pooling against torchvision's RoIAlign, which is not deformable, with as many samples a bin.
 
-    python benchmarks/deform_roi_pool.py                     the CPU, 1 thread and all threads
-    python benchmarks/deform_roi_pool.py --device cuda       the GPU
-    python benchmarks/deform_roi_pool.py --quick             2 x 2 samples a bin only
-    python benchmarks/deform_roi_pool.py --check FILE...     which goals hold
+    python -m benchmarks.deform_roi_pool                     the CPU, 1 thread and all threads
+    python -m benchmarks.deform_roi_pool --device cuda       the GPU
+    python -m benchmarks.deform_roi_pool --quick             2 x 2 samples a bin only
+    python -m benchmarks.deform_roi_pool --check FILE...     which goals hold
 
 512 RoIs of a size that fits the level, 256 channels, 7 x 7 bins, on an FPN's maps of an image of 800 x 1216. Sampling 0
-takes as many samples as a bin has pixels; `deform_psroi_pool` has no such mode. Operators are timed in turns in one
+takes as many samples as a bin has pixels; `deform_psroi_pool` has no such mode. Operators are timed alternately in one
 process; the table shows medians in the faster memory format, the file under results/ has both and the spread.
 
 Before a shape is timed all operators run once, and those that should agree with RoIAlign in float32 are compared with
-it. One that raises or computes something else drops out, and the row says why; if it is ours the exit status is 1.
+it. One that raises or computes something else drops out, and the row says why. If it is ours the exit status is 1.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any
 
-import goals
-import measure
-import on_cuda
 import torch
 import torchvision
-from measure import LAST, Failures, attempt, prepare
 from torch import Tensor
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for a run by the file's name, without -m
+
+from benchmarks import command_line, measure, on_cuda, rows
+from benchmarks.failures import Failures, attempt, note
+from benchmarks.measure import Calls, prepare
+from benchmarks.results import Results
 from dcn_d2.ops import deform_psroi_pool, deform_roi_pool
 
 MODES = ("plain", "deformable", "modulated", "psroi")
-# How far values may be from those of float32, relative to the largest one.
+# How far values may differ from a computation in float32, relative to the largest value.
 TOLERANCES = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 2e-2}
 
 
@@ -75,7 +78,7 @@ class Pooling:
             return torch.randn(*size, generator=generator).to(device, dtype)
 
         self.shape, self.sampling = shape, sampling
-        # Rounded to what torchvision can take: it wants them in the input's dtype, and has no kernels for bfloat16.
+        # Rounded, as torchvision takes RoIs only in the dtype of the input, and has no kernels for bfloat16.
         self.peer_dtype = torch.float32 if dtype == torch.bfloat16 else dtype
         self.rois = draw_rois(shape, generator).to(device, self.peer_dtype).float()
         self.input = normal(shape.batch, shape.channels, shape.height, shape.width)
@@ -84,24 +87,27 @@ class Pooling:
         self.grad = normal(shape.rois, shape.channels, shape.bins, shape.bins)
 
     def roi_align(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """Torchvision's operator, computed in `dtype`, by default in the dtype that it can take."""
         x, rois = (t.to(dtype or self.peer_dtype) for t in (x, self.rois))
         scale, bins = 1 / self.shape.stride, self.shape.bins
         pooled = torchvision.ops.roi_align(x, rois, bins, scale, self.sampling or -1, aligned=True)
         return pooled.to(dtype or self.input.dtype)
 
     def deformable(self, x: Tensor, offset: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+        """Our `deform_roi_pool`."""
         scale = 1 / self.shape.stride
         return deform_roi_pool(x, self.rois, offset, self.shape.bins, scale, self.sampling, mask=mask)
 
     def position_sensitive(self, x: Tensor, offset: Tensor, mask: Tensor) -> Tensor:
+        """Our `deform_psroi_pool`."""
         scale, bins = 1 / self.shape.stride, self.shape.bins
         return deform_psroi_pool(x, self.rois, offset, bins, scale, sample_per_part=self.sampling, mask=mask)
 
-    def contestants(self, backward: bool) -> dict[str, Callable[[], object]]:
-        """Every operator in both memory formats, ready to be called; gradients are those of all its operands."""
+    def contestants(self, backward: bool) -> Calls:
+        """Every operator in both memory formats, ready to be called; `backward` is by all its operands."""
         found = {"roi_align NCHW": prepare(self.roi_align, (self.input,), self.grad, backward)}
         moved = (self.offset, self.mask)
-        for layout, memory_format in (("NCHW", torch.contiguous_format), ("NHWC", LAST)):
+        for layout, memory_format in (("NCHW", torch.contiguous_format), ("NHWC", torch.channels_last)):
             x, grad = (t.contiguous(memory_format=memory_format) for t in (self.input, self.grad))
             found[f"plain {layout}"] = prepare(self.deformable, (x,), grad, backward)
             found[f"deformable {layout}"] = prepare(self.deformable, (x, self.offset), grad, backward)
@@ -112,11 +118,20 @@ class Pooling:
                 found[f"deterministic {layout}"] = on_cuda.deterministic(found[f"modulated {layout}"])
         return found
 
+    def check(self, backward: bool, failed: Failures) -> None:
+        """Compares outputs, once: gradients are not compared."""
+        if not backward:
+            failed |= check_equal(self)
+
+    def calls(self, backward: bool, buffers: str, failed: Failures) -> Calls:
+        """All contestants, for `measure.time_cases`."""
+        return self.contestants(backward)
+
 
 def check_equal(pooling: Pooling) -> Failures:
-    """Returns who does not compute what it should, or raises, and why.
+    """Returns who raises or does not compute what it should, and why.
 
-    RoIAlign itself is compared with nothing: in float16 it has coordinates in float16, and is off by some tenths.
+    RoIAlign itself is not compared: in float16 its coordinates are float16 too, and off by some tenths.
     """
     failed: Failures = {}
     calls = pooling.contestants(backward=False)
@@ -135,57 +150,37 @@ def check_equal(pooling: Pooling) -> Failures:
         if name not in failed and actual is not None and wanted is not None:
             error = float((actual.float() - wanted.float()).abs().max() / wanted.float().abs().max())
             if not error <= TOLERANCES[pooling.input.dtype]:
-                measure.note(failed, name, f"differs from {other} by {error:.3g} (relative)")
+                note(failed, name, f"differs from {other} by {error:.3g} (relative)")
     return failed
 
 
-def measure_time(arguments: argparse.Namespace, levels: list[Shape], results: measure.Results) -> None:
+def measure_time(arguments: argparse.Namespace, levels: list[Shape], results: Results) -> None:
     """Times every level, sampling, pass and number of threads; a row and a line for each."""
-    cuda = arguments.device == "cuda"
-    dtype = on_cuda.set_precision(arguments.dtype) if cuda else getattr(torch, arguments.dtype)
-    for threads in arguments.threads:
-        torch.set_num_threads(threads)
-        for shape in levels:
-            for sampling in (2,) if arguments.quick else (0, 2, 4):
-                wrong: Failures = {}
-                pooling = attempt(wrong, "operands", Pooling, shape, sampling, arguments.device, dtype)
-                wrong |= (attempt(wrong, "operands", check_equal, pooling) or {}) if pooling else {}
-                for direction in ("forward", "forward+backward"):
-                    failed = dict(wrong)
-                    row = {"shape": asdict(shape) | {"sampling": sampling}, "pass": direction}
-                    row |= {"dtype": arguments.dtype, "threads": threads, "milliseconds": {}}
-                    if pooling:
-                        row |= attempt(failed, "operands", time_pooling, pooling, row, arguments, failed) or {}
-                    results.add(row, failed, describe)
-
-
-def time_pooling(
-    pooling: Pooling, row: dict[str, Any], arguments: argparse.Namespace, failed: Failures
-) -> dict[str, dict[str, Any]]:
-    """The times that belong into a row."""
-    calls = pooling.contestants(row["pass"] != "forward")
-    return measure.interleave(calls, arguments.device, arguments.repeats, failed, ahead=arguments.device == "cuda")
+    dtype = on_cuda.set_precision(arguments.dtype)
+    cases = [
+        (asdict(shape) | {"sampling": sampling}, partial(Pooling, shape, sampling, arguments.device, dtype))
+        for shape in levels
+        for sampling in ((2,) if arguments.quick else (0, 2, 4))
+    ]
+    measure.time_cases(cases, arguments, results, describe)
 
 
 def describe(row: dict[str, Any]) -> str:
     """One line: RoIAlign's time, and for each operator its time and how many times faster it is."""
-    align = measure.fastest(row, "roi_align")
-    times = {mode: measure.fastest(row, mode) for mode in MODES}
+    align = rows.fastest(row, "roi_align")
+    times = {mode: rows.fastest(row, mode) for mode in MODES}
     ours = "  ".join(
-        f"{mode} {measure.duration(time)} ({measure.quotient(align, time, 1)}x)" for mode, time in times.items() if time
+        f"{mode} {rows.duration(time)} ({rows.quotient(align, time, 1)}x)" for mode, time in times.items() if time
     )
     shape = row["shape"]
     label = f"{shape['name']} sampling {shape['sampling']}"
-    return f"{row['threads']} thread(s) {row['pass']:16s} {label:14s} roi_align {measure.duration(align):>8s}  {ours}"
+    return f"{row['threads']} thread(s) {row['pass']:16s} {label:14s} roi_align {rows.duration(align):>8s}  {ours}"
 
 
 def main(arguments: list[str] | None = None, levels: list[Shape] = LEVELS) -> int:
     """Measures what the arguments say and writes the results; returns the exit status."""
-    parsed = measure.parse(measure.parser(__doc__ or "", "only 2 x 2 samples a bin", repeats=9), arguments)
-    if parsed.check:
-        print(goals.report(parsed.check))
-        return 0
-    results = measure.Results(parsed.output, "deform_roi_pool", parsed.device)
+    parsed = command_line.parse(command_line.parser(__doc__ or "", "only 2 x 2 samples a bin", repeats=9), arguments)
+    results = Results(parsed.output, "deform_roi_pool", parsed.device)
     measure_time(parsed, levels, results)
     return results.finish()
 

@@ -1,18 +1,18 @@
 # Copyright (c) the dcn_d2 authors. SPDX-License-Identifier: Apache-2.0
 """What deformable convolutions cost a whole model: Faster R-CNN R-50-FPN with mdconv c3-c5, against the same without.
 
-    python benchmarks/detector.py                     the CPU, 1 thread and all threads
-    python benchmarks/detector.py --device cuda       the GPU, also a training iteration with mixed precision
-    python benchmarks/detector.py --quick             three repeats, on an image of half the height and width
-    python benchmarks/detector.py --check FILE...     which goals hold
+    python -m benchmarks.detector                     the CPU, 1 thread and all threads
+    python -m benchmarks.detector --device cuda       the GPU, also a training iteration with mixed precision
+    python -m benchmarks.detector --quick             three repeats, on an image of half the height and width
+    python -m benchmarks.detector --check FILE...     which goals hold
 
 Parts are the ResNet alone (trunk), the detector from image to boxes (inference), and forward, backward and optimizer
 step (training). Contestants are the plain model, ours, and ours with torchvision's operator in its layers. Weights are
-random and the same in all of them; offset branches are scaled so that offsets are about N(0, 1.5^2) pixels. On the GPU,
-training without a 16-bit dtype is in float16.
+random and the same in all of them; offset branches are scaled so that offsets are about N(0, 1.5^2) pixels. On the GPU
+training uses float16 unless another 16-bit dtype is given.
 
-A contestant drops out if it raises, if its trunk does not agree with those that it should, or if it pools fewer boxes
-than another. Its row says why; if it is not torchvision's the exit status is 1.
+A contestant drops out if it raises, if its trunk's features differ from the other contestants', or if it pools fewer
+boxes than another. Its row says why. If it is not torchvision's the exit status is 1.
 """
 
 from __future__ import annotations
@@ -21,21 +21,28 @@ import argparse
 import copy
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import goals
-import measure
-import on_cuda
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for a run by the file's name, without -m
+
+from dcn_d2.quiet import silence_detectron2_warnings
+
+silence_detectron2_warnings()  # before Detectron2 is imported
+
 import torch
 import torchvision
 from detectron2.config import CfgNode
 from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
-from measure import LAST, Failures, attempt
 from torch import Tensor, nn
 
+from benchmarks import command_line, measure, on_cuda, rows
+from benchmarks.failures import Failures, attempt, dropped, note
+from benchmarks.measure import Calls
+from benchmarks.results import Results
 from dcn_d2 import model_zoo
 from dcn_d2.layers import deform_conv, split_offset_and_mask
 from dcn_d2.modeling import DeformBottleneckBlock
@@ -44,7 +51,7 @@ ROW = "faster_rcnn_R_50_FPN_1x_mdconv_c3-c5"
 SIZE = (800, 1216)
 OFFSET_SPREAD = 1.5
 MOST_SECONDS = 60.0  # per contestant and row
-# How far features may be apart, relative to the largest one.
+# How far features may differ, relative to the largest one.
 TOLERANCES = {"float32": 2e-3, "tf32": 2e-2, "float16": 2e-2, "bfloat16": 0.1}
 
 
@@ -66,7 +73,7 @@ def build(overrides: list[Any], device: str, images: Tensor) -> dict[str, Any]:
     deformable, plain = models["dcn_d2"], models["plain"]
     for name, weight in deformable.state_dict().items():
         if name.startswith("backbone.bottom_up") and name.endswith("conv3.norm.weight"):
-            weight.fill_(0.3)  # else each of the 16 blocks would double the variance of what it gets
+            weight.fill_(0.3)  # otherwise each of the 16 blocks would double the variance of its input
     missing, _ = plain.load_state_dict(deformable.state_dict(), strict=False)
     if missing:
         raise RuntimeError(f"the plain model has weights that the deformable one lacks: {missing}")
@@ -99,7 +106,7 @@ def _scale_offsets(model: Any, images: Tensor) -> None:
 def _torchvision_by_branch(
     input: Tensor, offset_and_mask: Tensor, weight: Tensor, bias: Tensor | None, *geometry: Any
 ) -> Tensor:
-    """In float32 and back under autocast, as torchvision itself does on a GPU; on CPU it has no rule for autocast."""
+    """Torchvision's operator in float32, as autocast runs it on a GPU. On CPU autocast has no rule for it."""
     offset, mask = split_offset_and_mask(offset_and_mask.float())
     bias = None if bias is None else bias.float()
     output = torchvision.ops.deform_conv2d(input.float(), offset, weight.float(), bias, *geometry, mask)
@@ -116,13 +123,13 @@ class Detector:
         self.images = torch.randn(1, 3, *size, generator=generator).to(device)  # normalised ones, for the trunk
         self.models = {f"{name} NCHW": m for name, m in build(overrides, device, self.images).items()}
         for name, model in list(self.models.items()):
-            self.models[name.replace("NCHW", "NHWC")] = copy.deepcopy(model).to(memory_format=LAST)
+            self.models[name.replace("NCHW", "NHWC")] = copy.deepcopy(model).to(memory_format=torch.channels_last)
         corners = torch.rand(10, 2, generator=generator) * torch.tensor([size[1], size[0]]) * 0.7
         boxes = torch.cat([corners, corners + torch.tensor([size[1], size[0]]) * 0.25], dim=1)
         classes = torch.randint(0, 80, (10,), generator=generator)
         self.truth = Instances(size, gt_boxes=Boxes(boxes), gt_classes=classes)
 
-    def contestants(self, part: str) -> dict[str, Callable[[], object]]:
+    def contestants(self, part: str) -> Calls:
         """Every model, and the deformable one with torchvision's operator, ready to be called."""
         make = {"trunk": self._trunk, "inference": self._inference, "training": self._training}[part]
         found = {name: make(model, name) for name, model in self.models.items()}
@@ -138,7 +145,7 @@ class Detector:
         return torch.autocast(self.device, self.dtype, enabled=self.dtype != torch.float32)
 
     def _trunk(self, model: Any, name: str) -> Callable[[], object]:
-        layout = LAST if name.endswith("NHWC") else torch.contiguous_format
+        layout = torch.channels_last if name.endswith("NHWC") else torch.contiguous_format
         images = self.images.contiguous(memory_format=layout)
 
         def call() -> object:
@@ -160,7 +167,7 @@ class Detector:
         inputs = [{"image": self.pixels, "instances": self.truth}]
         model = copy.deepcopy(model)  # its weights change
         weights = [p for p in model.parameters() if p.requires_grad]
-        # So small a rate that the work stays the same; so small a first scale that no step is left out.
+        # The rate is so small that the work stays the same, and the first scale so small that no step is skipped.
         optimizer = torch.optim.SGD(weights, lr=1e-8, momentum=0.9)
         scaler = torch.amp.GradScaler(self.device, init_scale=64.0, enabled=self.dtype == torch.float16)
 
@@ -177,7 +184,7 @@ class Detector:
 
 
 def check_equal(detector: Detector, tolerance: float) -> Failures:
-    """Returns whose trunk does not compute what it should, or who has fewer proposals than others, and why."""
+    """Returns whose trunk differs from the others', or who has fewer proposals than others, and why."""
     failed: Failures = {}
     outputs: dict[str, Any] = {
         name: attempt(failed, name, call) for name, call in detector.contestants("trunk").items()
@@ -191,7 +198,7 @@ def check_equal(detector: Detector, tolerance: float) -> Failures:
         for level, expected in (outputs[other] or {}).items() if outputs[name] else ():
             error = float((outputs[name][level] - expected).float().abs().max() / expected.float().abs().max())
             if not error <= tolerance:
-                measure.note(failed, name, f"its trunk differs from {other} in {level} by {error:.3g} (relative)")
+                note(failed, name, f"its trunk differs from {other} in {level} by {error:.3g} (relative)")
     counts = {}
     for name, model in detector.models.items():
         found: list[int] = []
@@ -202,14 +209,12 @@ def check_equal(detector: Detector, tolerance: float) -> Failures:
         hook.remove()
         counts[name] = sum(found)
     for name, count in counts.items():
-        if not measure.dropped(failed, name) and count < 0.9 * max(counts.values()):
-            measure.note(failed, name, f"pools {count} boxes, another model {max(counts.values())}")
+        if not dropped(failed, name) and count < 0.9 * max(counts.values()):
+            note(failed, name, f"pools {count} boxes, another model {max(counts.values())}")
     return failed
 
 
-def measure_time(
-    arguments: argparse.Namespace, size: tuple[int, int], overrides: list[Any], results: measure.Results
-) -> None:
+def measure_time(arguments: argparse.Namespace, size: tuple[int, int], overrides: list[Any], results: Results) -> None:
     """Times every part and number of threads; a row and a line for each."""
     detectors: dict[str, Detector | None] = {}
     wrong: dict[str, Failures] = {}
@@ -241,27 +246,24 @@ def describe(row: dict[str, Any]) -> str:
     times = {name: timing["median"] for name, timing in row["milliseconds"].items()}
 
     def price(name: str, layout: str) -> str:
-        return measure.quotient(times.get(f"{name} {layout}"), times.get(f"plain {layout}"), 3)
+        return rows.quotient(times.get(f"{name} {layout}"), times.get(f"plain {layout}"), 3)
 
     prices = ", ".join(f"{price('dcn_d2', layout)} {layout}" for layout in ("NCHW", "NHWC"))
-    words = "  ".join(f"{name} {measure.duration(time)}" for name, time in times.items())
+    words = "  ".join(f"{name} {rows.duration(time)}" for name, time in times.items())
     label = f"{row['threads']} thread(s) {row['pass']:9s} {row['dtype']}"
     return f"{label}  {words}  price {prices}, {price('torchvision', 'NCHW')} torchvision"
 
 
 def main(arguments: list[str] | None = None, size: tuple[int, int] = SIZE, overrides: list[Any] | None = None) -> int:
     """Measures what the arguments say; `overrides` are config keys and values. Returns the exit status."""
-    options = measure.parser(__doc__ or "", "three repeats on an image of half the size", repeats=7)
+    options = command_line.parser(__doc__ or "", "three repeats on an image of half the size", repeats=7)
     parts = ["trunk", "inference", "training"]
     options.add_argument("--parts", nargs="+", choices=parts, help="default: all on CUDA, no training on CPU")
-    parsed = measure.parse(options, arguments)
-    if parsed.check:
-        print(goals.report(parsed.check))
-        return 0
+    parsed = command_line.parse(options, arguments)
     parsed.parts = parsed.parts or (parts if parsed.device == "cuda" else parts[:2])
     if parsed.quick:
         parsed.repeats, size = min(parsed.repeats, 3), (size[0] // 2, size[1] // 2)
-    results = measure.Results(parsed.output, "detector", parsed.device)
+    results = Results(parsed.output, "detector", parsed.device)
     measure_time(parsed, size, overrides or [], results)
     return results.finish()
 

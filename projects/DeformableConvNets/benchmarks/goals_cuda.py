@@ -1,40 +1,36 @@
 # Copyright (c) the dcn_d2 authors. SPDX-License-Identifier: Apache-2.0
-"""The goals of the CUDA operators as data, for one H100 or better; see goals.py, which judges them.
+"""The goals of the CUDA operators as data, for one H100 or better.
 
-A price is the time over that of cuDNN's plain convolution in the same dtype, in its faster memory format. All result
-files of a GPU that are given together are judged together: the dtypes are in files of their own.
+A price is the time over that of cuDNN's plain convolution in the same dtype, in its faster memory format.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
-from goals import PASSES, Goal, judge, title
+from benchmarks.goal import Goal
+from benchmarks.rows import BUFFERS, PASSES
 
 BATCHES = (2, 16)
 LAYERS: dict[str, Any] = {"stride": 1, "groups": 1, "deform_groups": 1, "mask": True, "batch": BATCHES}
-BUFFERS = ("hot", "rotated")
-LAST = "dcn_d2 NHWC"
+OURS = "dcn_d2 NHWC"
 
 
-def _mean(what: str, quotient: tuple[str, str], where: dict[str, Any], **bound: float) -> Goal:
+def _mean(what: str, quotient: tuple[str, str], where: dict[str, Any], **bound: Any) -> Goal:
     return Goal(f"CUDA, {what}", "deform_conv2d", quotient, where=LAYERS | where, mean=True, **bound)
 
 
 def _convolution() -> list[Goal]:
-    """Geometric means over c3 to c5 at both batch sizes, for each state of the caches."""
+    """Goals of geometric means over c3 to c5 at both batch sizes, for each state of the caches."""
     found = []
     for buffers in BUFFERS:
         forward, both = ({"pass": direction, "buffers": buffers} for direction in PASSES)
         for dtype, bound in (("bfloat16", 1.4), ("float16", 1.4), ("tf32", 1.3), ("float32", 1.0)):
             what = f"{dtype} forward price, channels_last, {buffers}"
-            found.append(_mean(what, (LAST, "conv"), forward | {"dtype": dtype}, at_most=bound))
+            found.append(_mean(what, (OURS, "conv"), forward | {"dtype": dtype}, at_most=bound))
         half = {"dtype": "bfloat16"}
         what = f"bfloat16 forward+backward price, channels_last, {buffers}"
-        found.append(_mean(what, (LAST, "conv"), both | half, at_most=2.0))
+        found.append(_mean(what, (OURS, "conv"), both | half, at_most=2.0))
         for where, part, bound, peer in (
             (forward, "forward", 10.0, "autocast torchvision"),
             (both, "forward+backward", 10.0, "autocast torchvision"),
@@ -46,7 +42,7 @@ def _convolution() -> list[Goal]:
         what = f"float32 forward over torchvision, {buffers}"
         found.append(_mean(what, ("torchvision", "dcn_d2"), forward | {"dtype": "float32"}, at_least=4.0))
         what = f"bfloat16 forward+backward: the deterministic mode over the default, {buffers}"
-        found.append(_mean(what, ("deterministic NHWC", LAST), both | half, at_most=1.5))
+        found.append(_mean(what, ("deterministic NHWC", OURS), both | half, at_most=1.5))
     for direction in PASSES:
         what = f"CUDA, bfloat16 {direction}, NCHW: extra memory over that of channels_last copies"
         where = LAYERS | {"pass": direction, "dtype": "bfloat16"}
@@ -55,7 +51,7 @@ def _convolution() -> list[Goal]:
 
 
 def _roi_pooling() -> list[Goal]:
-    """For the modulated operator, which has the most to do; `roi_align` always is the plain one."""
+    """Goals of the modulated operator, which does the most work. `roi_align` has no deformable form."""
     found = []
     sizes = {"rois": 512, "channels": 256, "bins": 7, "sampling": 2}
     for dtype in ("float32", "float16"):
@@ -80,15 +76,3 @@ def _detectors() -> list[Goal]:
 
 
 GOALS = [*_convolution(), *_roi_pooling(), *_detectors()]
-
-
-def report(paths: Iterable[Path]) -> str:
-    """The files by name, then one line a goal, judged by the rows of all files."""
-    rows: dict[str, list[dict[str, Any]]] = {}
-    lines = []
-    for path in paths:
-        document = json.loads(path.read_text())
-        lines.append(title(path, document))
-        rows.setdefault(document["benchmark"], []).extend(document["rows"])
-    wanted = [goal for goal in GOALS if goal.benchmark in rows]
-    return "\n".join([*lines, *judge(wanted, [rows[goal.benchmark] for goal in wanted])])

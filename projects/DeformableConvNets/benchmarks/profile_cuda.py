@@ -1,12 +1,12 @@
 # Copyright (c) the dcn_d2 authors. SPDX-License-Identifier: Apache-2.0
 """Where the time of deform_conv2d goes on a GPU: microseconds of every kernel that a call launches.
 
-    python benchmarks/profile_cuda.py                    each kernel's time, written to results/profile_cuda.json
-    ncu --profile-from-start off ... python benchmarks/profile_cuda.py --once
+    python -m benchmarks.profile_cuda                    each kernel's time, written to results/profile_cuda.json
+    ncu --profile-from-start off ... python -m benchmarks.profile_cuda --once
                                                          each call once, between the marks that ncu waits for
 
-The shapes are those of benchmarks/deform_conv2d.py: c3 to c5, modulated, channels_last. The plain convolution takes
-part for comparison. With --once only c3 and c5 with 16 images are run, forward and backward.
+The layers are c3 to c5 as in benchmarks/deform_conv2d.py, modulated and channels_last. The plain convolution takes part
+for comparison. With --once only c3 and c5 with 16 images are run, forward and backward.
 """
 
 from __future__ import annotations
@@ -16,23 +16,25 @@ import sys
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
-import deform_conv2d
-import measure
-import on_cuda
 import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for a run by the file's name, without -m
+
+from benchmarks import command_line, layer, on_cuda
+from benchmarks.measure import Calls
+from benchmarks.results import Results
+from benchmarks.rows import PASSES
 
 BATCHES = (1, 2, 16)
 WANTED = {"conv NHWC": "conv", "dcn_d2 NHWC": "dcn_d2"}
-PASSES = ("forward", "forward+backward")
 
 
-def calls(
-    shape: deform_conv2d.Shape, device: str, dtype: torch.dtype, direction: str
-) -> dict[str, Callable[[], object]]:
+def calls(shape: layer.Shape, device: str, dtype: torch.dtype, direction: str) -> Calls:
     """The contestants that are profiled, ready to be called."""
-    found = deform_conv2d.Layer(shape, device, dtype).contestants(direction != "forward", peers=())
+    found = layer.Layer(shape, device, dtype).contestants(direction != "forward", peers=())
     return {short: found[name] for name, short in WANTED.items()}
 
 
@@ -75,11 +77,11 @@ def describe(row: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def profile(arguments: Any, results: measure.Results) -> None:
+def profile(arguments: Any, results: Results) -> None:
     """A row for every shape, pass and contestant."""
     dtype = on_cuda.set_precision(arguments.dtype)
     for batch in BATCHES:
-        for stage in deform_conv2d.STAGES:
+        for stage in layer.STAGES:
             shape = replace(stage, batch=batch)
             for direction in PASSES:
                 for name, call in calls(shape, arguments.device, dtype, direction).items():
@@ -93,7 +95,7 @@ def run_once(arguments: Any) -> None:
     dtype = on_cuda.set_precision(arguments.dtype)
     ready = [
         call
-        for stage in (deform_conv2d.STAGES[0], deform_conv2d.STAGES[-1])
+        for stage in (layer.STAGES[0], layer.STAGES[-1])
         for call in calls(replace(stage, batch=16), arguments.device, dtype, PASSES[1]).values()
     ]
     for call in ready:
@@ -108,14 +110,14 @@ def run_once(arguments: Any) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """Profiles what the arguments say; returns the exit status."""
-    options = measure.parser(__doc__ or "", "nothing", repeats=10)
+    options = command_line.parser(__doc__ or "", "nothing", repeats=10)
     options.set_defaults(device="cuda", dtype="bfloat16")
     options.add_argument("--once", action="store_true", help="run each call once, for a profiler around this process")
-    parsed = measure.parse(options, arguments)
+    parsed = command_line.parse(options, arguments)
     if parsed.once:
         run_once(parsed)
         return 0
-    results = measure.Results(parsed.output, "profile", parsed.device)
+    results = Results(parsed.output, "profile", parsed.device)
     profile(parsed, results)
     return results.finish()
 

@@ -1,7 +1,7 @@
 # Copyright (c) the dcn_d2 authors. SPDX-License-Identifier: Apache-2.0
 """What runs here, for bug reports and new machines.
 
-python -m dcn_d2.info            versions, compiled library, devices, folders
+python -m dcn_d2.info            versions, compiled library, instruction set, GPU architectures, devices, folders
 python -m dcn_d2.info --check    also compares every operator with its slow reference on every device, in a few seconds;
                                  exits with 1 if one differs
 """
@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import os
 import platform
+import re
 import sys
 from collections.abc import Callable, Iterator
 from importlib import metadata
@@ -36,7 +37,7 @@ def version_of(module: str) -> str:
 
 
 def describe() -> dict[str, str]:
-    """What a bug report needs, by name."""
+    """What a bug report needs: facts by their names."""
     cache = os.path.expanduser(os.environ.get("FVCORE_CACHE", "~/.torch/iopath_cache"))
     facts = {
         "dcn_d2": f"{__version__}, in {os.path.dirname(__file__)}",
@@ -46,15 +47,60 @@ def describe() -> dict[str, str]:
         "Detectron2": version_of("detectron2"),
         "kernels": _library.missing_kernels or os.environ.get("DCN_LIBRARY") or "compiled",
         "kernels for": ", ".join(compiled_devices()) or "no device: the slow reference runs",
-        "CPU": f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads, DCN_CPU_CAPABILITY "
-        f"{os.environ.get('DCN_CPU_CAPABILITY', 'not set')}",
+        "CPU": f"torch uses {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads",
+        "CPU kernels": f"{instruction_set()}, DCN_CPU_CAPABILITY {os.environ.get('DCN_CPU_CAPABILITY', 'not set')}",
+        "CUDA kernels": "compiled for " + architectures if (architectures := cuda_architectures()) else "none",
         "data sets": os.environ.get("DETECTRON2_DATASETS", "./datasets (DETECTRON2_DATASETS is not set)"),
         "cache": cache,
     }
     for index in range(torch.cuda.device_count()):
-        major, minor = torch.cuda.get_device_capability(index)
-        facts[f"cuda:{index}"] = f"{torch.cuda.get_device_name(index)}, compute capability {major}.{minor}"
+        capability = torch.cuda.get_device_capability(index)
+        facts[f"cuda:{index}"] = (
+            f"{torch.cuda.get_device_name(index)}, compute capability {capability[0]}.{capability[1]}"
+            f"{what_is_missing_for(capability, architectures)}"
+        )
     return facts
+
+
+def ask_library(name: str) -> str:
+    """What a query of the compiled library says, "" where the library does not have it, or why it fails."""
+    try:
+        return str(getattr(torch.ops.dcn_d2, name)())
+    except AttributeError:  # the library is older than the query
+        return ""
+    except RuntimeError as error:  # such as a wrong DCN_CPU_CAPABILITY
+        return f"unknown: {(str(error).strip().splitlines() or [''])[0]}"
+
+
+def instruction_set() -> str:
+    """The instruction set that the CPU kernels use."""
+    if "cpu" not in compiled_devices():
+        return "none"
+    return ask_library("capability") or "unknown instruction set"
+
+
+def cuda_architectures() -> str:
+    """The GPU architectures in the compiled library, such as "8.0 9.0"; "" if it has no CUDA kernels."""
+    return (ask_library("cuda_architectures") or "unknown architectures") if "cuda" in compiled_devices() else ""
+
+
+def what_is_missing_for(capability: tuple[int, int], architectures: str) -> str:
+    """Says whether CUDA kernels run on a GPU: "" if they do or if it is not known.
+
+    Code for one architecture also runs on later ones of the same major number.
+
+    Args:
+        capability: the GPU's compute capability.
+        architectures: those that the library was compiled for, as `cuda_architectures` gives them.
+    """
+    major, minor = capability
+    build = f"build the library again with TORCH_CUDA_ARCH_LIST={major}.{minor}"
+    if not architectures:
+        return f"; the library has no CUDA kernels, so the slow reference runs there: {build}"
+    numbers = re.findall(r"(\d+)\.(\d+)", architectures)
+    if numbers and not any(int(a) == major and int(b) <= minor for a, b in numbers):
+        return f"; the library was not compiled for it, but for {architectures}: {build}"
+    return ""
 
 
 def compiled_devices() -> list[str]:
@@ -82,7 +128,7 @@ def layouts_of(tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
 def samples(
     dtype: torch.dtype, device: str
 ) -> dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor], list[Any]]]:
-    """For each operator: itself, its reference, and operands; the first three have gradients, if they are tensors."""
+    """For each operator: the operator, its reference, and three operands, by which gradients are taken if not None."""
     generator = torch.Generator().manual_seed(0)
 
     def normal(*shape: int) -> Tensor:

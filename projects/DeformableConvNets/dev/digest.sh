@@ -1,7 +1,7 @@
 # Copyright (c) the dcn_d2 authors. SPDX-License-Identifier: Apache-2.0
 # shellcheck shell=bash
-# digest FOLDER NAME...: 16 hex digits that stand for the names and the contents of all files of the NAMEs below FOLDER,
-# without what is built there. gpu_pack.sh writes them down, gpu_check.sh compares.
+# digest FOLDER NAME...: prints 16 hex digits computed from the names and contents of all files of the NAMEs below
+# FOLDER, except built ones. gpu_pack.sh writes them down, gpu_check.sh compares.
 digest() {
   local folder=$1
   shift

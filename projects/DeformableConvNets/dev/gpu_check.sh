@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Copyright (c) the dcn_d2 authors. SPDX-License-Identifier: Apache-2.0
-# All that only a GPU can show, in two short runs, so that what the first one finds can be mended before the second:
+# Checks everything that only a GPU can show, in two short runs: what the first one finds can be repaired before the
+# second.
 #
 #   dev/gpu_check.sh first       4 minutes at most: does it load, is each kernel right, the price in bfloat16, a profile
 #   dev/gpu_check.sh full        8 minutes at most: all tests, all benchmarks, determinism, training, memory checker
@@ -12,9 +13,10 @@
 #   RESULTS=path        where the results go (default: $OUT, if that is set, otherwise build/gpu_check of the project)
 #   SECONDS_LEFT=240    for all stages together; each has a limit of its own too
 #
-# It may be called from any folder. Results are two files: summary.txt, and gpu_check_MODE.tar.gz with all that the
-# stages printed and measured, written again after each stage, so that a run that is cut off keeps what it had. A stage
-# that fails or runs out of time does not keep the others from running. Exits with 1 if any failed.
+# It may be called from any folder. Results are two files: gpu_check_MODE.txt, a summary of one screen, and
+# gpu_check_MODE.tar.gz with all that the stages printed and measured (MODE is first, full or some). Both are written
+# again after each stage, so that a run that is cut off keeps what it had. A stage that fails or runs out of time does
+# not keep the others from running. Ctrl-C stops the running stage and the run. Exits with 1 if any stage failed.
 #
 # The GPU machine needs no network, no git and no compiler: dev/gpu_pack.sh puts the library into .gpu/ and the wheels
 # that such a machine lacks into .whl/, both at the repository's root. A library that was made from other sources or
@@ -26,10 +28,10 @@ dev=$(dirname "$script")
 project=$(dirname "$dev")
 root=$(cd "$project/../.." && pwd)
 results=${RESULTS:-${OUT:-$project/build/gpu_check}}
-mkdir -p "$results" && results=$(cd "$results" && pwd) || exit 2
+[[ $results = /* ]] || results=$PWD/$results
 python=${PYTHON:-$root/.venv/bin/python}
 if [ ! -x "$(command -v "$python")" ]; then
-  [ -z "${PYTHON:-}" ] || { echo "gpu_check: PYTHON=$PYTHON is no program that can be run" >&2; exit 2; }
+  [ -z "${PYTHON:-}" ] || { echo "gpu_check: PYTHON=$PYTHON is not a program that can be run" >&2; exit 2; }
   python=python3
 fi
 python=$(command -v "$python") || { echo "gpu_check: no Python was found; name one: PYTHON=python3.12" >&2; exit 2; }
@@ -55,7 +57,8 @@ limit() {
   esac
 }
 
-# All wheels at once, or else one by one: one that does not fit this Python shall not keep the others out.
+# Installs all wheels at once. If that fails, one by one: a wheel that does not fit this Python must not keep the others
+# out.
 install_wheels() {
   local wheel pip=("$python" -m pip install -q --no-index --no-deps --no-compile --no-cache-dir
     --disable-pip-version-check --upgrade --target "$site")
@@ -116,7 +119,7 @@ load() {
   check_library
 }
 
-# Runs the operators' tests by a command that ends in `python -m pytest`. A run in which all were skipped is no run.
+# Runs the operators' tests by a command that ends in `python -m pytest`. A run in which all were skipped has failed.
 run_tests() {
   local selected=$1 passed
   shift
@@ -134,8 +137,8 @@ workers() {
   ((processors >= 8)) && "$python" -c 'import xdist' 2>/dev/null && printf '%s ' -n 6 --dist worksteal
 }
 
-# As few kernels as there can be in a test. A process of its own for each kind of arithmetic, as a kernel that faults
-# takes the GPU from all that its process would run later; every launch is waited for.
+# Tests with as few kernels as possible. Each kind of arithmetic has a process of its own, as a kernel that faults takes
+# the GPU from everything that its process would run later. Every launch is waited for.
 kernels() {
   local kind failed=0 names=() jobs=()
   for kind in float64 float32 tf32 bfloat16 'float16 and not bfloat16'; do
@@ -159,7 +162,7 @@ determinism() { run_tests 'cuda and determin' "$python" -m pytest; }
 conv2d() {
   local dtype=$1
   shift
-  "$python" benchmarks/deform_conv2d.py --device cuda --quick --dtype "$dtype" \
+  "$python" -m benchmarks.deform_conv2d --device cuda --quick --dtype "$dtype" \
     --output "$work/deform_conv2d_cuda_$dtype.json" "$@"
 }
 price() { conv2d bfloat16 --repeats 15 --peers none; }
@@ -167,12 +170,12 @@ bfloat16() { conv2d bfloat16 --repeats 15 --buffers hot rotated --peers torchvis
 tf32() { conv2d tf32 --repeats 15 --peers torchvision; }
 float32() { conv2d float32 --repeats 15 --peers torchvision; }
 float16() { conv2d float16 --repeats 15 --peers torchvision autocast; }
-# The first call of deformops tries dozens of kernels, each of which takes some 10 s to compile: in no mode.
+# Part of no mode: the first call of deformops tries dozens of kernels, each of which takes some 10 s to compile.
 deformops() {
   conv2d bfloat16 --repeats 15 --peers deformops --peer-seconds 400 --output "$work/deform_conv2d_cuda_deformops.json"
 }
 memory() {
-  "$python" benchmarks/deform_conv2d.py --device cuda --quick --memory --dtype bfloat16 \
+  "$python" -m benchmarks.deform_conv2d --device cuda --quick --memory --dtype bfloat16 \
     --peers torchvision autocast \
     --output "$work/deform_conv2d_memory_cuda_bfloat16.json"
 }
@@ -180,14 +183,14 @@ memory() {
 pooling() {
   local dtype failed=0
   for dtype in float32 float16; do
-    "$python" benchmarks/deform_roi_pool.py --device cuda --quick --dtype "$dtype" \
+    "$python" -m benchmarks.deform_roi_pool --device cuda --quick --dtype "$dtype" \
       --output "$work/deform_roi_pool_cuda_$dtype.json" || failed=1
   done
   return "$failed"
 }
 
 detector() {
-  "$python" benchmarks/detector.py --device cuda --dtype float16 --parts inference training --repeats 7 \
+  "$python" -m benchmarks.detector --device cuda --dtype float16 --parts inference training --repeats 7 \
     --output "$work/detector_cuda_float16.json"
 }
 
@@ -208,7 +211,7 @@ find_tool() {
   command -v "$1" || ls /usr/local/cuda/bin/"$1" 2>/dev/null || compgen -G "/opt/nvidia/nsight-compute/*/$1" | tail -n 1
 }
 
-times() { "$python" benchmarks/profile_cuda.py --output "$work/profile_cuda.json"; }
+times() { "$python" -m benchmarks.profile_cuda --output "$work/profile_cuda.json"; }
 
 # The time of each kernel by torch's profiler, then what limits each by Nsight Compute: counters, and where in the
 # machine code of the largest ones warps wait. Clocks stay as they are.
@@ -223,7 +226,7 @@ profile() {
     sections+=(--section "$section")
   done
   "$ncu" --clock-control none --profile-from-start off "${sections[@]}" \
-    -f -o "$report" "$python" benchmarks/profile_cuda.py --once || return 1
+    -f -o "$report" "$python" -m benchmarks.profile_cuda --once || return 1
   "$ncu" --import "$report" --page raw --csv >"$work/profile_counters.csv" || return 1
   "$ncu" --import "$report" --page source --csv --kernel-name "$large" >"$work/profile_source.csv" ||
     echo "the report could not be printed by line of machine code"
@@ -273,7 +276,16 @@ for stage in $stages; do
     *) echo "gpu_check: unknown stage '$stage'; there are $all, and the modes first and full" >&2; exit 2 ;;
   esac
 done
-deadline=$((SECONDS + ${SECONDS_LEFT:-$seconds}))
+seconds=${SECONDS_LEFT:-$seconds}
+[[ $seconds =~ ^[0-9]+$ ]] || {
+  echo "gpu_check: SECONDS_LEFT=$seconds should be a whole number of seconds, such as 240" >&2
+  exit 2
+}
+{ mkdir -p "$results" && : >"$results/.writable" && rm "$results/.writable"; } 2>/dev/null || {
+  echo "gpu_check: the results cannot be written to $results. Name another folder: RESULTS=path" >&2
+  exit 2
+}
+deadline=$((SECONDS + 10#$seconds))
 name=gpu_check_$mode
 work=$project/build/$name
 rm -rf "$work" && mkdir -p "$work" || exit 2
@@ -310,9 +322,23 @@ fi
 
 # Both files are complete at any time: they are made under another name first.
 save() {
-  cp "$summary" "$results/.summary.txt" && mv "$results/.summary.txt" "$results/summary.txt"
+  cp "$summary" "$results/.$name.txt" && mv "$results/.$name.txt" "$results/$name.txt"
   tar -czf "$results/.$name.tar.gz" -C "$project/build" "$name" && mv "$results/.$name.tar.gz" "$results/$name.tar.gz"
 }
+
+# Ctrl-C, or a TERM. `timeout` gives its stage a process group of its own, which Ctrl-C does not reach: it must be told.
+running=
+interrupted() {
+  trap '' INT TERM
+  if [ "$running" ]; then
+    kill -TERM "$running" 2>/dev/null
+    wait "$running" 2>/dev/null
+    printf 'FAIL %s (%d s, interrupted)\n' "$stage" "$((SECONDS - begin))" | tee -a "$summary"
+    save
+  fi
+  exit 130
+}
+trap interrupted INT TERM
 
 failed=0
 for stage in $stages; do
@@ -324,9 +350,17 @@ for stage in $stages; do
     verdict=FAIL reason=', no time was left'
   else
     printf '==> %s\n' "$stage"
+    # In the background, as bash looks at signals while it waits, but not while a command in the foreground runs.
+    exec {output}> >(trap '' INT TERM; exec tee "$work/$stage.txt")
+    shown=$!
     DCN_GPU_CHECK_STAGE=$stage DCN_GPU_CHECK_WORK=$work PYTHON=$python \
-      timeout --kill-after 5 "$most" bash "$script" 2>&1 | tee "$work/$stage.txt"
-    status=${PIPESTATUS[0]}
+      timeout --kill-after 5 "$most" bash "$script" >&"$output" 2>&1 {output}>&- &
+    running=$!
+    exec {output}>&-
+    wait "$running"
+    status=$?
+    running=
+    wait "$shown"
     if ((status == 77)); then
       verdict=SKIP reason=", $(tail -n 1 "$work/$stage.txt")"
     elif ((status == 124 || status == 137)); then

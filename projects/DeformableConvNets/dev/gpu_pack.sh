@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
 # Copyright (c) the dcn_d2 authors. SPDX-License-Identifier: Apache-2.0
-# Puts together what dev/gpu_check.sh needs on a GPU machine that has PyTorch and nothing else of ours, no network and
-# no git: the compiled library in .gpu/ and the wheels which such a machine lacks in .whl/. git ignores both folders.
+# Puts together what dev/gpu_check.sh needs on a GPU machine that has PyTorch, but no network and no git: the compiled
+# library in .gpu/ and the wheels that such a machine lacks in .whl/. git ignores both folders.
 #
 #   dev/gpu_pack.sh [--library FILE] [--output FOLDER]
 #
-#   --library FILE      take this library, made from the sources as they are now, in place of compiling one
+#   --library FILE      pack this library, made from the sources as they are now, instead of compiling one
 #   --output FOLDER     where .gpu/ and .whl/ go (default: the repository's root)
 #   ARCHITECTURES=9.0   what to compile for, in the form of TORCH_CUDA_ARCH_LIST: "8.0;9.0"
 #   PYTHON_VERSION=3.12 the other machine's Python
@@ -13,8 +13,8 @@
 #   VENV=path           the environment that packs and compiles (default: .venv at the root)
 #   MAX_JOBS, NVCC_FLAGS, ...   see setup.py
 #
-# .gpu/PACKED says from what: the commit, whether there were changes (1) or not (0), and the digests of the library's
-# sources and of all that the checks run. It is written last: a run that fails leaves what was there.
+# .gpu/PACKED says what the pack was made from: the commit, whether there were changes (1) or not (0), and the digests
+# of the library's sources and of everything that the checks run. It is written last: a run that fails changes nothing.
 set -euo pipefail
 
 dev=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
@@ -38,11 +38,13 @@ while [ $# -gt 0 ]; do
   case $1 in
     --library) library=${2:?--library needs a file} ;;
     --output) output=${2:?--output needs a folder} ;;
-    *) fail "call it as: gpu_pack.sh [--library FILE] [--output FOLDER]" ;;
+    -h | --help) sed -n '3,/^set /{/^set /!s/^# \{0,1\}//p}' "${BASH_SOURCE[0]}"; exit ;;
+    *) fail "'$1' is unknown; call it as: gpu_pack.sh [--library FILE] [--output FOLDER], or see gpu_pack.sh --help" ;;
   esac
   shift 2
 done
 [[ $python_version =~ ^3\.[0-9]+$ ]] || fail "PYTHON_VERSION=$python_version should read like 3.12"
+[[ $limit_mib =~ ^[0-9]+(\.[0-9]+)?$ ]] || fail "LIMIT_MIB=$limit_mib should be a number of mebibytes, such as 45"
 [ -x "$py" ] || fail "there is no environment $venv. Make it with: make setup, or name another: VENV=path"
 [ -z "$library" ] || [ -f "$library" ] || fail "there is no library $library"
 
@@ -102,8 +104,8 @@ for wanted in read((dev / "gpu_requirements.txt").read_text().splitlines()):
 PY
 }
 
-# The wheel of Detectron2 is marked for Python 3.10 for the sake of one compiled file that the project does not need
-# (see setup.sh): without that file, and marked for all versions, pip takes it everywhere.
+# The wheel of Detectron2 is marked for Python 3.10 because of one compiled file that the project does not need (see
+# setup.sh). Without that file, and marked for all versions, pip installs it everywhere.
 repack_detectron2() {
   local folder=$new/detectron2
   "$py" -m wheel unpack -d "$folder" "$folder"/*.whl &&

@@ -8,6 +8,7 @@ Prints why stages failed, the prices, the kernels that take the time and what li
 
 from __future__ import annotations
 
+import argparse
 import csv
 import json
 import re
@@ -16,10 +17,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benchmarks import goals, goals_cuda
+from benchmarks.rows import PASSES, fastest
 
 DTYPES = ("bfloat16", "float16", "tf32", "float32")
-PASSES = ("forward", "forward+backward")
 SHOWN_KERNELS = 9
 TESTS = ("kernels:", "tests:", "determinism:")
 SHOWN_FAILURES = 5
@@ -49,12 +52,6 @@ def failures(folder: Path) -> Iterator[str]:
         more = f" (and {len(telling) - len(chosen)} more)" if len(telling) > len(chosen) else ""
         yield f"{stage}: {reason}{more}"
         yield from (f"  {line[:160]}" for line in chosen)
-
-
-def fastest(row: dict[str, Any], name: str) -> float | None:
-    """The median of a contestant in its faster memory format."""
-    times = [t["median"] for contestant, t in row["milliseconds"].items() if contestant.split()[0] == name]
-    return min(times, default=None)
 
 
 def price_table(folder: Path) -> Iterator[str]:
@@ -145,9 +142,6 @@ def counter_table(folder: Path) -> Iterator[str]:
 
 def next_steps(folder: Path, failed: bool) -> Iterator[str]:
     """What to look at first: what is wrong, then the goals that are missed by most."""
-    import goals
-    import goals_cuda
-
     if failed:
         yield "a test failed, see above: no time counts where a result is wrong"
     rows: dict[str, Rows] = {}
@@ -170,7 +164,7 @@ def next_steps(folder: Path, failed: bool) -> Iterator[str]:
         yield f"missed by {by:.1f} times: {words[:140]}"
 
 
-def main(folder: Path) -> None:
+def report(folder: Path) -> None:
     """Prints the report of a folder."""
     wrong = list(failures(folder))
     for title, lines in (
@@ -184,5 +178,17 @@ def main(folder: Path) -> None:
             print(*([f"-- {title}"] if title else []), *lines, sep="\n")
 
 
+def main(arguments: list[str] | None = None) -> None:
+    """Runs the command line."""
+    parser = argparse.ArgumentParser(
+        prog="gpu_report.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("folder", type=Path, metavar="FOLDER", help="the unpacked gpu_check_MODE.tar.gz")
+    folder = parser.parse_args(arguments).folder
+    if not folder.is_dir():
+        parser.error(f"{folder} is not a folder; unpack gpu_check_MODE.tar.gz first")
+    report(folder)
+
+
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main()

@@ -8,6 +8,7 @@ Fails if a loss is not finite, or if the mean of the last quarter is not below t
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import statistics
@@ -26,8 +27,11 @@ def judge(losses: list[float]) -> str:
     return "" if last < first else f"the loss went from {first:.3f} to {last:.3f}"
 
 
-def main(path: Path) -> None:
+def main(arguments: list[str] | None = None) -> None:
     """Reads the file that Detectron2 writes, a line of JSON every 20 iterations."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("path", type=Path, metavar="METRICS.JSON")
+    path = parser.parse_args(arguments).path
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     losses = [row["total_loss"] for row in rows if "total_loss" in row]
     print("losses:", *(f"{loss:.3f}" for loss in losses))
@@ -36,4 +40,4 @@ def main(path: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main()

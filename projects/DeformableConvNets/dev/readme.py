@@ -20,6 +20,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benchmarks.rows import fastest
+
 ROOT = Path(__file__).resolve().parents[3]
 LINKS = "projects/DeformableConvNets/results"  # as a file in the root names it
 RESULTS = ROOT / LINKS
@@ -231,12 +235,6 @@ def origin(document: dict[str, Any], dtype: str) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in environment["versions"].items())
     commit = environment["commit"] + (" with changes" if environment["uncommitted_changes"] else "")
     return f"{environment['device']}, {dtype}{versions}, commit {commit}, {environment['date']}"
-
-
-def fastest(row: dict[str, Any], name: str) -> Any:
-    """The median of a contestant in its faster memory format, or None if it did not take part."""
-    medians = [t["median"] for contestant, t in row["milliseconds"].items() if contestant.split()[0] == name]
-    return min(medians, default=None)
 
 
 # The sections of docs/performance.md, in its order.

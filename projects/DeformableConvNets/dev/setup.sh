@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Copyright (c) the dcn_d2 authors. SPDX-License-Identifier: Apache-2.0
-# Sets up all that the project needs: `setup.sh packages`, then `setup.sh extension`. `make` calls both in order.
+# Sets up everything that the project needs: `setup.sh packages`, then `setup.sh extension`. `make` calls both in order.
 #
 #   VENV=path         the environment to use; made where there is none (default: .venv at the root)
 #   PYTHON=python3.12 the interpreter that makes it (default: python3). A torch or Detectron2 that it can import
@@ -116,8 +116,8 @@ install() {
   fi
 }
 
-# The wheel is marked for Python 3.10 for the sake of one compiled file that the project does not need: the Python
-# code runs on all newer versions, and torchvision has the operators.
+# The wheel is marked for Python 3.10 because of one compiled file that the project does not need: the Python code runs
+# on all newer versions, and torchvision has the operators.
 install_detectron2() {
   local site
   site=$("$py" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')

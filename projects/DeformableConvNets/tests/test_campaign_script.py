@@ -51,7 +51,7 @@ def tree(project: Path, tmp_path: Path) -> Path:
     (copy / "dev/campaign").mkdir(parents=True)
     (copy / "results").mkdir()
     (copy / "benchmarks").mkdir()  # a stand-in too: the right one imports torch
-    (copy / "benchmarks/measure.py").write_text("def environment(device): return {'device': device}")
+    (copy / "benchmarks/origin.py").write_text("def environment(device): return {'device': device}")
     shutil.copy(project / "dev/campaign.sh", copy / "dev")
     shutil.copy(project / "dev/campaign/summary.py", copy / "dev/campaign")
     for name in STAGES:
@@ -87,7 +87,7 @@ class Run:
 
 
 def test_all_stages_run_at_full_size_and_leave_one_summary(tree: Path, project: Path) -> None:
-    shutil.copy(project / "benchmarks/measure.py", tree / "benchmarks")
+    shutil.copy(project / "benchmarks/origin.py", tree / "benchmarks")
     shutil.copytree(project / "dcn_d2", tree / "dcn_d2", ignore=shutil.ignore_patterns("__pycache__", "*.so"))
     run = Run(tree, SEED="5")
     assert run.status == 0, run.output + run.errors

@@ -53,8 +53,9 @@ def make_tree(project: Path, folder: Path) -> Path:
     for name in ("dcn_d2", "benchmarks", "tests"):
         (copy / name).mkdir()
         (copy / name / "x.py").touch()
-    for path in (project / "benchmarks").glob("goals*.py"):
-        shutil.copy(path, copy / "benchmarks")
+    for pattern in ("__init__.py", "goal*.py", "rows.py"):
+        for path in (project / "benchmarks").glob(pattern):
+            shutil.copy(path, copy / "benchmarks")
     shutil.copy(project / "setup.py", copy)
     return copy
 
@@ -93,7 +94,8 @@ class Run:
         done = subprocess.run(command, env=environment, cwd=cwd, capture_output=True, text=True)
         self.status, self.output, self.errors = done.returncode, done.stdout, done.stderr
         self.results, log = folder / "results", folder / "log"
-        summary = self.results / "summary.txt"
+        mode = arguments[0] if arguments and arguments[0] in ("first", "full") else "some"
+        summary = self.results / f"gpu_check_{mode}.txt"
         self.summary = summary.read_text() if summary.exists() else ""
         self.calls = log.read_text().splitlines() if log.exists() else []
 
@@ -119,7 +121,7 @@ def test_every_stage_of_a_mode_runs_and_leaves_its_output_in_one_archive(
     assert run.status == 0, run.output + run.errors
     assert run.verdicts() == dict.fromkeys(stages, "PASS") and list(run.verdicts()) == stages
     # Few files come home from some machines: one has everything.
-    assert sorted(p.name for p in run.results.iterdir()) == [f"gpu_check_{mode}.tar.gz", "summary.txt"]
+    assert sorted(p.name for p in run.results.iterdir()) == [f"gpu_check_{mode}.tar.gz", f"gpu_check_{mode}.txt"]
     wanted = {f"{stage}.txt" for stage in stages} | {"summary.txt"}
     if mode == "first":
         wanted |= {
@@ -134,7 +136,7 @@ def test_every_stage_of_a_mode_runs_and_leaves_its_output_in_one_archive(
         wanted |= {"deform_conv2d_memory_cuda_bfloat16.json", "detector_cuda_float16.json"}
     assert wanted <= run.archived()
     if mode == "first":
-        (measured,) = [call for call in run.calls if "deform_conv2d.py" in call]
+        (measured,) = [call for call in run.calls if "benchmarks.deform_conv2d" in call]
         assert "--dtype bfloat16" in measured and "--peers none" in measured and "rotated" not in measured
         assert sum("one_by_one" in call for call in run.calls) == 5
 
@@ -161,7 +163,32 @@ def test_it_runs_when_called_through_a_link(tree: Path, tmp_path: Path) -> None:
 
 def test_a_python_that_is_not_there_is_an_error(tree: Path) -> None:
     run = Run(tree, "load", PYTHON="python3.99")
-    assert run.status == 2 and "PYTHON=python3.99 is no program" in run.errors
+    assert run.status == 2 and "PYTHON=python3.99 is not a program" in run.errors
+
+
+@pytest.mark.parametrize("value", ["abc", "1.5", "-3", "5 minutes"])
+def test_a_limit_that_is_not_a_number_is_an_error(tree: Path, value: str) -> None:
+    run = Run(tree, "load", SECONDS_LEFT=value)
+    assert run.status == 2 and not run.calls
+    assert run.errors == f"gpu_check: SECONDS_LEFT={value} should be a whole number of seconds, such as 240\n"
+
+
+@pytest.mark.parametrize("place", ["/proc/self", "a file"])
+def test_results_that_cannot_be_written_are_noticed_at_once(tree: Path, tmp_path: Path, place: str) -> None:
+    if place == "a file":
+        place = str(tmp_path / "file")
+        Path(place).touch()
+    run = Run(tree, "load", RESULTS=place)
+    assert run.status == 2 and not run.calls
+    assert run.errors == f"gpu_check: the results cannot be written to {place}. Name another folder: RESULTS=path\n"
+
+
+def test_the_summaries_of_both_modes_stay(tree: Path) -> None:
+    for mode in ("first", "full"):
+        Run(tree, mode)
+    for mode in ("first", "full"):
+        text = (tree.parents[2] / f"results/gpu_check_{mode}.txt").read_text()
+        assert text.startswith(f"gpu_check_{mode}, ") and "the report failed" not in text
 
 
 def test_help_is_the_scripts_own_introduction(tree: Path) -> None:
@@ -208,7 +235,50 @@ def test_the_archive_keeps_what_was_done_when_the_run_is_killed(tree: Path, tmp_
     with tarfile.open(tmp_path / "results/gpu_check_full.tar.gz") as archive:
         names = archive.getnames()
     assert "gpu_check_full/deform_conv2d_cuda_bfloat16.json" in names and "gpu_check_full/tests.txt" in names
-    assert "PASS bfloat16" in (tmp_path / "results/summary.txt").read_text()
+    assert "PASS bfloat16" in (tmp_path / "results/gpu_check_full.txt").read_text()
+
+
+def processes_with(words: str) -> list[str]:
+    """Command lines of running processes in which these words stand."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            command = path.read_bytes().replace(b"\0", b" ").decode(errors="replace")
+        except OSError:  # it has ended
+            continue
+        if words in command:
+            found.append(command)
+    return found
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_stops_the_running_stage_and_the_run(tree: Path, tmp_path: Path, number: signal.Signals) -> None:
+    environment = arrange(tmp_path, HANG="tf32")
+    command = ["bash", str(tree / "dev/gpu_check.sh"), "load", "tf32", "pooling"]
+    process = subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
+    stage = f"{tmp_path}/tools/python -m benchmarks.deform_conv2d"
+    try:
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline and not processes_with(stage):
+            time.sleep(0.1)
+        assert processes_with(stage)
+        # A terminal sends Ctrl-C to the whole group of the script.
+        (os.killpg if number == signal.SIGINT else os.kill)(process.pid, number)
+        begin = time.monotonic()
+        said, _ = process.communicate(timeout=30)
+        assert time.monotonic() - begin < 15, "it waited for the stage"
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    assert process.returncode == 130, said
+    assert not processes_with(stage)
+    summary = (tmp_path / "results/gpu_check_some.txt").read_text()
+    assert re.search(r"^PASS load .*\nFAIL tf32 \(\d+ s, interrupted\)\n$", summary, re.M) and "pooling" not in summary
+    with tarfile.open(tmp_path / "results/gpu_check_some.tar.gz") as archive:
+        assert "gpu_check_some/tf32.txt" in archive.getnames()
 
 
 def test_a_stage_that_fails_does_not_stop_the_others(tree: Path) -> None:
@@ -230,7 +300,7 @@ def test_without_a_gpu_nothing_else_runs(tree: Path) -> None:
     run = Run(tree, "full", FAIL="^-$")
     assert run.status == 1
     assert run.verdicts() == {"load": "FAIL"} and "nothing else can run" in run.summary
-    assert not any(word in call for call in run.calls for word in ("-m pytest", "benchmarks/", "build_ext"))
+    assert not any(word in call for call in run.calls for word in ("-m pytest", "-m benchmarks", "build_ext"))
 
 
 def test_with_the_real_python_it_goes_as_far_as_no_gpu(project: Path, tree: Path) -> None:
@@ -388,7 +458,7 @@ def test_the_report_shows_failures_prices_kernels_and_goals(tmp_path: Path, caps
     profile |= {"contestant": "dcn_d2", "kernels": kernels}
     (tmp_path / "profile_cuda.json").write_text(json.dumps({"rows": [profile]}))
     (tmp_path / "profile_counters.csv").write_text(COUNTERS)
-    gpu_report.main(tmp_path)
+    gpu_report.main([str(tmp_path)])
     text = capsys.readouterr().out
     assert "tests: 9 s, exit status 1 (and 2 more)" in text and "test_4" in text and "test_5" not in text
     table = [line.split() for line in text.splitlines() if line.startswith("c3 ")]
@@ -405,8 +475,16 @@ def test_the_report_shows_failures_prices_kernels_and_goals(tmp_path: Path, caps
 
 
 def test_the_report_of_an_empty_folder_is_empty(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    gpu_report.main(tmp_path)
+    gpu_report.main([str(tmp_path)])
     assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("arguments", [[], ["gpu_check_full.tar.gz"]])
+def test_a_report_of_no_folder_is_refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        gpu_report.main(arguments)
+    assert stopped.value.code == 2
+    assert ("is not a folder" if arguments else "required: FOLDER") in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -217,8 +217,18 @@ def test_missing_nvcc_is_explained(stage: Stage) -> None:
 def test_missing_environment_and_library_are_explained(stage: Stage) -> None:
     assert "make setup" in stage.pack(VENV="/nowhere", status=1)
     assert "there is no library nothing.so" in stage.pack("--library", "nothing.so", status=1)
-    assert "call it as" in stage.pack("first", status=1)
+    assert "'first' is unknown; call it as" in stage.pack("first", status=1)
     assert "PYTHON_VERSION=python3.12" in stage.pack(PYTHON_VERSION="python3.12", status=1)
+    for value in ("abc", "-1", "45 MiB"):
+        assert f"LIMIT_MIB={value} should be a number of mebibytes, such as 45" in stage.pack(LIMIT_MIB=value, status=1)
+    assert not stage.log.exists()
+
+
+@pytest.mark.parametrize("option", ["-h", "--help"])
+def test_help_is_the_scripts_own_introduction(stage: Stage, option: str) -> None:
+    said = stage.pack(option)
+    assert "--library FILE" in said and "LIMIT_MIB=45" in said and "#" not in said and "set -eu" not in said
+    assert not stage.log.exists() and not (stage.root / ".gpu").exists()
 
 
 def test_packed_says_from_what(stage: Stage) -> None:

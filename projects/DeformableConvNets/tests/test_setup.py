@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from dcn_d2 import __version__
 from dev import pins
 
 REQUIREMENTS = "torch>=2.10\ntorchvision>=0.25  # comment\nnumpy>=1.26\n"
@@ -158,6 +159,20 @@ def test_a_source_distribution_made_without_a_gpu_holds_all_sources(project: Pat
     assert files(source, *patterns, *data) == files(project, *patterns, *data)
     assert list((source / "csrc/cuda").rglob("*.cu"))
     assert not list(source.rglob("*.so"))
+
+
+def test_the_version_is_the_one_that_the_package_names(source: Path, tmp_path: Path) -> None:
+    """It is read from the file: pip asks for it where neither torch nor dcn_d2 can be imported."""
+    assert f"\nVersion: {__version__}\n" in (source / "PKG-INFO").read_text()
+    copy = tmp_path / "copy"
+    shutil.copytree(source, copy)
+    package = copy / "dcn_d2/__init__.py"
+    package.write_text(package.read_text().replace(f'"{__version__}"', '"7.8.9"') + "\nimport nothing_of_this_name\n")
+    code = (
+        "import sys; sys.modules['torch'] = None; sys.argv = ['setup.py', '--version']; exec(open('setup.py').read())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=copy, capture_output=True, text=True)
+    assert done.stdout == "7.8.9\n", done.stderr
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 PROJECT = Path(__file__).resolve().parent.parent.parent
-sys.path.insert(0, str(PROJECT / "benchmarks"))
+sys.path.insert(0, str(PROJECT))
 
 # What stages call what they found, and the text of a finding.
 FOUND = ("findings", "mismatches", "faults", "failures")
@@ -112,7 +112,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--stages", nargs="+", required=True)
     args = parser.parse_args(argv)
-    from measure import environment  # imports torch
+    from benchmarks.origin import environment  # imports torch
 
     stages = {name: read_stage(args.folder, name) for name in args.stages}
     found = sum(len(stage["findings"]) for stage in stages.values())

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from .compare import Outputs, compare
+from benchmarks.parity.compare import Outputs, compare
 
 FOLDER = Path(__file__).parent / "golden"
 # Case -> row, the pooling that takes the place of mmcv's CUDA operator, and the POOLER_TYPE if it is not the row's.
@@ -91,12 +91,12 @@ def thin(outputs: Outputs) -> Outputs:
 
 
 def make(name: str, seed: int) -> bool:
-    """Makes one golden file, unless a decision in it hangs by a thread: then another seed is needed."""
+    """Makes one golden file; returns False if a small change would turn a decision in it: it needs another seed."""
     import mmcv
     import mmdet
     import torch
 
-    from . import oracle, runner
+    from benchmarks.parity import oracle, runner
 
     row, pooling, pooler = CASES[name]
     config = oracle.load_config(row)
@@ -136,7 +136,7 @@ def _is_stable(model: Any, state: dict[str, Any], data: dict[str, Any], outputs:
     """
     import torch
 
-    from . import oracle
+    from benchmarks.parity import oracle
 
     for attempt in range(3):
         generator = torch.Generator().manual_seed(attempt)

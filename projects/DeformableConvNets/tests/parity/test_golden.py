@@ -8,10 +8,12 @@ from typing import Any
 import pytest
 import torch
 
-from . import golden, ours
-from .compare import compare
-from .rows import TOLERANCES
-from .weights import seeded_state_dict
+from benchmarks.parity import ours
+from benchmarks.parity.compare import compare
+from benchmarks.parity.rows import TOLERANCES
+from benchmarks.parity.weights import seeded_state_dict
+
+from . import golden
 
 # Masks of these small images have fewer than 30,000 pixels in all: 1e-4 of them would be one or two.
 ALLOWED = TOLERANCES | {"mask_pixels": 1e-3}

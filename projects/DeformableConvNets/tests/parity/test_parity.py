@@ -1,5 +1,5 @@
 # Copyright (c) the dcn_d2 authors. SPDX-License-Identifier: Apache-2.0
-"""Every row against MMDetection itself, at a reduced resolution; `python -m tests.parity` does it at full resolution.
+"""Every row against MMDetection itself, at a reduced resolution; `python -m benchmarks.parity` does it at full size.
 
 CONTRIBUTING.md says how to install what this needs. `test_golden.py` is what remains of it where mmdet is absent.
 """
@@ -11,13 +11,21 @@ from typing import Any
 
 import pytest
 
-from .rows import GRADIENT_TOLERANCE, LOSS_TOLERANCE, OTHER_POOLERS, ROWS, SMALL_SCALE, TOLERANCES, TRAINED_ROWS
+from benchmarks.parity.rows import (
+    GRADIENT_TOLERANCE,
+    LOSS_TOLERANCE,
+    OTHER_POOLERS,
+    ROWS,
+    SMALL_SCALE,
+    TOLERANCES,
+    TRAINED_ROWS,
+)
 
 pytest.importorskip("mmdet", reason="the comparison with MMDetection needs mmdet 3.3 and mmcv 2.1 with operators")
 pytest.importorskip("mmcv._ext", reason="the comparison with MMDetection needs mmcv 2.1 built with its CPU operators")
 pytest.importorskip("skimage", reason="the comparison with MMDetection needs the photographs of scikit-image")
 
-from . import runner  # noqa: E402  imports mmdet
+from benchmarks.parity import runner  # noqa: E402  imports mmdet
 
 pytestmark = pytest.mark.slow
 

@@ -9,9 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.parity import pooling
 from dcn_d2 import ops
-
-from . import pooling
 
 SCALE = 1 / 16
 
@@ -64,7 +63,7 @@ def test_operator_equals_independent_implementation(
 
 
 def test_the_two_poolings_differ() -> None:
-    """They take the same parameters, so one put in place of the other would go unnoticed elsewhere."""
+    """They take the same parameters, so other tests would not notice if one replaced the other."""
     feature, rois, offset, _ = operands(torch.float64)
     ours = ops.deform_psroi_pool(feature, rois, offset, 7, SCALE)
     assert float((ours - ops.deform_roi_pool(feature, rois, offset, 7, SCALE)).abs().mean()) > 0.05

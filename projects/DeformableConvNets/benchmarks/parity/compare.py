@@ -30,7 +30,8 @@ def match_detections(ours: Outputs, theirs: Outputs, reach: float = 1.0) -> list
     """Pairs up detections of the same class, nearest boxes first."""
     # Classes are put so far apart that boxes of different ones cannot meet.
     apart = 1e5
-    return match(*(o["boxes"].astype(np.float64) + apart * o["labels"][:, None] for o in (ours, theirs)), reach)
+    boxes = [o["boxes"].astype(np.float64) + apart * o["labels"][:, None] for o in (ours, theirs)]
+    return match(boxes[0], boxes[1], reach)
 
 
 def _largest(difference: np.ndarray) -> float:

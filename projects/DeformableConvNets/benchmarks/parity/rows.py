@@ -28,7 +28,7 @@ TRAINED_ROWS = (
     "cascade_mask_rcnn_R_50_FPN_1x_dconv_c3-c5",
 )
 
-# The pooling rows with the other operator, that of MMDetection since 2.3 -> their POOLER_TYPE.
+# Rows with deformable pooling -> the POOLER_TYPE of the other operator, which MMDetection uses since 2.3.
 OTHER_POOLERS = {
     "faster_rcnn_R_50_FPN_1x_dpool": "DeformRoIPool",
     "faster_rcnn_R_50_FPN_1x_mdpool": "ModulatedDeformRoIPool",
@@ -44,8 +44,9 @@ TOLERANCES = {
     "mask_pixels": 1e-4,  # share of the pixels inside the masks
 }
 LOSS_TOLERANCE = 1e-4  # relative
-# Relative, of the norm of a parameter's gradient. The derivative by an offset jumps where a sample crosses the centre
-# of a pixel: MMDetection's own gradients of offset branches move by 4e-3 when its weights move by one rounding.
+# Largest difference of a parameter's gradient, relative to its norm. The derivative by an offset jumps where a sample
+# crosses the centre of a pixel: MMDetection's own gradients of offset branches move by 4e-3 when its weights move by
+# one rounding.
 GRADIENT_TOLERANCE = 1e-2
 
 TEST_SCALE = (800, 1333)  # shortest and longest side

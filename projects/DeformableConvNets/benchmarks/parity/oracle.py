@@ -10,7 +10,7 @@ import contextlib
 import functools
 import sys
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,7 @@ from .compare import Outputs
 from .rows import ROWS
 from .weights import evenly_spaced_indices, is_centred, seeded_tensor, spread
 
-POOLINGS = {"original": pooling.original, "aligned": pooling.aligned}
+POOLINGS: dict[str, Callable[..., Tensor]] = {"original": pooling.original, "aligned": pooling.aligned}
 
 
 def load_config(row: str) -> Config:
@@ -80,7 +80,9 @@ def photograph(name: str) -> np.ndarray:
     spec = find_spec("skimage")
     assert spec and spec.submodule_search_locations
     for path in Path(spec.submodule_search_locations[0], "data").glob(f"{name}.*"):
-        return cv2.imread(str(path))
+        pixels = cv2.imread(str(path))
+        assert pixels is not None
+        return pixels
     raise FileNotFoundError(f"scikit-image has no photograph {name!r}")
 
 
@@ -149,7 +151,7 @@ def calibrate(model: nn.Module, data: dict[str, Any], seed: int) -> tuple[dict[s
     return gains, centres
 
 
-def predict(model: nn.Module, data: dict[str, Any]) -> Outputs:
+def predict(model: Any, data: dict[str, Any]) -> Outputs:
     """Runs a model over one prepared image, as in its test loop.
 
     Returns:
@@ -198,7 +200,7 @@ def save(model: nn.Module, path: Path, *, old_offset_names: bool = False) -> Non
 
 
 def losses(
-    model: nn.Module,
+    model: Any,
     images: Sequence[np.ndarray],
     boxes: Sequence[np.ndarray],
     classes: Sequence[np.ndarray],
@@ -226,7 +228,9 @@ def losses(
     with mock.patch.object(RandomSampler, "random_choice", choose):
         prepared = model.data_preprocessor({"inputs": tensors, "data_samples": samples}, True)
         terms = model(**prepared, mode="loss")
-    summed = {name: sum(value) if isinstance(value, list) else value for name, value in terms.items() if "loss" in name}
+    summed: dict[str, Any] = {
+        name: sum(value) if isinstance(value, list) else value for name, value in terms.items() if "loss" in name
+    }
     model.zero_grad()
     sum(summed.values()).backward()
     gradients = {name: value.grad for name, value in model.named_parameters() if value.grad is not None}

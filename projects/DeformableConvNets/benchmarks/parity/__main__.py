@@ -1,5 +1,5 @@
 # Copyright (c) the dcn_d2 authors. SPDX-License-Identifier: Apache-2.0
-"""Writes results/parity.csv and results/parity_training.csv: `python -m tests.parity [--small] [ROW ...]`.
+"""Writes results/parity.csv and results/parity_training.csv: `python -m benchmarks.parity [--small] [ROW ...]`.
 
 Rows that the tables have already and that are not run again stay as they are.
 """
@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import csv
 import os
-import subprocess
 import tempfile
 import time
 from pathlib import Path
@@ -19,10 +18,13 @@ import mmcv
 import mmdet
 import torch
 
+from benchmarks.origin import PROJECT
+from benchmarks.origin import commit as named_commit
+
 from . import runner
 from .rows import ROWS, SMALL_SCALE, TEST_SCALE, TRAINED_ROWS
 
-RESULTS = Path(__file__).resolve().parents[2] / "results"
+RESULTS = PROJECT / "results"
 COLUMNS = [
     *("row", "pooling", "photograph", "input_size", "input", "fpn", "proposals", "proposals_matched", "proposals_px"),
     *("detections", "detections_ours", "detections_matched", "classes", "boxes_px", "scores", "mask_pixels"),
@@ -33,19 +35,14 @@ TRAINING_COLUMNS = ["row", "term", "dcn_d2", "mmdetection", "relative", "commit"
 
 def origin() -> dict[str, str]:
     """Where a number comes from; a commit with "+" behind it had changes."""
-
-    def git(*arguments: str) -> str:
-        done = subprocess.run(["git", *arguments], cwd=RESULTS.parent, capture_output=True, text=True, check=True)
-        return done.stdout.strip()
-
-    changed = "+" if git("status", "--porcelain", "--untracked-files=no", "--", "dcn_d2", "configs", "csrc") else ""
-    commit = git("rev-parse", "--short=10", "HEAD") + changed
+    commit, changed = named_commit()
+    commit = commit[:10] + ("+" if changed else "")
     versions = {"mmdet": mmdet.__version__, "mmcv": mmcv.__version__, "torch": torch.__version__.split("+")[0]}
     return {"commit": commit, **versions, "device": "CPU"}
 
 
 def update(path: Path, columns: list[str], key: tuple[str, ...], rows: list[dict[str, Any]]) -> None:
-    """Puts rows into a table in place of those with the same key, in the order of the zoo."""
+    """Puts rows into a table, in the order of the zoo; they replace rows with the same key."""
 
     def shown(value: Any) -> str:
         return f"{value:.3g}" if isinstance(value, float) else str(value)

@@ -1,10 +1,10 @@
 # Copyright (c) the dcn_d2 authors. SPDX-License-Identifier: Apache-2.0
 """Weights of a detector in MMDetection's layout that anyone can make again from a seed: numpy, names and shapes.
 
-Random weights prove something only if every part of the detector does some work: offsets of pixels, norms that are no
-identity, scores on both sides of the threshold, boxes that overlap. So every layer's weight is a uniform random tensor
-times a gain that gives its outputs a wanted spread, and the last layers' biases remove the mean. Gains and centres are
-measured once, on MMDetection's model (`tests.parity.oracle.calibrate`).
+Random weights prove something only if every part of the detector does some work: offsets move samples by pixels, norms
+are not the identity, scores lie on both sides of the threshold, boxes overlap. So every layer's weight is a uniform
+random tensor times a gain that gives its outputs a wanted spread, and the last layers' biases remove the mean. Gains
+and centres are measured once, on MMDetection's model (`benchmarks.parity.oracle.calibrate`).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-# Spread of the outputs wanted of the layers that predict something; all others get 1.
+# The standard deviation that outputs get, for layers that predict something; all other layers get 1.
 _SPREADS = (
     (r".*\.conv_offset", 1.5),  # pixels of the map, and logits of the modulation
     (r".*\.offset_fc\.4", 0.7),  # shares of a tenth of the RoI
@@ -25,21 +25,21 @@ _SPREADS = (
     (r".*\.fc_reg", 0.4),
     (r".*\.conv_logits", 2.0),
 )
-# Layers whose outputs differ little from place to place around a large mean, which their bias has to take away.
+# Layers whose outputs differ little from place to place, around a large mean that their bias has to remove.
 _CENTRED = re.compile(r".*\.(shared_fcs\.\d|fc_cls|fc_reg|rpn_cls|rpn_reg|conv_logits)|.*\.(offset_fc\.4|mask_fc\.2)")
-# Means of outputs that are not to be 0. MMDetection ranks proposals by the sigmoid of their logit, Detectron2 by the
-# logit: the same order as long as no two sigmoids round to the same number, as those of large logits do. Masks are to
-# be more than noise: with a mean of 0 most of their pixels would be close to an edge.
+# The mean that outputs get, where it is not 0. For proposals: MMDetection ranks them by the sigmoid of their logit,
+# Detectron2 by the logit. The order is the same as long as no two sigmoids round to the same number, which happens with
+# large logits. For masks: with a mean of 0 they would be noise, with most pixels close to an edge.
 _MEANS = {"rpn_cls": -3.0, "conv_logits": 2.0}
 
 
 def spread(layer: str) -> float:
-    """Standard deviation wanted of a layer's outputs."""
+    """The standard deviation that a layer's outputs get."""
     return next((value for pattern, value in _SPREADS if re.fullmatch(pattern, layer)), 1.0)
 
 
 def mean(layer: str) -> float:
-    """Mean wanted of a centred layer's outputs."""
+    """The mean that a centred layer's outputs get."""
     return _MEANS.get(layer.rpartition(".")[2], 0.0)
 
 
@@ -94,5 +94,5 @@ def seeded_state_dict(
 
 
 def evenly_spaced_indices(count: int, wanted: int) -> np.ndarray:
-    """Indices of `wanted` members spread over `count`, or all of them; in place of a random sample."""
+    """Indices of `wanted` members spread evenly over `count`, or all of them; replaces a random sample."""
     return np.arange(count) if count <= wanted else np.linspace(0, count - 1, wanted).round().astype(np.int64)

@@ -35,7 +35,7 @@ def pooling_of(row: str) -> str:
 
 
 def publish(model: torch.nn.Module, folder: Path, row: str, *, old_offset_names: bool = False) -> Path:
-    """Saves a model of MMDetection under a name like those of its model zoo, with the hash of the file in it."""
+    """Saves a model of MMDetection under a name with the hash of the file in it, as its model zoo does."""
     path = folder / f"{row}.pth"
     oracle.save(model, path, old_offset_names=old_offset_names)
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
@@ -104,7 +104,7 @@ def training_case(seed: int) -> tuple[list[np.ndarray], list[np.ndarray], list[n
 
 
 def name_of_term(term: str) -> str:
-    """MMDetection's name of a loss -> Detectron2's; those of a cascade's stages are `s0.loss_cls` and so on."""
+    """Detectron2's name of a loss that MMDetection names `loss_cls` or, in a stage of a cascade, `s0.loss_cls`."""
     stage, dot, term = term.rpartition(".")
     return TERMS[term] + (f"_stage{stage[1:]}" if dot else "")
 
@@ -131,7 +131,7 @@ def compare_losses(row: str) -> tuple[dict[str, tuple[float, float]], dict[str, 
     found, gradients = ours.losses(mine, [image[:, :, ::-1] for image in images], boxes, classes, masks)
     expected = {name_of_term(name): value for name, value in theirs.items()}
     assert found.keys() == expected.keys(), f"ours: {sorted(found)}; MMDetection's: {sorted(expected)}"
-    # Gradients go through the conversion in place of the weights: it wants a whole state dict, and shares its values.
+    # Gradients are renamed by the conversion of weights. It needs a whole state dict, and does not copy the tensors.
     whole = {name: their_gradients.get(name, value) for name, value in model.state_dict().items()}
     of_gradients = {id(value) for value in their_gradients.values()}
     converted = {name: value for name, value in convert_mmdet_state_dict(whole).items() if id(value) in of_gradients}
