@@ -9,12 +9,9 @@ from .backbone import (
     use_dcn_layers_in_detectron2,
 )
 from .flops import register_flop_handles
-from .mask_heads import MaskHeadPerStage
-from .matcher import MinimumIoUMatcher
-from .norm import FixedStatsBatchNorm2d, fix_batch_norm_statistics
+from .mmdet import DCNRPN, FixedStatsBatchNorm2d, MaskHeadPerStage, MinimumIoUMatcher, fix_batch_norm_statistics
 from .poolers import ROI_POOLER_REGISTRY, DCNROIPooler, build_roi_pooler
 from .roi_heads import DCNCascadeROIHeads, DCNROIHeads
-from .rpn import DCNRPN
 
 __all__ = [
     "DCNCascadeROIHeads",

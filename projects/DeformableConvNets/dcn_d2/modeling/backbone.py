@@ -19,7 +19,7 @@ from ..config import with_dcn_keys
 from ..config_checks import check_part
 from ..layers import DeformConv, ModulatedDeformConv
 from ..layers._layer import offset_branch
-from .norm import fix_batch_norm_statistics
+from .mmdet import fix_batch_norm_statistics
 
 
 def use_dcn_layers_in_detectron2() -> None:

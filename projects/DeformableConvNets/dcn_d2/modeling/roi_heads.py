@@ -22,8 +22,7 @@ from torch import Tensor
 
 from ..config import with_dcn_keys
 from ..config_checks import check_part
-from .mask_heads import MaskHeadPerStage
-from .matcher import MinimumIoUMatcher
+from .mmdet import MaskHeadPerStage, MinimumIoUMatcher
 from .poolers import ROI_POOLER_REGISTRY, build_roi_pooler
 
 

@@ -14,8 +14,8 @@ from detectron2.modeling.proposal_generator import PROPOSAL_GENERATOR_REGISTRY, 
 from detectron2.structures import Boxes, Instances
 from torch import Tensor
 
-from ..config import with_dcn_keys
-from ..config_checks import check_part
+from ...config import with_dcn_keys
+from ...config_checks import check_part
 from .matcher import MinimumIoUMatcher
 
 
