@@ -213,6 +213,7 @@ weights = torch.cat([parameter.detach().flatten() for parameter in model.paramet
 both = [torch.empty_like(weights) for _ in range(2)]
 torch.distributed.all_gather(both, weights)
 assert torch.equal(*both)
+torch.distributed.destroy_process_group()  # threads that still run when the program ends would abort it
 """
 
 

@@ -5,6 +5,7 @@ None of them is about deformable layers. They are here because the published mod
 behind a key of MODEL.DCN, and the keys' defaults are Detectron2's rules.
 """
 
+from .cascade import MMDetCascadeROIHeads
 from .mask_heads import MaskHeadPerStage
 from .matcher import MinimumIoUMatcher
 from .norm import FixedStatsBatchNorm2d, fix_batch_norm_statistics
@@ -13,6 +14,7 @@ from .rpn import DCNRPN
 __all__ = [
     "DCNRPN",
     "FixedStatsBatchNorm2d",
+    "MMDetCascadeROIHeads",
     "MaskHeadPerStage",
     "MinimumIoUMatcher",
     "fix_batch_norm_statistics",
