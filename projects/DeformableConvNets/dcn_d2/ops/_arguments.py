@@ -218,6 +218,14 @@ def check_shape(operator: str, name: str, tensor: Tensor, expected: Sequence[int
         check(size == wanted, message)  # one by one: sizes that are not known while tracing are compared at run time
 
 
+def check_least(operator: str, name: str, values: Sequence[int], least: int) -> None:
+    """Checks a (height, width) pair of numbers against the least that both may be."""
+    check(
+        min(values) >= least,
+        lambda: f"{operator}: {name} must be two numbers of at least {least}, got {list(values)}",
+    )
+
+
 def check_input_dtype(operator: str, input: Tensor) -> None:
     """Checks that ``input`` has one of the four supported dtypes."""
     check(

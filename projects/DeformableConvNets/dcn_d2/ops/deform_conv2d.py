@@ -15,6 +15,7 @@ from ._arguments import (
     are_tensors,
     check,
     check_input_dtype,
+    check_least,
     check_positions,
     check_shape,
     check_tensor,
@@ -123,27 +124,30 @@ def check_operands(
     out_channels, group_channels, kernel_h, kernel_w = weight.shape
     taps = kernel_h * kernel_w
     for argument, values, least in (("stride", stride, 1), ("padding", padding, 0), ("dilation", dilation, 1)):
-        check(min(values) >= least, lambda: f"{name}: {argument} must be at least {least}, got {list(values)}")
+        check_least(name, argument, values, least)
     check(taps > 0, lambda: f"{name}: weight has an empty kernel, {kernel_h} x {kernel_w}")
     check(
         group_channels > 0 and in_channels % group_channels == 0,
-        lambda: f"{name}: input has {in_channels} channels, which is no multiple of weight's {group_channels}",
+        lambda: f"{name}: input has {in_channels} channels, but needs a multiple of weight's {group_channels}",
     )
     groups = in_channels // group_channels
     check(
         out_channels % max(groups, 1) == 0,
-        lambda: f"{name}: weight has {out_channels} output channels, which is no multiple of the {groups} groups",
+        lambda: f"{name}: weight has {out_channels} output channels, but needs a multiple of the {groups} groups",
     )
     channels = offset.shape[1]
     deform_groups, kernel = channels // (per_tap * taps), f"{kernel_h} * {kernel_w}"
     check(
         deform_groups > 0 and channels % (per_tap * taps) == 0,
-        lambda: f"{name}: {offset_name} has {channels} channels, which is no multiple of {per_tap} * {kernel}",
+        lambda: (
+            f"{name}: {offset_name} has {channels} channels, but needs a multiple of {per_tap} * {kernel} = "
+            f"{per_tap * taps}"
+        ),
     )
     check(
         in_channels % deform_groups == 0,
         lambda: (
-            f"{name}: input has {in_channels} channels, which is no multiple of {offset_name}'s {deform_groups} groups"
+            f"{name}: input has {in_channels} channels, but needs a multiple of {offset_name}'s {deform_groups} groups"
         ),
     )
     out_h, out_w = (

@@ -14,6 +14,7 @@ from ._arguments import (
     are_tensors,
     check,
     check_input_dtype,
+    check_least,
     check_rois,
     check_shape,
     check_tensor,
@@ -128,17 +129,14 @@ def _check_operands(
     check_tensor(name, "input", input, input, 4)
     check_rois(name, rois, input)
     part = part_size or output_size
-    for argument, values in (
-        ("output_size", output_size),
-        ("part_size", part),
-        ("group_size", [group_size]),
-        ("sample_per_part", [sample_per_part]),
-    ):
-        check(min(values) >= 1, lambda: f"{name}: {argument} must be at least 1, got {list(values)}")
+    check_least(name, "output_size", output_size, 1)
+    check_least(name, "part_size", part, 1)
+    for argument, value in (("group_size", group_size), ("sample_per_part", sample_per_part)):
+        check(value >= 1, lambda: f"{name}: {argument} must be at least 1, got {value}")
     channels = input.shape[1] // group_size**2
     check(
         input.shape[1] % group_size**2 == 0,
-        lambda: f"{name}: input has {input.shape[1]} channels, which is no multiple of group_size^2 = {group_size**2}",
+        lambda: f"{name}: input has {input.shape[1]} channels, but needs a multiple of group_size^2 = {group_size**2}",
     )
     if offset is not None:
         check_tensor(name, "offset", offset, input, 4)
@@ -146,7 +144,7 @@ def _check_operands(
         check(
             classes > 0 and offset.shape[1] % 2 == 0 and channels % classes == 0,
             lambda: (
-                f"{name}: offset has {offset.shape[1]} channels, which is not 2, nor twice a divisor of the "
+                f"{name}: offset has {offset.shape[1]} channels, but needs 2 * classes, where classes divides the "
                 f"{channels} output channels"
             ),
         )

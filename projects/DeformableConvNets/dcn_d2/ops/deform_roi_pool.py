@@ -14,6 +14,7 @@ from ._arguments import (
     are_tensors,
     check,
     check_input_dtype,
+    check_least,
     check_rois,
     check_shape,
     check_tensor,
@@ -115,7 +116,7 @@ def _check_operands(
     check_input_dtype(name, input)
     check_tensor(name, "input", input, input, 4)
     check_rois(name, rois, input)
-    check(min(output_size) > 0, lambda: f"{name}: output_size must be at least 1, got {list(output_size)}")
+    check_least(name, "output_size", output_size, 1)
     check(sampling_ratio >= 0, lambda: f"{name}: sampling_ratio must be at least 0, got {sampling_ratio}")
     for operand, tensor, channels in (("offset", offset, 2), ("mask", mask, 1)):
         if tensor is not None:

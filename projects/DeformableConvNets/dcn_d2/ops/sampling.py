@@ -35,7 +35,9 @@ def deform_conv2d_locations(
     taps = kernel_h * kernel_w
     batch, channels, out_h, out_w = offset.shape
     if channels % (2 * taps):
-        raise ValueError(f"offset has {channels} channels, which is no multiple of 2 * {kernel_h} * {kernel_w}")
+        raise ValueError(
+            f"offset has {channels} channels, but needs a multiple of 2 * {kernel_h} * {kernel_w} = {2 * taps}"
+        )
     shift = offset.reshape(batch, channels // (2 * taps), taps, 2, out_h, out_w).movedim(3, -1)
 
     def grid(size: int, step: int, pad: int) -> Tensor:

@@ -22,7 +22,7 @@ def test_offsets_are_y_then_x_tap_by_tap_and_group_by_group() -> None:
 
 
 def test_wrong_offset_channels() -> None:
-    with pytest.raises(ValueError, match="offset has 17 channels, which is no multiple of 2 \\* 3 \\* 3"):
+    with pytest.raises(ValueError, match=r"offset has 17 channels, but needs a multiple of 2 \* 3 \* 3 = 18"):
         deform_conv2d_locations(torch.zeros(1, 17, 2, 2), 3)
 
 
