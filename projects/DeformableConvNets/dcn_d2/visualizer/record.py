@@ -24,14 +24,14 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 
-from .layers import (
+from ..layers import (
     DeformConv,
     DeformConvPack,
     ModulatedDeformConv,
     ModulatedDeformConvPack,
     split_offset_and_mask,
 )
-from .ops.sampling import deform_conv2d_locations
+from ..ops.sampling import deform_conv2d_locations
 
 ImageLike = TypeVar("ImageLike", np.ndarray, Image.Image)
 Color = tuple[int, int, int]
