@@ -25,7 +25,7 @@ from ._arguments import (
     pair,
 )
 from ._autograd import register_derivatives, register_second_derivatives
-from ._library import define_with_tf32, register_autocast, register_fallback
+from ._library import define_with_tf32, register_autocast, register_fake, register_fallback
 
 define_with_tf32(
     "deform_conv2d(Tensor input, Tensor offset, Tensor weight, Tensor? bias=None, int[2] stride=1, "
@@ -170,19 +170,8 @@ def check_operands(
     return out_h, out_w
 
 
-def _reference_forward(
-    input: Tensor,
-    offset: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    stride: Sequence[int] = (1, 1),
-    padding: Sequence[int] = (0, 0),
-    dilation: Sequence[int] = (1, 1),
-    mask: Tensor | None = None,
-) -> Tensor:
-    promised = _fake(input, offset, weight, bias, stride, padding, dilation, mask)
-    found = reference.deform_conv2d(input, offset, weight, bias, stride, padding, dilation, mask)
-    return in_strides_of(promised, found)
+def _reference_forward(*arguments: Any) -> Tensor:
+    return in_strides_of(_fake(*arguments), reference.deform_conv2d(*arguments))
 
 
 def _differentiable_forward(*arguments: Any) -> Tensor:
@@ -191,18 +180,10 @@ def _differentiable_forward(*arguments: Any) -> Tensor:
 
 
 def _differentiable_backward(
-    grad: Tensor,
-    input: Tensor,
-    offset: Tensor,
-    weight: Tensor,
-    mask: Tensor | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    need_input: bool,
-    need_offset: bool,
-    need_weight: bool,
+    grad: Tensor, input: Tensor, offset: Tensor, weight: Tensor, mask: Tensor | None, *geometry_and_needed: Any
 ) -> tuple[Tensor, ...]:
+    stride, padding, dilation, need_input, need_offset, need_weight = geometry_and_needed
+
     def forward(input: Tensor, offset: Tensor, weight: Tensor, mask: Tensor | None) -> Tensor:
         return reference.deform_conv2d(input, offset, weight, None, stride, padding, dilation, mask)
 
@@ -215,40 +196,17 @@ def _reference_backward(*arguments: Any) -> tuple[Tensor, ...]:
     return tuple(in_strides_of(*each) for each in zip(promised, found))
 
 
-register_fallback("deform_conv2d", _reference_forward)
-register_fallback("deform_conv2d_backward", _reference_backward)
-
-
-@torch.library.register_fake("dcn_d2::deform_conv2d")
-def _fake(
-    input: Tensor,
-    offset: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    stride: Sequence[int] = (1, 1),
-    padding: Sequence[int] = (0, 0),
-    dilation: Sequence[int] = (1, 1),
-    mask: Tensor | None = None,
-) -> Tensor:
-    out_h, out_w = check_operands(input, offset, weight, bias, stride, padding, dilation, mask)
+def _fake(*arguments: Any) -> Tensor:
+    out_h, out_w = check_operands(*arguments)
+    input, _, weight = arguments[:3]
     return new_empty_in_format_of(input, (input.shape[0], weight.shape[0], out_h, out_w))
 
 
-@torch.library.register_fake("dcn_d2::deform_conv2d_backward")
 def _fake_backward(
-    grad: Tensor,
-    input: Tensor,
-    offset: Tensor,
-    weight: Tensor,
-    mask: Tensor | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    need_input: bool,
-    need_offset: bool,
-    need_weight: bool,
+    grad: Tensor, input: Tensor, offset: Tensor, weight: Tensor, mask: Tensor | None, *geometry_and_needed: Any
 ) -> tuple[Tensor, ...]:
     """Those of input and weight have the memory format of these, those of offset and mask are contiguous."""
+    need_input, need_offset, need_weight = geometry_and_needed[-3:]
 
     def empty(like: Tensor | None, needed: bool) -> Tensor:
         return grad.new_empty(0) if like is None or not needed else like.new_empty(like.shape)
@@ -272,6 +230,10 @@ def _backward(arguments: Sequence[Any], needed: Sequence[bool], grad: Tensor) ->
     return grad_input, grad_offset, grad_weight, grad_bias, None, None, None, grad_mask
 
 
+register_fallback("deform_conv2d", _reference_forward)
+register_fallback("deform_conv2d_backward", _reference_backward)
+register_fake("deform_conv2d", _fake)
+register_fake("deform_conv2d_backward", _fake_backward)
 register_derivatives("deform_conv2d", _backward, _differentiable_forward)
 register_second_derivatives("deform_conv2d_backward", _differentiable_backward)
 register_autocast("deform_conv2d", float32_on_cpu=("offset", "mask"))

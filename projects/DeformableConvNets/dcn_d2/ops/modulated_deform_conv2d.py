@@ -3,16 +3,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import reference
-from ._arguments import IntPair, are_tensors, check_layout, check_types, in_strides_of, new_empty_in_format_of, pair
+from ._arguments import IntPair, are_tensors, check_types, in_strides_of, new_empty_in_format_of, pair
 from ._autograd import register_derivatives, register_second_derivatives
-from ._library import LIBRARY, define_with_tf32, register_autocast
+from ._library import define_with_tf32, register_autocast, register_fake, register_without_kernel
 from .deform_conv2d import check_operands
 
 define_with_tf32(
@@ -91,39 +91,34 @@ def split_offset_and_mask(offset_and_mask: Tensor) -> tuple[Tensor, Tensor]:
     return offset, mask.sigmoid()
 
 
-def _forward_in_parts(
-    input: Tensor,
-    offset_and_mask: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    stride: Sequence[int] = (1, 1),
-    padding: Sequence[int] = (0, 0),
-    dilation: Sequence[int] = (1, 1),
+def _check(
+    input: Tensor, offset_and_mask: Tensor, weight: Tensor, bias: Tensor | None, *geometry: Sequence[int]
+) -> tuple[int, int]:
+    stride, padding, dilation = geometry
+    return check_operands(input, offset_and_mask, weight, bias, stride, padding, dilation, None, joint=True)
+
+
+def _in_parts(
+    convolve: Callable[..., Tensor], input: Tensor, offset_and_mask: Tensor, weight: Tensor, *rest: Any
 ) -> Tensor:
-    """For devices without a kernel of the whole."""
-    for name, tensor in (("input", input), ("offset_and_mask", offset_and_mask), ("weight", weight), ("bias", bias)):
-        if tensor is not None:
-            check_layout("modulated_deform_conv2d", name, tensor)
-    check_operands(input, offset_and_mask, weight, bias, stride, padding, dilation, None, joint=True)
+    """Splits the branch's output, and convolves with what it is made of."""
+    _check(input, offset_and_mask, weight, *rest)
     offset, mask = split_offset_and_mask(offset_and_mask)
-    return torch.ops.dcn_d2.deform_conv2d(input, offset, weight, bias, stride, padding, dilation, mask)
+    return convolve(input, offset, weight, *rest, mask)
+
+
+def _forward_in_parts(*arguments: Any) -> Tensor:
+    """For devices without a kernel of the whole."""
+    return _in_parts(torch.ops.dcn_d2.deform_conv2d, *arguments)
 
 
 def _backward_in_parts(
-    grad: Tensor,
-    input: Tensor,
-    offset_and_mask: Tensor,
-    weight: Tensor,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    need_input: bool,
-    need_offset: bool,
-    need_weight: bool,
+    grad: Tensor, input: Tensor, offset_and_mask: Tensor, weight: Tensor, *geometry_and_needed: Any
 ) -> tuple[Tensor, ...]:
+    need_offset = geometry_and_needed[-2]
     offset, mask = split_offset_and_mask(offset_and_mask)
     grad_input, grad_offset, grad_weight, grad_mask = torch.ops.dcn_d2.deform_conv2d_backward(
-        grad, input, offset, weight, mask, stride, padding, dilation, need_input, need_offset, need_weight
+        grad, input, offset, weight, mask, *geometry_and_needed
     )
     if need_offset:
         joined = torch.cat([grad_offset, grad_mask * mask * (1 - mask)], dim=1)
@@ -131,25 +126,12 @@ def _backward_in_parts(
     return grad_input, grad_offset, grad_weight
 
 
-LIBRARY.impl("modulated_deform_conv2d", _forward_in_parts, "CompositeExplicitAutograd")
-LIBRARY.impl("modulated_deform_conv2d_backward", _backward_in_parts, "CompositeExplicitAutograd")
-
-
-@torch.library.register_fake("dcn_d2::modulated_deform_conv2d")
-def _fake(
-    input: Tensor,
-    offset_and_mask: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    stride: Sequence[int] = (1, 1),
-    padding: Sequence[int] = (0, 0),
-    dilation: Sequence[int] = (1, 1),
-) -> Tensor:
-    out_h, out_w = check_operands(input, offset_and_mask, weight, bias, stride, padding, dilation, None, joint=True)
+def _fake(*arguments: Any) -> Tensor:
+    out_h, out_w = _check(*arguments)
+    input, _, weight = arguments[:3]
     return new_empty_in_format_of(input, (input.shape[0], weight.shape[0], out_h, out_w))
 
 
-@torch.library.register_fake("dcn_d2::modulated_deform_conv2d_backward")
 def _fake_backward(
     grad: Tensor, input: Tensor, offset_and_mask: Tensor, weight: Tensor, *geometry_and_needed: Any
 ) -> tuple[Tensor, ...]:
@@ -160,33 +142,19 @@ def _fake_backward(
     )
 
 
-def _differentiable_forward(
-    input: Tensor,
-    offset_and_mask: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-) -> Tensor:
-    check_operands(input, offset_and_mask, weight, bias, stride, padding, dilation, None, joint=True)
-    offset, mask = split_offset_and_mask(offset_and_mask)
-    return reference.deform_conv2d(input, offset, weight, bias, stride, padding, dilation, mask)
+def _differentiable_forward(*arguments: Any) -> Tensor:
+    return _in_parts(reference.deform_conv2d, *arguments)
 
 
 def _differentiable_backward(
-    grad: Tensor,
-    input: Tensor,
-    offset_and_mask: Tensor,
-    weight: Tensor,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    *needed: bool,
+    grad: Tensor, input: Tensor, offset_and_mask: Tensor, weight: Tensor, *geometry_and_needed: Any
 ) -> tuple[Tensor, ...]:
-    def forward(input: Tensor, offset_and_mask: Tensor, weight: Tensor) -> Tensor:
-        return _differentiable_forward(input, offset_and_mask, weight, None, stride, padding, dilation)
+    *geometry, need_input, need_offset, need_weight = geometry_and_needed
 
+    def forward(input: Tensor, offset_and_mask: Tensor, weight: Tensor) -> Tensor:
+        return _differentiable_forward(input, offset_and_mask, weight, None, *geometry)
+
+    needed = (need_input, need_offset, need_weight)
     return reference.gradients(forward, (input, offset_and_mask, weight), grad, needed)
 
 
@@ -200,6 +168,11 @@ def _backward(arguments: Sequence[Any], needed: Sequence[bool], grad: Tensor) ->
     return *found, grad.sum((0, 2, 3)) if need_bias else None, None, None, None
 
 
+# No warning, as `register_fallback` gives: the operators of the parts may have kernels, or else warn.
+register_without_kernel("modulated_deform_conv2d", _forward_in_parts)
+register_without_kernel("modulated_deform_conv2d_backward", _backward_in_parts)
+register_fake("modulated_deform_conv2d", _fake)
+register_fake("modulated_deform_conv2d_backward", _fake_backward)
 register_derivatives("modulated_deform_conv2d", _backward, _differentiable_forward)
 register_second_derivatives("modulated_deform_conv2d_backward", _differentiable_backward)
 register_autocast("modulated_deform_conv2d", float32_on_cpu=("offset_and_mask",))
