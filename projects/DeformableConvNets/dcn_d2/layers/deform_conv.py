@@ -34,14 +34,14 @@ class _DeformConvBase(DeformableLayer):
         in_channels: int,
         out_channels: int,
         kernel_size: IntOrPair,
-        stride: IntOrPair,
-        padding: IntOrPair,
-        dilation: IntOrPair,
-        groups: int,
-        deformable_groups: int,
-        bias: bool,
-        norm: nn.Module | None,
-        activation: Callable[[Tensor], Tensor] | None,
+        stride: IntOrPair = 1,
+        padding: IntOrPair = 0,
+        dilation: IntOrPair = 1,
+        groups: int = 1,
+        deformable_groups: int = 1,
+        bias: bool = True,
+        norm: nn.Module | None = None,
+        activation: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         super().__init__()
         in_channels, out_channels = integer(in_channels, "in_channels"), integer(out_channels, "out_channels")
@@ -144,16 +144,17 @@ class DeformConv(_DeformConvBase):
     ) -> None:
         if bias:
             raise ValueError(f"{type(self).__name__} has no bias, got bias={bias}; ModulatedDeformConv has one")
+        stride, padding, dilation = _pair(stride, "stride"), _pair(padding, "padding"), _pair(dilation, "dilation")
         super().__init__(
             in_channels,
             out_channels,
             kernel_size,
-            _pair(stride, "stride"),
-            _pair(padding, "padding"),
-            _pair(dilation, "dilation"),
+            stride,
+            padding,
+            dilation,
             groups,
             deformable_groups,
-            bias,
+            False,
             norm,
             activation,
         )
@@ -175,34 +176,10 @@ class ModulatedDeformConv(_DeformConvBase):
     with a bias. Source: Zhu et al., "Deformable ConvNets v2: More Deformable, Better Results", CVPR 2019.
     """
 
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        kernel_size: IntOrPair,
-        stride: IntOrPair = 1,
-        padding: IntOrPair = 0,
-        dilation: IntOrPair = 1,
-        groups: int = 1,
-        deformable_groups: int = 1,
-        bias: bool = True,
-        norm: nn.Module | None = None,
-        activation: Callable[[Tensor], Tensor] | None = None,
-    ) -> None:
-        super().__init__(
-            in_channels,
-            out_channels,
-            kernel_size,
-            stride,
-            padding,
-            dilation,
-            groups,
-            deformable_groups,
-            bias,
-            norm,
-            activation,
-        )
-        self.with_bias = bias
+    @property
+    def with_bias(self) -> bool:
+        """Whether there is a bias, under the name that Detectron2's class has for it."""
+        return self.bias is not None
 
     def forward(self, x: Tensor, offset: Tensor, mask: Tensor | None = None) -> Tensor:
         """Convolves (N, in_channels, H, W) `x`.
