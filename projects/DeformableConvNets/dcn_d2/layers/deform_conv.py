@@ -9,9 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..ops import deform_conv2d, modulated_deform_conv2d
+from ..ops import deform_conv2d, modulated_deform_conv2d, split_offset_and_mask
 from ..ops._arguments import integer, integer_or_pair, pair
-from ..ops.modulated_deform_conv2d import split_offset_and_mask
 from ._layer import DeformableLayer, offset_branch
 
 IntOrPair = int | tuple[int, int]
@@ -126,6 +125,14 @@ class DeformConv(_DeformConvBase):
         bias: must be False; it is there because Detectron2's class has it.
         norm: a module applied to the output.
         activation: a function applied after the norm.
+
+    Example:
+        >>> import torch
+        >>> from dcn_d2.layers import DeformConv
+        >>> layer = DeformConv(4, 8, kernel_size=3, padding=1)
+        >>> offset = torch.zeros(1, 18, 5, 6)  # (y, x) of 9 taps at 5 x 6 places
+        >>> layer(torch.zeros(1, 4, 5, 6), offset).shape
+        torch.Size([1, 8, 5, 6])
     """
 
     def __init__(
@@ -174,6 +181,16 @@ class ModulatedDeformConv(_DeformConvBase):
 
     A drop-in for `detectron2.layers.ModulatedDeformConv` that also works on CPU. Arguments as for `DeformConv`, but
     with a bias. Source: Zhu et al., "Deformable ConvNets v2: More Deformable, Better Results", CVPR 2019.
+
+    Example:
+        >>> import torch
+        >>> from dcn_d2.layers import ModulatedDeformConv
+        >>> layer = ModulatedDeformConv(4, 8, kernel_size=3, padding=1)
+        >>> x, offset, mask = torch.zeros(1, 4, 5, 6), torch.zeros(1, 18, 5, 6), torch.ones(1, 9, 5, 6)
+        >>> layer(x, offset, mask).shape
+        torch.Size([1, 8, 5, 6])
+        >>> layer(x, torch.zeros(1, 27, 5, 6)).shape  # a branch's output: offsets, and logits of the mask
+        torch.Size([1, 8, 5, 6])
     """
 
     @property
@@ -206,6 +223,14 @@ class DeformConvPack(DeformConv):
     """`DeformConv` with its own offset branch `conv_offset`; it starts as a plain convolution.
 
     Takes the arguments of `DeformConv`. Parameters are named as in mmcv's `DeformConv2dPack`.
+
+    Example:
+        >>> import torch
+        >>> from dcn_d2.layers import DeformConvPack
+        >>> layer = DeformConvPack(4, 8, kernel_size=3, padding=1)
+        >>> x = torch.rand(1, 4, 5, 6)
+        >>> torch.allclose(layer(x), torch.nn.functional.conv2d(x, layer.weight, padding=1), atol=1e-5)
+        True
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -223,6 +248,14 @@ class ModulatedDeformConvPack(ModulatedDeformConv):
 
     It starts as half a plain convolution: the modulation is 0.5 everywhere. Takes the arguments of
     `ModulatedDeformConv`. Parameters are named as in mmcv's `ModulatedDeformConv2dPack`.
+
+    Example:
+        >>> import torch
+        >>> from dcn_d2.layers import ModulatedDeformConvPack
+        >>> layer = ModulatedDeformConvPack(4, 8, kernel_size=3, padding=1, bias=False)
+        >>> x = torch.rand(1, 4, 5, 6)
+        >>> torch.allclose(layer(x), torch.nn.functional.conv2d(x, layer.weight, padding=1) / 2, atol=1e-5)
+        True
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:

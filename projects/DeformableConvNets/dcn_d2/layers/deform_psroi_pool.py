@@ -26,6 +26,14 @@ class DeformPSRoIPool(PoolWithOffsetBranch):
         deform_fc_channels: width of the hidden layers of the branches.
         sampling_ratio: samples a side of a bin (sample_per_part of the operator); 0 takes the authors' 4.
         gamma: an offset of 1 moves a bin by this share of the RoI's width or height (trans_std of the operator).
+
+    Example:
+        >>> import torch
+        >>> from dcn_d2.layers import DeformPSRoIPool
+        >>> pool = DeformPSRoIPool(output_size=7, spatial_scale=1 / 16, in_channels=8, deform_fc_channels=16)
+        >>> rois = torch.tensor([[0, 10.0, 20.0, 150.0, 90.0], [1, 0.0, 0.0, 64.0, 64.0]])  # image, x0, y0, x1, y1
+        >>> pool(torch.rand(2, 8, 10, 12), rois).shape
+        torch.Size([2, 8, 7, 7])
     """
 
     def _pool(self, x: Tensor, rois: Tensor, offset: Tensor | None, mask: Tensor | None) -> Tensor:
@@ -46,6 +54,14 @@ class ModulatedDeformPSRoIPool(DeformPSRoIPool):
 
     MMDetection's published mdpool model was trained and scored with it. Arguments as for `DeformPSRoIPool`. Source: Zhu
     et al., "Deformable ConvNets v2: More Deformable, Better Results", CVPR 2019.
+
+    Example:
+        >>> import torch
+        >>> from dcn_d2.layers import ModulatedDeformPSRoIPool
+        >>> pool = ModulatedDeformPSRoIPool(output_size=7, spatial_scale=1 / 16, in_channels=8, deform_fc_channels=16)
+        >>> rois = torch.tensor([[0, 10.0, 20.0, 150.0, 90.0], [1, 0.0, 0.0, 64.0, 64.0]])  # image, x0, y0, x1, y1
+        >>> pool(torch.rand(2, 8, 10, 12), rois).shape
+        torch.Size([2, 8, 7, 7])
     """
 
     modulated = True

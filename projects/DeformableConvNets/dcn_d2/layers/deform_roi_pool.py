@@ -103,6 +103,14 @@ class DeformRoIPool(PoolWithOffsetBranch):
         deform_fc_channels: width of the hidden layers of the branches.
         sampling_ratio: samples a side of a bin; 0 takes one for each feature-map pixel that a bin spans, rounded up.
         gamma: an offset of 1 moves a bin by this share of the RoI's width or height.
+
+    Example:
+        >>> import torch
+        >>> from dcn_d2.layers import DeformRoIPool
+        >>> pool = DeformRoIPool(output_size=7, spatial_scale=1 / 16, in_channels=8, deform_fc_channels=16)
+        >>> rois = torch.tensor([[0, 10.0, 20.0, 150.0, 90.0], [1, 0.0, 0.0, 64.0, 64.0]])  # image, x0, y0, x1, y1
+        >>> pool(torch.rand(2, 8, 10, 12), rois).shape
+        torch.Size([2, 8, 7, 7])
     """
 
     def _pool(self, x: Tensor, rois: Tensor, offset: Tensor | None, mask: Tensor | None) -> Tensor:
@@ -117,6 +125,14 @@ class ModulatedDeformRoIPool(DeformRoIPool):
     It starts as half of RoIAlign: all factors are 0.5. Arguments as for `DeformRoIPool`. Source: Zhu et al.,
     "Deformable ConvNets v2: More Deformable, Better Results", CVPR 2019. Parameters `offset_fc.{0,2,4}` and
     `mask_fc.{0,2}`.
+
+    Example:
+        >>> import torch
+        >>> from dcn_d2.layers import ModulatedDeformRoIPool
+        >>> pool = ModulatedDeformRoIPool(output_size=7, spatial_scale=1 / 16, in_channels=8, deform_fc_channels=16)
+        >>> rois = torch.tensor([[0, 10.0, 20.0, 150.0, 90.0], [1, 0.0, 0.0, 64.0, 64.0]])  # image, x0, y0, x1, y1
+        >>> pool(torch.rand(2, 8, 10, 12), rois).shape
+        torch.Size([2, 8, 7, 7])
     """
 
     modulated = True

@@ -90,6 +90,18 @@ def deform_conv2d(
             values.
         TypeError: An operand is no tensor.
         ValueError: stride, padding or dilation is not an integer, of any kind, or a pair of them.
+
+    Example:
+        >>> import torch
+        >>> from dcn_d2.ops import deform_conv2d
+        >>> image = torch.arange(9.0).reshape(1, 1, 3, 3)
+        >>> weight = torch.ones(1, 1, 1, 1)  # one tap: the output is what is sampled
+        >>> offset = torch.zeros(1, 2, 3, 3)
+        >>> offset[:, 1] = 0.5  # half a pixel to the right; beyond the last column is zero
+        >>> deform_conv2d(image, offset, weight)
+        tensor([[[[0.5000, 1.5000, 1.0000],
+                  [3.5000, 4.5000, 2.5000],
+                  [6.5000, 7.5000, 4.0000]]]])
     """
     if not are_tensors((input, offset, weight), (bias, mask)):
         check_types("deform_conv2d", ("bias", "mask"), input=input, offset=offset, weight=weight, bias=bias, mask=mask)

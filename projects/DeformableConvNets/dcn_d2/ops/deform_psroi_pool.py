@@ -94,6 +94,15 @@ def deform_psroi_pool(
         TypeError: An operand is no tensor.
         ValueError: output_size or part_size is not an integer, of any kind, or a pair of them, group_size or
             sample_per_part no integer, or spatial_scale or trans_std no number.
+
+    Example:
+        >>> import torch
+        >>> from dcn_d2.ops import deform_psroi_pool
+        >>> image = torch.arange(4.0).reshape(1, 4, 1, 1).expand(1, 4, 8, 8)  # the value of a pixel is its channel
+        >>> rois = torch.tensor([[0.0, 1.0, 1.0, 6.0, 6.0]])
+        >>> deform_psroi_pool(image, rois, None, 2, group_size=2)  # each bin reads a channel of its own
+        tensor([[[[0., 1.],
+                  [2., 3.]]]])
     """
     if not are_tensors((input, rois), (offset, mask)):
         check_types("deform_psroi_pool", ("offset", "mask"), input=input, rois=rois, offset=offset, mask=mask)

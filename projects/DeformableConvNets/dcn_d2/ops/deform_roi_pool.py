@@ -86,6 +86,18 @@ def deform_roi_pool(
         TypeError: An operand is no tensor.
         ValueError: output_size is not an integer, of any kind, or a pair of them, sampling_ratio no integer, or
             spatial_scale or gamma no number.
+
+    Example:
+        >>> import torch
+        >>> from dcn_d2.ops import deform_roi_pool
+        >>> image = torch.arange(8.0).expand(1, 1, 8, 8)  # the value of a pixel is its x
+        >>> rois = torch.tensor([[0.0, 2.0, 2.0, 6.0, 6.0]])  # of image 0, 4 x 4 pixels
+        >>> deform_roi_pool(image, rois, None, (1, 2))  # two bins, with centres at x = 2.5 and 4.5
+        tensor([[[[2.5000, 4.5000]]]])
+        >>> offset = torch.zeros(1, 2, 1, 2)
+        >>> offset[:, 0] = 2.5  # moves both bins by gamma * 2.5 = a quarter of the RoI's width, one pixel
+        >>> deform_roi_pool(image, rois, offset, (1, 2))
+        tensor([[[[3.5000, 5.5000]]]])
     """
     if not are_tensors((input, rois), (offset, mask)):
         check_types("deform_roi_pool", ("offset", "mask"), input=input, rois=rois, offset=offset, mask=mask)

@@ -59,6 +59,15 @@ def modulated_deform_conv2d(
             values.
         TypeError: An operand is no tensor.
         ValueError: stride, padding or dilation is not an integer, of any kind, or a pair of them.
+
+    Example:
+        >>> import torch
+        >>> from dcn_d2.ops import modulated_deform_conv2d
+        >>> image, weight = torch.ones(1, 4, 5, 6), torch.ones(2, 4, 1, 1)
+        >>> offset_and_mask = torch.zeros(1, 3, 5, 6)  # one tap: y, x, and the logit of its mask
+        >>> out = modulated_deform_conv2d(image, offset_and_mask, weight)
+        >>> out.shape, out.unique()  # 4 channels of ones, each times sigmoid(0)
+        (torch.Size([1, 2, 5, 6]), tensor([2.]))
     """
     if not are_tensors((input, offset_and_mask, weight), (bias,)):
         check_types(
@@ -85,6 +94,15 @@ def split_offset_and_mask(offset_and_mask: Tensor) -> tuple[Tensor, Tensor]:
 
     Returns:
         The offsets, a view, and the modulation after the sigmoid, so 0.5 everywhere where the branch gives zeros.
+
+    Example:
+        >>> import torch
+        >>> from dcn_d2.ops import split_offset_and_mask
+        >>> offset, mask = split_offset_and_mask(torch.zeros(1, 27, 5, 6))  # of a 3 x 3 kernel
+        >>> offset.shape, mask.shape
+        (torch.Size([1, 18, 5, 6]), torch.Size([1, 9, 5, 6]))
+        >>> mask.unique()
+        tensor([0.5000])
     """
     logits = offset_and_mask.shape[1] // 3
     offset, mask = offset_and_mask.split([2 * logits, logits], dim=1)
