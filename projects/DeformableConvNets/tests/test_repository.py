@@ -43,8 +43,8 @@ def test_operators_and_layers_import_without_detectron2(package: str) -> None:
     run_python(f"import sys; sys.modules['detectron2'] = None; import {package}")
 
 
-def test_dcn_d2_imports_neither_torch_nor_detectron2() -> None:
-    run_python("import sys, dcn_d2; bad = {'torch', 'detectron2'} & set(sys.modules); assert not bad, bad")
+def test_dcn_d2_imports_nothing_heavy() -> None:
+    run_python("import sys, dcn_d2; bad = {'torch', 'detectron2', 'numpy'} & set(sys.modules); assert not bad, bad")
 
 
 @pytest.mark.parametrize(
@@ -132,10 +132,6 @@ def test_python_in_the_readme_runs(repository: Path) -> None:
         imports = [line for line in block.splitlines() if line.startswith(("import ", "from "))]
         needs_more = re.search(r"output/|annotations/|trained=True", block)  # weights, data or a network
         exec("\n".join(imports) if needs_more else block, {})
-
-
-def test_readme_tables_are_in_sync(repository: Path) -> None:
-    assert readme.main(["--check"]) == 0
 
 
 def test_readme_check_notices_a_changed_number(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
