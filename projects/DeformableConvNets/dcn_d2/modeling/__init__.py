@@ -10,7 +10,7 @@ from .backbone import (
 )
 from .flops import register_flop_handles
 from .mmdet import DCNRPN, FixedStatsBatchNorm2d, MaskHeadPerStage, MinimumIoUMatcher, fix_batch_norm_statistics
-from .poolers import ROI_POOLER_REGISTRY, DCNROIPooler, build_roi_pooler
+from .poolers import ROI_POOLER_REGISTRY, DCNROIPooler, assign_levels, build_roi_pooler
 from .roi_heads import DCNCascadeROIHeads, DCNROIHeads
 
 __all__ = [
@@ -23,6 +23,7 @@ __all__ = [
     "MaskHeadPerStage",
     "MinimumIoUMatcher",
     "ROI_POOLER_REGISTRY",
+    "assign_levels",
     "build_dcn_resnet_backbone",
     "build_dcn_resnet_fpn_backbone",
     "build_dcn_retinanet_resnet_fpn_backbone",

@@ -13,8 +13,7 @@ from detectron2.structures import Boxes
 from torch import Tensor, nn
 
 from dcn_d2 import layers
-from dcn_d2.modeling import ROI_POOLER_REGISTRY, DCNROIPooler, build_roi_pooler
-from dcn_d2.modeling.poolers import assign_levels
+from dcn_d2.modeling import ROI_POOLER_REGISTRY, DCNROIPooler, assign_levels, build_roi_pooler
 
 from ..slim import slim_config
 
