@@ -22,7 +22,10 @@ def _pair(value: IntOrPair, name: str) -> tuple[int, int]:
 
 
 class _DeformConvBase(DeformableLayer):
-    """What the layers of this file share: parameters, checks, and norm and activation after the operator."""
+    """What the layers of this file share: parameters, checks, and norm and activation after the operator.
+
+    Its constructor is that of `ModulatedDeformConv`.
+    """
 
     norm: nn.Module | None
     activation: Callable[[Tensor], Tensor] | None
@@ -65,8 +68,7 @@ class _DeformConvBase(DeformableLayer):
         nn.init.kaiming_uniform_(self.weight, nonlinearity="relu")
 
     def _check_channels(self, name: str, tensor: Tensor, channels_per_tap: int) -> None:
-        # The operator infers the number of deform groups from the offsets, so only the layer can tell that
-        # they were made for another number of groups.
+        # The operator infers the number of deform groups from the offsets. Only the layer knows how many there should be.
         channels = channels_per_tap * self.deformable_groups * self.kernel_size[0] * self.kernel_size[1]
         if tensor.shape[1] != channels:
             raise RuntimeError(
@@ -84,7 +86,7 @@ class _DeformConvBase(DeformableLayer):
 
     def _finish(self, x: Tensor, out: Tensor) -> Tensor:
         if x.numel() == 0:
-            return out  # as Detectron2: an empty batch would turn the statistics of a BatchNorm into NaN
+            return out  # as Detectron2 does: an empty batch would turn the statistics of a BatchNorm into NaN
         if self.norm is not None:
             out = self.norm(out)
         if self.activation is not None:
@@ -120,9 +122,13 @@ class DeformConv(_DeformConvBase):
     Args:
         in_channels: a multiple of `groups` and of `deformable_groups`.
         out_channels: a multiple of `groups`.
-        kernel_size: a number or (height, width); so are stride, padding and dilation.
-        deformable_groups: the input channels are cut into so many groups, each with offsets of its own.
-        bias: must be False; it is there because Detectron2's class has it.
+        kernel_size: a number or (height, width).
+        stride: a number or (height, width).
+        padding: of zeros, a number or (height, width).
+        dilation: a number or (height, width).
+        groups: conv groups.
+        deformable_groups: the input channels are divided into this many groups, each with offsets of its own.
+        bias: must be False. The argument exists because Detectron2's class has it.
         norm: a module applied to the output.
         activation: a function applied after the norm.
 
@@ -179,8 +185,8 @@ class DeformConv(_DeformConvBase):
 class ModulatedDeformConv(_DeformConvBase):
     """Modulated deformable convolution (v2): the caller gives the offsets and the modulation.
 
-    A drop-in for `detectron2.layers.ModulatedDeformConv` that also works on CPU. Arguments as for `DeformConv`, but
-    with a bias. Source: Zhu et al., "Deformable ConvNets v2: More Deformable, Better Results", CVPR 2019.
+    A drop-in for `detectron2.layers.ModulatedDeformConv` that also works on CPU. It takes the arguments of `DeformConv`,
+    but `bias` may be True, and is by default. Source: Zhu et al., "Deformable ConvNets v2: More Deformable, Better Results", CVPR 2019.
 
     Example:
         >>> import torch
@@ -213,7 +219,7 @@ class ModulatedDeformConv(_DeformConvBase):
         self._check_in_channels(x)
         self._check_channels("offset (the branch's output, as there is no mask)", offset, 3)
         if torch.jit.is_tracing() or torch.compiler.is_exporting():
-            # An exported graph holds operators that other runtimes know.
+            # Other runtimes know this operator, and not the one below.
             return self._convolve(x, *split_offset_and_mask(offset))
         out = modulated_deform_conv2d(x, offset, self.weight, self.bias, self.stride, self.padding, self.dilation)
         return self._finish(x, out)

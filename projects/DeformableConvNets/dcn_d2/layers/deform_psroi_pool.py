@@ -8,16 +8,16 @@ from torch import Tensor
 from ..ops import deform_psroi_pool
 from .deform_roi_pool import PoolWithOffsetBranch
 
-# What DCNv1 and v2 use, and the published models with them.
+# DCNv1 and v2 use this number, and so do the published models.
 SAMPLES_PER_PART = 4
 
 
 class DeformPSRoIPool(PoolWithOffsetBranch):
     """Deformable RoI pooling as the authors of DCNv1 computed it, with offsets from the undeformed pooling.
 
-    MMDetection's published dpool model was trained and scored with it. Parameters fit those of `DeformRoIPool`, but
-    the numbers differ: `dcn_d2.ops.deform_psroi_pool` says how. Group size 1, so it is not position-sensitive, whatever
-    its name. Source: Dai et al., "Deformable Convolutional Networks", ICCV 2017, section 2.2, and the authors' code.
+    MMDetection's published dpool model was trained and scored with it. It has the parameters of `DeformRoIPool`, but
+    computes other numbers: `dcn_d2.ops.deform_psroi_pool` says which. Its group size is 1, so it is not
+    position-sensitive in spite of its name. Source: Dai et al., "Deformable Convolutional Networks", ICCV 2017, section 2.2, and the authors' code.
 
     Args:
         output_size: bins a side, a number or (height, width).

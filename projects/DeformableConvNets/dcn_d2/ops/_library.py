@@ -25,7 +25,7 @@ def _load_kernels() -> str:
     """Loads `dcn_d2._C`. Returns "" or, where there is none, the reason.
 
     Raises:
-        OSError: the library that DCN_LIBRARY names does not load. It was asked for, so nothing stands in for it.
+        OSError: the library that DCN_LIBRARY names does not load. It was asked for, so nothing replaces it.
     """
     if named := os.environ.get("DCN_LIBRARY"):
         try:
@@ -54,7 +54,7 @@ def _load_kernels() -> str:
 
 
 def _reason(error: BaseException) -> str:
-    """What the system's loader said. torch's own words name only the file; the loader's are behind them."""
+    """What the system's loader said. torch's message names only the file; the loader's is in the cause."""
     while error.__cause__ is not None:
         error = error.__cause__
     reason = str(error)
@@ -68,7 +68,8 @@ missing_kernels = _load_kernels()
 
 def define(schema: str) -> None:
     """Defines an operator; the compiled library brings kernels for it."""
-    # Compilers must hand over operands with the strides that they were traced with: those of results follow from them.
+    # The strides of results follow from those of operands. So compiled code must pass operands with the strides with
+    # which it was traced.
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides))
 
 

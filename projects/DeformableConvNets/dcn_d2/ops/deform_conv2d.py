@@ -50,16 +50,18 @@ def deform_conv2d(
 ) -> Tensor:
     """Convolves `input` at sampling positions moved by `offset`, each sample scaled by `mask` if one is given.
 
-    A drop-in for `torchvision.ops.deform_conv2d`, from which it differs in one point: a sample at exactly -1 lies
-    outside and gets no offset gradient, as in the authors' and MMDetection's kernels. Conv groups and deform groups
+    A drop-in for `torchvision.ops.deform_conv2d`. It differs in one point: a sample at exactly -1 lies outside and gets
+    no offset gradient, as in the authors' and MMDetection's kernels. The numbers of conv groups and deform groups
     follow from the shapes. A sample is bilinear with zeros outside the map and contributes only for
-    -1 < position < size in both axes; NaN and infinite offsets read zero and get zero gradients. Half precision
-    accumulates in float32. A channels_last input of several channels gives a channels_last output, any other a
-    contiguous one; so it is with the gradients by input and weight. Those by offset and mask are contiguous.
+    -1 < position < size in both axes. NaN and infinite offsets read zero and get zero gradients. Half precision
+    accumulates in float32.
 
-    On CPU, offsets and mask may be float32 beside operands of half precision, and stay so under autocast: offsets of
-    some pixels, rounded to bfloat16, put gradients 10 % off, since these jump where a sample passes a pixel's border;
-    not rounded, 0.4 %. On CUDA they have the dtype of the input, also under autocast.
+    A channels_last input of several channels gives a channels_last output, any other input a contiguous one. The
+    gradients by input and weight have the memory format of these, and those by offset and mask are contiguous.
+
+    On CPU, offsets and mask may be float32 beside operands of half precision, and stay so under autocast. Gradients
+    jump where a sample passes a pixel's border: with offsets of some pixels, rounded to bfloat16, they were 10 % off,
+    and 0.4 % without rounding. On CUDA, offsets and mask have the dtype of the input, also under autocast.
 
     On CUDA, float32 operands are rounded to TF32 where torch allows that for convolutions, which is its default:
     `torch.backends.cudnn.conv.fp32_precision`. Results and gradients have the same bits from run to run. Conv groups of
@@ -88,7 +90,7 @@ def deform_conv2d(
     Raises:
         RuntimeError: A tensor's rank, shape, dtype, device or layout does not fit; the message names it and both
             values.
-        TypeError: An operand is no tensor.
+        TypeError: An operand is not a tensor.
         ValueError: stride, padding or dilation is not an integer, of any kind, or a pair of them.
 
     Example:
@@ -123,7 +125,7 @@ def check_operands(
 ) -> tuple[int, int]:
     """Checks what `csrc/deform_conv2d.h` checks, for the reference and for tracing. Returns (out_h, out_w).
 
-    With `joint`, `offset` is what modulated_deform_conv2d takes: offsets, and the mask's logits.
+    With `joint`, the operator is modulated_deform_conv2d, and `offset` its offset_and_mask.
     """
     name, offset_name, per_tap = (
         ("modulated_deform_conv2d", "offset_and_mask", 3) if joint else ("deform_conv2d", "offset", 2)
@@ -217,7 +219,7 @@ def _fake(*arguments: Any) -> Tensor:
 def _fake_backward(
     grad: Tensor, input: Tensor, offset: Tensor, weight: Tensor, mask: Tensor | None, *geometry_and_needed: Any
 ) -> tuple[Tensor, ...]:
-    """Those of input and weight have the memory format of these, those of offset and mask are contiguous."""
+    """Gradients by input and weight have the memory format of these; those by offset and mask are contiguous."""
     need_input, need_offset, need_weight = geometry_and_needed[-3:]
 
     def empty(like: Tensor | None, needed: bool) -> Tensor:

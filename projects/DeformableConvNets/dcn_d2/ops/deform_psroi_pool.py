@@ -52,18 +52,18 @@ def deform_psroi_pool(
 ) -> Tensor:
     """Pools every RoI into a grid of bins as the authors of DCNv1 and v2 did, each bin moved by its offset.
 
-    It takes the parameters of `deform_roi_pool`, but computes something else: RoI corners are rounded to whole pixels
-    and include the last one, every bin has sample_per_part x sample_per_part samples on the upper left edges of its
-    parts, and samples off the map do not count. MMDetection's published dpool and mdpool models were trained and scored
-    with it. A sample contributes for -0.5 <= position <= size - 0.5 and is clamped to the map, where its derivative is
-    zero; a bin without samples, NaN offsets, and RoIs that are not finite give zero. Half precision accumulates in
-    float32. `rois` get no gradient.
+    A layer of `deform_roi_pool` and one of this have the same parameters, but compute something else. RoI corners are
+    rounded to whole pixels and include the last one. Every bin is divided into sample_per_part x sample_per_part equal
+    shares, with a sample on the upper left corner of each. Samples off the map do not count. MMDetection's published
+    dpool and mdpool models were trained and scored with it. A sample contributes for -0.5 <= position <= size - 0.5.
+    Outside the map it is clamped to it, and its derivative is zero. A bin without samples, NaN offsets, and RoIs that
+    are not finite give zero. Half precision accumulates in float32. `rois` get no gradient.
 
     Results are contiguous, but the gradient by a channels_last input of several channels is channels_last.
 
-    On CUDA, input's gradient is summed by atomics. Under `torch.use_deterministic_algorithms` it is summed in fixed
-    point, so that every run gives the same bits; it is all NaN then if any value of the output's gradient or the mask
-    is not finite.
+    On CUDA, the gradient by the input is summed by atomics. Under `torch.use_deterministic_algorithms` it is summed in
+    fixed point, so that every run gives the same bits. It is all NaN then if any value of the output's gradient or of
+    the mask is not finite.
 
     Gradients of gradients, and all that is differentiated in forward mode, are computed by the reference in Python:
     right, but slow.
@@ -89,11 +89,11 @@ def deform_psroi_pool(
         (R, C, out_h, out_w).
 
     Raises:
-        RuntimeError: A tensor's rank, shape, dtype, device or layout does not fit, or (on CPU) a batch index is no
-            whole number or outside the batch; the message names it and both values. On CUDA such a RoI gives NaN.
-        TypeError: An operand is no tensor.
-        ValueError: output_size or part_size is not an integer, of any kind, or a pair of them, group_size or
-            sample_per_part no integer, or spatial_scale or trans_std no number.
+        RuntimeError: A tensor's rank, shape, dtype, device or layout does not fit, or (on CPU) a batch index is not
+            a whole number or outside the batch; the message names it and both values. On CUDA such a RoI gives NaN.
+        TypeError: An operand is not a tensor.
+        ValueError: output_size or part_size is not an integer, of any kind, or a pair of them; group_size or
+            sample_per_part is not an integer; or spatial_scale or trans_std is not a number.
 
     Example:
         >>> import torch

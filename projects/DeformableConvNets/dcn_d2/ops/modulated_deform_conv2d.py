@@ -1,5 +1,5 @@
 # Copyright (c) the dcn_d2 authors. SPDX-License-Identifier: Apache-2.0
-"""Modulated deformable convolution that takes an offset branch's output as it is: nothing is split or copied before."""
+"""Modulated deformable convolution that takes the output of an offset branch as it is, without splitting it first."""
 
 from __future__ import annotations
 
@@ -37,19 +37,21 @@ def modulated_deform_conv2d(
 ) -> Tensor:
     """Modulated deformable convolution (v2) by the output of an offset branch.
 
-    The same as `deform_conv2d` with the offsets and the modulation of `split_offset_and_mask`, but that the sigmoid is
-    taken inside, and neither the branch's output nor its gradient is split, joined or copied as a whole.
+    It gives the same as `deform_conv2d` with the offsets and the modulation of `split_offset_and_mask`. It is faster:
+    the sigmoid is taken inside, and neither the branch's output nor its gradient is split, joined or copied as a whole.
 
     Source: Zhu et al., "Deformable ConvNets v2: More Deformable, Better Results", CVPR 2019, section 3.2.
 
     Args:
         input: (N, in_channels, in_h, in_w), float64, float32, float16 or bfloat16.
         offset_and_mask: (N, 3 * deform_groups * kernel_h * kernel_w, out_h, out_w), contiguous or channels_last. The
-            first two thirds are offsets in input pixels, (y, x) interleaved per tap, deform group by deform group; the
-            last third are the logits of the modulation.
+            first two thirds are offsets in input pixels, (y, x) interleaved per tap, deform group by deform group. The
+            last third is the logits of the modulation.
         weight: (out_channels, in_channels / groups, kernel_h, kernel_w).
         bias: (out_channels,) or None.
-        stride: a number or (height, width); so are padding, of zeros, and dilation.
+        stride: a number or (height, width).
+        padding: of zeros, a number or (height, width).
+        dilation: a number or (height, width).
 
     Returns:
         (N, out_channels, out_h, out_w), in the memory format of `input`.
@@ -57,7 +59,7 @@ def modulated_deform_conv2d(
     Raises:
         RuntimeError: A tensor's rank, shape, dtype, device or layout does not fit; the message names it and both
             values.
-        TypeError: An operand is no tensor.
+        TypeError: An operand is not a tensor.
         ValueError: stride, padding or dilation is not an integer, of any kind, or a pair of them.
 
     Example:
@@ -89,8 +91,8 @@ def split_offset_and_mask(offset_and_mask: Tensor) -> tuple[Tensor, Tensor]:
 
     Args:
         offset_and_mask: (N, 3 * deform_groups * kernel_h * kernel_w, H, W). The first two thirds are offsets, (y, x)
-            interleaved per tap, deform group by deform group; the last third are the logits of the modulation.
-            (The three thirds are not "all y, all x, mask", as code that cuts them into three may suggest.)
+            interleaved per tap, deform group by deform group. The last third is the logits of the modulation. (Code
+            that cuts the channels into three may suggest "all y, all x, mask", but that is not the order.)
 
     Returns:
         The offsets, a view, and the modulation after the sigmoid, so 0.5 everywhere where the branch gives zeros.
@@ -119,14 +121,14 @@ def _check(
 def _in_parts(
     convolve: Callable[..., Tensor], input: Tensor, offset_and_mask: Tensor, weight: Tensor, *rest: Any
 ) -> Tensor:
-    """Splits the branch's output, and convolves with what it is made of."""
+    """Splits the branch's output, and calls `convolve` with the offsets and the mask."""
     _check(input, offset_and_mask, weight, *rest)
     offset, mask = split_offset_and_mask(offset_and_mask)
     return convolve(input, offset, weight, *rest, mask)
 
 
 def _forward_in_parts(*arguments: Any) -> Tensor:
-    """For devices without a kernel of the whole."""
+    """For devices without a kernel of this operator: splits, and calls `deform_conv2d`."""
     return _in_parts(torch.ops.dcn_d2.deform_conv2d, *arguments)
 
 
@@ -186,7 +188,7 @@ def _backward(arguments: Sequence[Any], needed: Sequence[bool], grad: Tensor) ->
     return *found, grad.sum((0, 2, 3)) if need_bias else None, None, None, None
 
 
-# No warning, as `register_fallback` gives: the operators of the parts may have kernels, or else warn.
+# `register_fallback` would warn. Here `deform_conv2d` is called, which has kernels or warns by itself.
 register_without_kernel("modulated_deform_conv2d", _forward_in_parts)
 register_without_kernel("modulated_deform_conv2d_backward", _backward_in_parts)
 register_fake("modulated_deform_conv2d", _fake)

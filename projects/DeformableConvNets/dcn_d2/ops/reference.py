@@ -1,5 +1,5 @@
 # Copyright (c) the dcn_d2 authors. SPDX-License-Identifier: Apache-2.0
-"""Slow, readable operators: the oracle of the tests, and the fallback where no compiled kernel exists.
+"""Slow, readable operators: what the tests compare with, and the fallback where no compiled kernel exists.
 
 They are plain differentiable torch, so autograd gives the reference gradients. Half precision is computed in float32.
 """
@@ -205,7 +205,7 @@ def _pool_each(
 def pull_back(
     function: Callable[..., Any], arguments: Sequence[Any], needed: Sequence[bool], grads: Sequence[Tensor]
 ) -> list[Tensor | None]:
-    """Differentiates `function` at `arguments`, so that the gradients can be differentiated again.
+    """Differentiates `function` at `arguments`; the gradients can be differentiated again.
 
     Args:
         function: gives a tensor or a tuple of tensors.
@@ -224,7 +224,7 @@ def pull_back(
             values[index] = tensor
         return function(*values)
 
-    # torch.autograd.grad would not do: inside another transform of torch.func its operands cannot require gradients.
+    # torch.autograd.grad does not work here: inside a transform of torch.func its operands cannot require gradients.
     output, pull = torch.func.vjp(  # type: ignore[misc]
         of_wanted, *(arguments[index] for index in wanted)
     )
