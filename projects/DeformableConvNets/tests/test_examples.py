@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 
-from dcn_d2 import layers, ops
+from dcn_d2 import layers, modeling, ops
 
 PUBLIC = [(module, name) for module in (ops, layers) for name in module.__all__]
+PUBLIC.append((modeling, "MinimumIoUMatcher"))
 
 
 def problems(value: Any, name: str) -> str:

@@ -38,6 +38,6 @@ class DeformableLayer(nn.Module):
     def __prepare_scriptable__(self) -> NoReturn:  # torch.jit.script calls it first, also for parts of a model
         raise RuntimeError(
             f"{type(self).__name__} cannot be compiled by torch.jit.script. Use torch.export.export, torch.compile or "
-            "torch.jit.trace. Scripted functions may call the operators of dcn_d2, such as dcn_d2.ops.deform_conv2d, but "
-            "not its layers."
+            "torch.jit.trace. Scripted functions may call the operators of dcn_d2, such as dcn_d2.ops.deform_conv2d, "
+            "but not its layers."
         )

@@ -68,7 +68,7 @@ class _DeformConvBase(DeformableLayer):
         nn.init.kaiming_uniform_(self.weight, nonlinearity="relu")
 
     def _check_channels(self, name: str, tensor: Tensor, channels_per_tap: int) -> None:
-        # The operator infers the number of deform groups from the offsets. Only the layer knows how many there should be.
+        # The operator infers the number of deform groups from the offsets. Only the layer knows how many it should be.
         channels = channels_per_tap * self.deformable_groups * self.kernel_size[0] * self.kernel_size[1]
         if tensor.shape[1] != channels:
             raise RuntimeError(
@@ -185,8 +185,10 @@ class DeformConv(_DeformConvBase):
 class ModulatedDeformConv(_DeformConvBase):
     """Modulated deformable convolution (v2): the caller gives the offsets and the modulation.
 
-    A drop-in for `detectron2.layers.ModulatedDeformConv` that also works on CPU. It takes the arguments of `DeformConv`,
-    but `bias` may be True, and is by default. Source: Zhu et al., "Deformable ConvNets v2: More Deformable, Better Results", CVPR 2019.
+    A drop-in for `detectron2.layers.ModulatedDeformConv` that also works on CPU. It takes the arguments of
+    `DeformConv`, but `bias` may be True, and is by default.
+
+    Source: Zhu et al., "Deformable ConvNets v2: More Deformable, Better Results", CVPR 2019.
 
     Example:
         >>> import torch

@@ -17,7 +17,9 @@ class DeformPSRoIPool(PoolWithOffsetBranch):
 
     MMDetection's published dpool model was trained and scored with it. It has the parameters of `DeformRoIPool`, but
     computes other numbers: `dcn_d2.ops.deform_psroi_pool` says which. Its group size is 1, so it is not
-    position-sensitive in spite of its name. Source: Dai et al., "Deformable Convolutional Networks", ICCV 2017, section 2.2, and the authors' code.
+    position-sensitive in spite of its name.
+
+    Source: Dai et al., "Deformable Convolutional Networks", ICCV 2017, section 2.2, and the authors' code.
 
     Args:
         output_size: bins a side, a number or (height, width).

@@ -77,8 +77,8 @@ class PoolWithOffsetBranch(DeformableLayer):
         plain = self._pool(x, rois, None, None).flatten(1)
         offset = self.offset_fc(plain).unflatten(1, (2, *self.output_size))  # x before y
         mask = self.mask_fc(plain).unflatten(1, (1, *self.output_size)) if self.modulated else None
-        # Autocast pools float32 maps in half precision. Detectron2's `ROIPooler` collects the results of all levels in a
-        # tensor of the maps' dtype, so each must have that dtype.
+        # Autocast pools float32 maps in half precision. Detectron2's `ROIPooler` collects the results of all levels in
+        # a tensor of the maps' dtype, so each must have that dtype.
         return self._pool(x, rois, offset, mask).to(x.dtype)
 
     def _pool(self, x: Tensor, rois: Tensor, offset: Tensor | None, mask: Tensor | None) -> Tensor:

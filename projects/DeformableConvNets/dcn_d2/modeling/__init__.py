@@ -1,5 +1,8 @@
 # Copyright (c) the dcn_d2 authors. SPDX-License-Identifier: Apache-2.0
-"""Deformable models for Detectron2; importing this package registers them by name."""
+"""Deformable models for Detectron2; importing this package registers them by name.
+
+What is about deformable layers lies here. The rules of MMDetection that are not lie in `mmdet`.
+"""
 
 from .backbone import (
     DeformBottleneckBlock,

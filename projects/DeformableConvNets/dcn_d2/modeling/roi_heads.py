@@ -17,7 +17,7 @@ from .poolers import ROI_POOLER_REGISTRY, build_roi_pooler
 
 
 def _with_detectron2_pooler(cfg: CfgNode, head: str) -> CfgNode:
-    """Copies `cfg`, with a POOLER_TYPE for `head` that Detectron2 can build if it has one of dcn_d2's."""
+    """Copies `cfg`. If the POOLER_TYPE of `head` is one of dcn_d2's, the copy has one that Detectron2 can build."""
     copy = cfg.clone()
     copy.defrost()
     if copy.MODEL[head].POOLER_TYPE in ROI_POOLER_REGISTRY:
@@ -28,7 +28,14 @@ def _with_detectron2_pooler(cfg: CfgNode, head: str) -> CfgNode:
 def _with_own_pooler(
     arguments: dict[str, Any], kind: str, cfg: CfgNode, input_shape: Mapping[str, ShapeSpec]
 ) -> dict[str, Any]:
-    """Gives the arguments that Detectron2 made for a head of a kind the pooler of POOLER_TYPE, if the head has one."""
+    """Replaces the pooler in the arguments that Detectron2 made for a head, if the head has a pooler.
+
+    Args:
+        arguments: of the constructor of the RoI heads; a copy is returned.
+        kind: "box", "mask" or "keypoint".
+        cfg: the config; POOLER_TYPE of the head's node says which pooler it gets.
+        input_shape: channels and stride of each feature map, by its name.
+    """
     if arguments.get(f"{kind}_pooler") is None:
         return arguments
     return arguments | {f"{kind}_pooler": build_roi_pooler(cfg, cfg.MODEL[f"ROI_{kind.upper()}_HEAD"], input_shape)}
@@ -38,8 +45,8 @@ def _with_own_pooler(
 class DCNROIHeads(StandardROIHeads):
     """Detectron2's `StandardROIHeads`, whose POOLER_TYPE may also be one of `ROI_POOLER_REGISTRY`.
 
-    Reads MODEL.DCN.POOLER_FC_DIM, POOLER_MMDET_LEVELS and ROI_LOW_QUALITY_IOU; their defaults and a POOLER_TYPE of
-    Detectron2's make it `StandardROIHeads`.
+    It reads MODEL.DCN.POOLER_FC_DIM, POOLER_MMDET_LEVELS and ROI_LOW_QUALITY_IOU. With their defaults and a POOLER_TYPE
+    that Detectron2 knows it is `StandardROIHeads`.
     """
 
     @classmethod

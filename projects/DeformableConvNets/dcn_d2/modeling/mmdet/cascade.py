@@ -20,7 +20,7 @@ from .matcher import MinimumIoUMatcher
 
 
 def _mark(images: list[Instances], is_ground_truth: bool) -> list[Instances]:
-    """Copies proposals or targets, with a field that tells them apart when they are mixed."""
+    """Copies proposals or targets, and adds the field is_ground_truth, which tells them apart once they are mixed."""
     marked = []
     for one_image in images:
         device = (one_image.gt_boxes if is_ground_truth else one_image.proposal_boxes).device
@@ -42,14 +42,15 @@ class MMDetCascadeROIHeads(CascadeROIHeads):
     `CascadeROIHeads`.
 
     Args:
-        average_logits: the score is the softmax of the stages' mean class logits (MODEL.DCN.CASCADE_AVERAGE_LOGITS),
-            and not the mean of their probabilities.
-        resample: in training, each stage matches and samples anew from the boxes of the stage before and the ground
-            truth (CASCADE_RESAMPLE), and does not keep the boxes sampled for the first stage.
-        stage_loss_weights: factor of all losses of each stage (CASCADE_LOSS_WEIGHTS).
-        scale_gradients: pass 1 / stages of each stage's gradient on to the pooled features (CASCADE_SCALE_GRADIENTS).
-        kwargs: arguments of `CascadeROIHeads`. A `MaskHeadPerStage` as mask_head (CASCADE_MASK_HEADS) is trained on
-            the samples of all stages, any other on those of the first.
+        average_logits: scores are the softmax of the class logits averaged over the stages, and not the average of the
+            stages' probabilities (MODEL.DCN.CASCADE_AVERAGE_LOGITS).
+        resample: in training, each stage matches and samples anew, from the boxes of the stage before and the ground
+            truth (CASCADE_RESAMPLE). Otherwise later stages refine the boxes that were sampled for the first.
+        stage_loss_weights: for each stage, a factor of all its losses (CASCADE_LOSS_WEIGHTS).
+        scale_gradients: the gradient that each stage passes on to the pooled features is divided by the number of
+            stages (CASCADE_SCALE_GRADIENTS).
+        kwargs: arguments of `CascadeROIHeads`. If mask_head is a `MaskHeadPerStage` (CASCADE_MASK_HEADS), each of its
+            heads trains on the samples of its stage. Any other mask head trains on those of the first stage.
     """
 
     @configurable
@@ -88,7 +89,7 @@ class MMDetCascadeROIHeads(CascadeROIHeads):
         if dcn.ROI_LOW_QUALITY_IOU >= 0:
             appended = cfg.MODEL.ROI_HEADS.PROPOSAL_APPEND_GT
             arguments["proposal_matchers"] = [
-                # Without resampling, later stages match boxes that are the first stage's and end with no ground truth.
+                # Without resampling, later stages refine the first stage's samples, which do not end with ground truth.
                 MinimumIoUMatcher(
                     [iou], [0, 1], dcn.ROI_LOW_QUALITY_IOU, appended and (stage == 0 or dcn.CASCADE_RESAMPLE)
                 )
@@ -115,7 +116,10 @@ class MMDetCascadeROIHeads(CascadeROIHeads):
     def label_and_sample_proposals(
         self, proposals: list[Instances], targets: list[Instances], stage: int = 0
     ) -> list[Instances]:
-        """Labels and samples with the matcher of `stage`; to resample, it notes which proposals are ground truth."""
+        """Labels and samples proposals with the matcher of `stage`.
+
+        If stages resample, the result has the field is_ground_truth.
+        """
         if self.resample:
             proposals, targets = _mark(proposals, False), _mark(targets, True)
         self.proposal_matcher = self.proposal_matchers[stage]
@@ -167,7 +171,7 @@ class MMDetCascadeROIHeads(CascadeROIHeads):
         assert targets is not None
         refined = []
         for one_image, its_boxes in zip(proposals, boxes):
-            kept = ~one_image.is_ground_truth  # those are added again, as they are
+            kept = ~one_image.is_ground_truth  # ground truth is added again below, unchanged
             clipped = Boxes(its_boxes.detach()[kept])
             clipped.clip(one_image.image_size)
             logits = one_image.objectness_logits[kept]
@@ -192,5 +196,5 @@ class MMDetCascadeROIHeads(CascadeROIHeads):
         self, features: Mapping[str, Tensor], instances: list[Instances]
     ) -> dict[str, Tensor] | list[Instances]:
         if self.training and self.mask_head_per_stage:
-            return {}  # _stage_losses has them: it knows the samples of each stage
+            return {}  # _stage_losses computes the mask losses, since it knows the samples of each stage
         return super()._forward_mask(features, instances)
