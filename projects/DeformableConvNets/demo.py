@@ -48,7 +48,7 @@ def count(least: int) -> Callable[[str], int]:
             raise argparse.ArgumentTypeError(f"must be at least {least}, got {text}")
         return value
 
-    parse.__name__ = "whole number"  # argparse says it where the text is no number
+    parse.__name__ = "whole number"  # argparse's message has this word if the text is not a number
     return parse
 
 
@@ -257,7 +257,7 @@ def draw_sampling(
 ) -> list[list[np.ndarray]]:
     """Gives one column of panels for each of the most confident detections, one panel for each stage.
 
-    A panel shows the surroundings of the detection's centre: 16 cells of the stage's input a side, where they fit.
+    A panel shows what is around the detection's centre, 16 cells of the stage's input a side, or less in a small image.
     """
     from dcn_d2.visualizer import SamplingAnnotator
 

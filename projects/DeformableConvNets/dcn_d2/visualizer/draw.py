@@ -22,7 +22,7 @@ class SamplingAnnotator:
     """Draws the locations that lead to a point, one colour for each layer, on a copy of an image.
 
     Size and opacity of a dot show its modulation relative to the strongest of its layer. Radii and text scale with
-    the image. Calls compose: pass the result back in with another point.
+    the image. To draw several points, pass the result back in with the next one.
 
     Args:
         depth: how many deformable layers to follow back.
@@ -82,7 +82,7 @@ class SamplingAnnotator:
             raise ValueError(f"window must be (y0, x0, y1, x1) with an area, got {window}")
         origin = np.array(window[:2])
         scale = np.array(image.shape[:2]) / (np.array(window[2:]) - origin)
-        # Half a pixel is added and taken because scaling keeps the image's corner, not its first pixel's centre.
+        # Scaling keeps the corner of the image in place. The centre of its first pixel is half a pixel off.
         network_point = (np.array(point) + 0.5) / scale + origin - 0.5
         traced = trace_samples(record, (network_point[0], network_point[1]), layer, self.depth, index, self.group)
         radius = self.radius or max(2.0, min(image.shape[:2]) / 110)
@@ -138,5 +138,5 @@ def _cross(image: np.ndarray, point: tuple[float, float], radius: float) -> None
 
 
 def _short(name: str) -> str:
-    """Leaves out the parts that all layers of a backbone share."""
+    """Leaves out of a layer's name what all layers of a backbone have in theirs."""
     return ".".join(part for part in name.split(".") if part not in ("backbone", "bottom_up", "conv2")) or name

@@ -41,6 +41,7 @@ class LayerSamples(NamedTuple):
 
     @property
     def output_size(self) -> Size:
+        """(height, width) of the layer's output map."""
         return self.locations.shape[3], self.locations.shape[4]
 
 
@@ -58,7 +59,7 @@ class SamplingRecord:
 
     @property
     def image_size(self) -> Size:
-        """That of the first image; (0, 0) before a forward pass."""
+        """(height, width) of the network's first image; (0, 0) before a forward pass."""
         return self.image_sizes[0] if self.image_sizes else (0, 0)
 
     def find(self, name: str | None = None) -> int:
@@ -87,7 +88,7 @@ def record_sampling(model: nn.Module) -> Iterator[SamplingRecord]:
     """Records the deformable layers of ``model`` while the block runs; a later forward pass replaces an earlier one.
 
     Works for Detectron2's models, called with a list of dictionaries with an ``image``, and for modules called with
-    an (N, C, H, W) tensor. Only what the thread calls that entered the block is recorded: threads may share a model,
+    an (N, C, H, W) tensor. Only calls by the thread that entered the block are recorded. So threads may share a model,
     each with a block of its own.
     """
     record, hooks = SamplingRecord(), _Hooks(threading.get_ident())
@@ -112,8 +113,8 @@ def record_sampling(model: nn.Module) -> Iterator[SamplingRecord]:
 class _Hooks(NamedTuple):
     """Makes hooks that look only at the calls of one thread.
 
-    When another thread removes its hooks in the middle of this one's forward pass, PyTorch may still call them, and
-    then without keyword arguments: hence ``*rest``.
+    When another thread removes its hooks in the middle of this one's forward pass, PyTorch may still call them, but
+    without keyword arguments. That is why they take ``*rest``.
     """
 
     thread: int
@@ -175,7 +176,7 @@ def _layer_hook(record: SamplingRecord, name: str) -> Any:
 
 
 def _pack_hook(record: SamplingRecord, name: str, pack: nn.Module) -> Any:
-    """The offsets of a layer with its own offset branch are seen only at that branch."""
+    """Makes a hook for the offset branch of a layer that has one: its offsets are seen nowhere else."""
 
     def hook(branch: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], output: Tensor) -> None:
         modulated = isinstance(pack, ModulatedDeformConvPack)
@@ -237,5 +238,5 @@ def trace_samples(
 
 
 def _stride(image_size: Size, map_size: Size) -> np.ndarray:
-    """Pixels per cell, a power of two in a ResNet; rounded because odd sizes are rounded up on the way."""
+    """Pixels per cell: a power of two in a ResNet. It is rounded, because a ResNet rounds odd sizes up."""
     return np.exp2(np.rint(np.log2(np.array(image_size) / np.array(map_size))))
