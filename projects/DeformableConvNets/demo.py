@@ -48,11 +48,12 @@ def count(least: int) -> Callable[[str], int]:
             raise argparse.ArgumentTypeError(f"must be at least {least}, got {text}")
         return value
 
-    parse.__name__ = "whole number"  # argparse says it where the text is no number
+    parse.__name__ = "whole number"  # argparse's message has this word if the text is not a number
     return parse
 
 
 def score(text: str) -> float:
+    """The type of an argument that is a score: a number from 0 to 1."""
     value = float(text)
     if not 0 <= value <= 1:  # nan is refused too
         raise argparse.ArgumentTypeError(f"must be from 0 to 1, got {text}")
@@ -124,6 +125,7 @@ class Names(NamedTuple):
 
 
 def find_names(args: argparse.Namespace, cfg: CfgNode) -> Names:
+    """Gives the names of classes for detections and for ground truth."""
     from detectron2.data import MetadataCatalog
 
     model = class_names(args, cfg)
@@ -164,6 +166,7 @@ def enlarge(image: np.ndarray, size: int) -> np.ndarray:
 
 
 def draw_boxes(image: np.ndarray, boxes: Any, color: Any, labels: list[str] | None = None, masks: Any = None) -> Any:
+    """Draws (x0, y0, x1, y1) boxes in pixels of `image` on a copy of it, all in one colour."""
     from detectron2.utils.visualizer import Visualizer
 
     colors = [color] * len(boxes)
@@ -215,6 +218,7 @@ def resize_mask(mask: np.ndarray, expected: tuple[int, int], size: tuple[int, in
 
 
 def draw_detections(image: np.ndarray, found: Instances, names: list[str]) -> np.ndarray:
+    """Draws boxes with classes and scores, and masks where there are any; `found` may be of another resolution."""
     import numpy as np
 
     scale = np.divide(image.shape[1::-1], found.image_size[::-1])
@@ -239,7 +243,7 @@ def stages_of(predictor: DCNPredictor, record: SamplingRecord, box: Any) -> list
     """
     from detectron2.structures import Boxes
 
-    from dcn_d2.modeling.poolers import assign_levels
+    from dcn_d2.modeling import assign_levels
 
     pooler, level = getattr(getattr(predictor.model, "roi_heads", None), "box_pooler", None), 2
     if pooler is not None:
@@ -253,7 +257,7 @@ def draw_sampling(
 ) -> list[list[np.ndarray]]:
     """Gives one column of panels for each of the most confident detections, one panel for each stage.
 
-    A panel shows the surroundings of the detection's centre: 16 cells of the stage's input a side, where they fit.
+    A panel shows what is around the detection's centre, 16 cells of the stage's input a side, or less in a small image.
     """
     from dcn_d2.visualizer import SamplingAnnotator
 
@@ -350,6 +354,7 @@ def prepare(args: argparse.Namespace) -> tuple[list[dict[str, Any]], PictureFold
 
 
 def main(arguments: list[str] | None = None) -> None:
+    """Runs the script; exits with 1 and a message if something was not drawn."""
     args = parse_arguments(arguments)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be text

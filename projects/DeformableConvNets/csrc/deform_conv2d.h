@@ -60,7 +60,7 @@ inline Modulation parts_of(Tensor offset_and_mask, const Tensor& weight) {
   check_operand(op, "offset_and_mask", offset_and_mask, offset_and_mask, 4);
   const int64_t taps = weight.size(2) * weight.size(3), channels = offset_and_mask.size(1);
   DCN_CHECK(taps > 0 && channels > 0 && channels % (3 * taps) == 0, op, ": offset_and_mask has ", channels,
-            " channels, which is no multiple of 3 * ", weight.size(2), " * ", weight.size(3));
+            " channels, but needs a multiple of 3 * ", weight.size(2), " * ", weight.size(3), " = ", 3 * taps);
   const int64_t logits = channels / 3;
   return {torch::stable::narrow(offset_and_mask, 1, 0, 2 * logits),
           torch::stable::narrow(offset_and_mask, 1, 2 * logits, logits), offset_and_mask};
@@ -101,14 +101,15 @@ inline DeformConv2dSizes check_deform_conv2d(const Tensor& input, const Modulati
   const int64_t taps = s.taps();
   DCN_CHECK(taps > 0, op, ": weight has an empty kernel, ", s.kernel_h, " x ", s.kernel_w);
   DCN_CHECK(weight.size(1) > 0 && s.channels % weight.size(1) == 0, op, ": input has ", s.channels,
-            " channels, which is no multiple of weight's ", weight.size(1));
+            " channels, but needs a multiple of weight's ", weight.size(1));
   s.groups = s.channels / weight.size(1);
   DCN_CHECK(s.groups > 0 && s.out_channels % s.groups == 0, op, ": weight has ", s.out_channels,
-            " output channels, which is no multiple of the ", s.groups, " groups");
+            " output channels, but needs a multiple of the ", s.groups, " groups");
   s.deform_groups = offset.size(1) / (per_tap * taps);
   DCN_CHECK(s.deform_groups > 0 && offset.size(1) % (per_tap * taps) == 0, op, ": ", offset_name, " has ",
-            offset.size(1), " channels, which is no multiple of ", per_tap, " * ", s.kernel_h, " * ", s.kernel_w);
-  DCN_CHECK(s.channels % s.deform_groups == 0, op, ": input has ", s.channels, " channels, which is no multiple of ",
+            offset.size(1), " channels, but needs a multiple of ", per_tap, " * ", s.kernel_h, " * ", s.kernel_w, " = ",
+            per_tap * taps);
+  DCN_CHECK(s.channels % s.deform_groups == 0, op, ": input has ", s.channels, " channels, but needs a multiple of ",
             offset_name, "'s ", s.deform_groups, " groups");
   s.out_h = conv_output_size(s.height, s.kernel_h, s.stride_h, s.pad_h, s.dilation_h);
   s.out_w = conv_output_size(s.width, s.kernel_w, s.stride_w, s.pad_w, s.dilation_w);

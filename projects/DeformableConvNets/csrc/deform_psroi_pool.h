@@ -76,7 +76,7 @@ inline DeformPsRoiPoolSizes check_deform_psroi_pool(
   const std::vector<int64_t>& part = part_size ? *part_size : output_size;
   const int64_t cells = group_size * group_size, channels = input.size(1);
   DCN_CHECK(channels % cells == 0, op, ": input has ", channels,
-            " channels, which is no multiple of group_size^2 = ", cells);
+            " channels, but needs a multiple of group_size^2 = ", cells);
   DeformPsRoiPoolSizes s{input.size(0),
                          input.size(2),
                          input.size(3),
@@ -95,7 +95,7 @@ inline DeformPsRoiPoolSizes check_deform_psroi_pool(
     check_operand(op, "offset", *offset, input, 4);
     s.classes = offset->size(1) / 2;
     DCN_CHECK(s.classes > 0 && offset->size(1) % 2 == 0 && s.out_channels % s.classes == 0, op, ": offset has ",
-              offset->size(1), " channels, which is not 2, nor twice a divisor of the ", s.out_channels,
+              offset->size(1), " channels, but needs 2 * classes, where classes divides the ", s.out_channels,
               " output channels");
     check_shape(op, "offset", *offset, {s.rois, offset->size(1), s.part_h, s.part_w});
   }

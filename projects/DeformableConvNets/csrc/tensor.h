@@ -12,6 +12,7 @@
 #include <torch/headeronly/util/shim_utils.h>
 
 #include <array>
+#include <cctype>
 #include <limits>
 #include <optional>
 #include <sstream>
@@ -64,6 +65,7 @@ inline std::string to_string(const torch::stable::Device& device) {
   return device.index() < 0 || type == "cpu" ? type : type + ":" + std::to_string(device.index());
 }
 
+// As torch prints it: "torch.float32".
 inline std::string to_string(ScalarType dtype) {
   switch (dtype) {
     case ScalarType::Double:
@@ -74,8 +76,27 @@ inline std::string to_string(ScalarType dtype) {
       return "torch.float16";
     case ScalarType::BFloat16:
       return "torch.bfloat16";
-    default:
-      return torch::headeronly::toString(dtype);
+    case ScalarType::Byte:
+      return "torch.uint8";
+    case ScalarType::Char:
+      return "torch.int8";
+    case ScalarType::Short:
+      return "torch.int16";
+    case ScalarType::Int:
+      return "torch.int32";
+    case ScalarType::Long:
+      return "torch.int64";
+    case ScalarType::ComplexHalf:
+      return "torch.complex32";
+    case ScalarType::ComplexFloat:
+      return "torch.complex64";
+    case ScalarType::ComplexDouble:
+      return "torch.complex128";
+    default: {  // the others have the same name in Python, in lower case
+      std::string name = torch::headeronly::toString(dtype);
+      for (char& letter : name) letter = static_cast<char>(std::tolower(static_cast<unsigned char>(letter)));
+      return "torch." + name;
+    }
   }
 }
 

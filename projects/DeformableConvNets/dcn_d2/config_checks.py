@@ -590,8 +590,8 @@ def _unread(cfg: CfgNode) -> Iterator[Problem]:
 def _unread_by_heads(cfg: CfgNode) -> Iterator[Problem]:
     from detectron2.modeling import PROPOSAL_GENERATOR_REGISTRY
 
+    from .modeling.mmdet import DCNRPN
     from .modeling.roi_heads import DCNCascadeROIHeads, DCNROIHeads
-    from .modeling.rpn import DCNRPN
 
     dcn = _defaults().MODEL.DCN
     of_rpn = [key for key in dcn if key.startswith("RPN_")]

@@ -390,6 +390,23 @@ def test_columns_without_panels_are_left_out(
     assert Image.open(output / "a_sampling.png").width < 2 * demo.SMALL_PANEL
 
 
+def test_columns_are_composed_side_by_side_below_their_titles(demo: ModuleType) -> None:
+    colors = np.array([[200, 0, 0], [0, 200, 0], [0, 0, 200]], np.uint8)
+    red, green, blue = (np.broadcast_to(color, (40, 50, 3)).copy() for color in colors)
+    picture = np.asarray(demo.compose([[red], [green, blue]], ["a", "b"]))
+    gap, bar = 12, 34
+    assert picture.shape == (bar + 2 * (40 + gap), gap + 2 * (50 + gap), 3)
+    for column, row, panel in ((0, 0, red), (1, 0, green), (1, 1, blue)):
+        top, left = bar + row * (40 + gap), gap + column * (50 + gap)
+        assert (picture[top : top + 40, left : left + 50] == panel).all()
+    assert (picture[bar + 40 :, : gap + 50] == 255).all(), "the first column has one panel"
+    assert (picture[:bar, : gap + 50] < 128).any() and (picture[:bar, gap + 50 + gap :] < 128).any(), "titles"
+    wide = demo.compose([[red]], ["a title that is wider than its column"])
+    assert wide.width > 4 * 50
+    with pytest.raises(ValueError):
+        demo.compose([[red], [green]], ["one title for two columns"])
+
+
 def test_the_stages_of_a_detection_follow_from_its_fpn_level(demo: ModuleType) -> None:
     model = build_model(load_config(str(CONFIG), QUICK)).eval()
     with record_sampling(model) as record, torch.no_grad():

@@ -1,7 +1,7 @@
 # Copyright (c) the dcn_d2 authors. SPDX-License-Identifier: Apache-2.0
 """Deformable layers: modules with parameters, which need torch and `dcn_d2.ops` only."""
 
-from ..ops.modulated_deform_conv2d import split_offset_and_mask
+from ..ops import split_offset_and_mask
 from .deform_conv import DeformConv, DeformConvPack, ModulatedDeformConv, ModulatedDeformConvPack
 from .deform_psroi_pool import DeformPSRoIPool, ModulatedDeformPSRoIPool
 from .deform_roi_pool import DeformRoIPool, ModulatedDeformRoIPool

@@ -1,5 +1,5 @@
 # Copyright (c) the dcn_d2 authors. SPDX-License-Identifier: Apache-2.0
-"""What all layers share."""
+"""What all layers share: the check of their input, and how offset branches run under autocast."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ def offset_branch(branch: nn.Conv2d, x: Tensor) -> Tensor:
     """Runs the convolution that predicts offsets, in float32 under autocast on CPU.
 
     In bfloat16, offsets of some pixels are a hundredth of a pixel off. Where that takes a sample over a pixel's border,
-    the gradients that reach it jump: those of the input and the branch were 10 % off, and are 0.4 % off so. The
-    operators on CUDA read offsets in the dtype of the input, so that there is nothing to gain there.
+    its gradient jumps. The gradients of the input and the branch were 10 % off in bfloat16, and 0.4 % in float32. The
+    operators on CUDA read offsets in the dtype of the input, so float32 would gain nothing there.
     """
     if x.device.type != "cpu" or not torch.is_autocast_enabled("cpu") or x.dtype == torch.float64:
         return branch(x)
@@ -28,16 +28,16 @@ class DeformableLayer(nn.Module):
     in_channels: int
 
     def _check_in_channels(self, x: Tensor) -> None:
-        # The operators cannot: to them, twice the channels are two conv groups, and pooling takes any number.
+        # The operators cannot check it: they take twice the channels for two conv groups, and pool any number of them.
         if x.dim() == 4 and x.shape[1] != self.in_channels:
             raise RuntimeError(
                 f"{type(self).__name__}: the input must have in_channels={self.in_channels} channels, got "
                 f"{x.shape[1]} (shape {list(x.shape)})"
             )
 
-    def __prepare_scriptable__(self) -> NoReturn:  # what torch.jit.script calls first, also for parts of a model
+    def __prepare_scriptable__(self) -> NoReturn:  # torch.jit.script calls it first, also for parts of a model
         raise RuntimeError(
             f"{type(self).__name__} cannot be compiled by torch.jit.script. Use torch.export.export, torch.compile or "
-            "torch.jit.trace; of what dcn_d2 has, only the operators, such as dcn_d2.ops.deform_conv2d, may be called "
-            "in scripted functions."
+            "torch.jit.trace. Scripted functions may call the operators of dcn_d2, such as dcn_d2.ops.deform_conv2d, "
+            "but not its layers."
         )

@@ -9,9 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..ops import deform_conv2d, modulated_deform_conv2d
+from ..ops import deform_conv2d, modulated_deform_conv2d, split_offset_and_mask
 from ..ops._arguments import integer, integer_or_pair, pair
-from ..ops.modulated_deform_conv2d import split_offset_and_mask
 from ._layer import DeformableLayer, offset_branch
 
 IntOrPair = int | tuple[int, int]
@@ -23,7 +22,10 @@ def _pair(value: IntOrPair, name: str) -> tuple[int, int]:
 
 
 class _DeformConvBase(DeformableLayer):
-    """What the layers of this file share: parameters, checks, and norm and activation after the operator."""
+    """What the layers of this file share: parameters, checks, and norm and activation after the operator.
+
+    Its constructor is that of `ModulatedDeformConv`.
+    """
 
     norm: nn.Module | None
     activation: Callable[[Tensor], Tensor] | None
@@ -34,14 +36,14 @@ class _DeformConvBase(DeformableLayer):
         in_channels: int,
         out_channels: int,
         kernel_size: IntOrPair,
-        stride: IntOrPair,
-        padding: IntOrPair,
-        dilation: IntOrPair,
-        groups: int,
-        deformable_groups: int,
-        bias: bool,
-        norm: nn.Module | None,
-        activation: Callable[[Tensor], Tensor] | None,
+        stride: IntOrPair = 1,
+        padding: IntOrPair = 0,
+        dilation: IntOrPair = 1,
+        groups: int = 1,
+        deformable_groups: int = 1,
+        bias: bool = True,
+        norm: nn.Module | None = None,
+        activation: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         super().__init__()
         in_channels, out_channels = integer(in_channels, "in_channels"), integer(out_channels, "out_channels")
@@ -66,8 +68,7 @@ class _DeformConvBase(DeformableLayer):
         nn.init.kaiming_uniform_(self.weight, nonlinearity="relu")
 
     def _check_channels(self, name: str, tensor: Tensor, channels_per_tap: int) -> None:
-        # The operator infers the number of deform groups from the offsets, so only the layer can tell that
-        # they were made for another number of groups.
+        # The operator infers the number of deform groups from the offsets. Only the layer knows how many it should be.
         channels = channels_per_tap * self.deformable_groups * self.kernel_size[0] * self.kernel_size[1]
         if tensor.shape[1] != channels:
             raise RuntimeError(
@@ -85,7 +86,7 @@ class _DeformConvBase(DeformableLayer):
 
     def _finish(self, x: Tensor, out: Tensor) -> Tensor:
         if x.numel() == 0:
-            return out  # as Detectron2: an empty batch would turn the statistics of a BatchNorm into NaN
+            return out  # as Detectron2 does: an empty batch would turn the statistics of a BatchNorm into NaN
         if self.norm is not None:
             out = self.norm(out)
         if self.activation is not None:
@@ -121,11 +122,23 @@ class DeformConv(_DeformConvBase):
     Args:
         in_channels: a multiple of `groups` and of `deformable_groups`.
         out_channels: a multiple of `groups`.
-        kernel_size: a number or (height, width); so are stride, padding and dilation.
-        deformable_groups: the input channels are cut into so many groups, each with offsets of its own.
-        bias: must be False; it is there because Detectron2's class has it.
+        kernel_size: a number or (height, width).
+        stride: a number or (height, width).
+        padding: of zeros, a number or (height, width).
+        dilation: a number or (height, width).
+        groups: conv groups.
+        deformable_groups: the input channels are divided into this many groups, each with offsets of its own.
+        bias: must be False. The argument exists because Detectron2's class has it.
         norm: a module applied to the output.
         activation: a function applied after the norm.
+
+    Example:
+        >>> import torch
+        >>> from dcn_d2.layers import DeformConv
+        >>> layer = DeformConv(4, 8, kernel_size=3, padding=1)
+        >>> offset = torch.zeros(1, 18, 5, 6)  # (y, x) of 9 taps at 5 x 6 places
+        >>> layer(torch.zeros(1, 4, 5, 6), offset).shape
+        torch.Size([1, 8, 5, 6])
     """
 
     def __init__(
@@ -144,16 +157,17 @@ class DeformConv(_DeformConvBase):
     ) -> None:
         if bias:
             raise ValueError(f"{type(self).__name__} has no bias, got bias={bias}; ModulatedDeformConv has one")
+        stride, padding, dilation = _pair(stride, "stride"), _pair(padding, "padding"), _pair(dilation, "dilation")
         super().__init__(
             in_channels,
             out_channels,
             kernel_size,
-            _pair(stride, "stride"),
-            _pair(padding, "padding"),
-            _pair(dilation, "dilation"),
+            stride,
+            padding,
+            dilation,
             groups,
             deformable_groups,
-            bias,
+            False,
             norm,
             activation,
         )
@@ -171,38 +185,26 @@ class DeformConv(_DeformConvBase):
 class ModulatedDeformConv(_DeformConvBase):
     """Modulated deformable convolution (v2): the caller gives the offsets and the modulation.
 
-    A drop-in for `detectron2.layers.ModulatedDeformConv` that also works on CPU. Arguments as for `DeformConv`, but
-    with a bias. Source: Zhu et al., "Deformable ConvNets v2: More Deformable, Better Results", CVPR 2019.
+    A drop-in for `detectron2.layers.ModulatedDeformConv` that also works on CPU. It takes the arguments of
+    `DeformConv`, but `bias` may be True, and is by default.
+
+    Source: Zhu et al., "Deformable ConvNets v2: More Deformable, Better Results", CVPR 2019.
+
+    Example:
+        >>> import torch
+        >>> from dcn_d2.layers import ModulatedDeformConv
+        >>> layer = ModulatedDeformConv(4, 8, kernel_size=3, padding=1)
+        >>> x, offset, mask = torch.zeros(1, 4, 5, 6), torch.zeros(1, 18, 5, 6), torch.ones(1, 9, 5, 6)
+        >>> layer(x, offset, mask).shape
+        torch.Size([1, 8, 5, 6])
+        >>> layer(x, torch.zeros(1, 27, 5, 6)).shape  # a branch's output: offsets, and logits of the mask
+        torch.Size([1, 8, 5, 6])
     """
 
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        kernel_size: IntOrPair,
-        stride: IntOrPair = 1,
-        padding: IntOrPair = 0,
-        dilation: IntOrPair = 1,
-        groups: int = 1,
-        deformable_groups: int = 1,
-        bias: bool = True,
-        norm: nn.Module | None = None,
-        activation: Callable[[Tensor], Tensor] | None = None,
-    ) -> None:
-        super().__init__(
-            in_channels,
-            out_channels,
-            kernel_size,
-            stride,
-            padding,
-            dilation,
-            groups,
-            deformable_groups,
-            bias,
-            norm,
-            activation,
-        )
-        self.with_bias = bias
+    @property
+    def with_bias(self) -> bool:
+        """Whether there is a bias, under the name that Detectron2's class has for it."""
+        return self.bias is not None
 
     def forward(self, x: Tensor, offset: Tensor, mask: Tensor | None = None) -> Tensor:
         """Convolves (N, in_channels, H, W) `x`.
@@ -219,7 +221,7 @@ class ModulatedDeformConv(_DeformConvBase):
         self._check_in_channels(x)
         self._check_channels("offset (the branch's output, as there is no mask)", offset, 3)
         if torch.jit.is_tracing() or torch.compiler.is_exporting():
-            # An exported graph holds operators that other runtimes know.
+            # Other runtimes know this operator, and not the one below.
             return self._convolve(x, *split_offset_and_mask(offset))
         out = modulated_deform_conv2d(x, offset, self.weight, self.bias, self.stride, self.padding, self.dilation)
         return self._finish(x, out)
@@ -229,6 +231,14 @@ class DeformConvPack(DeformConv):
     """`DeformConv` with its own offset branch `conv_offset`; it starts as a plain convolution.
 
     Takes the arguments of `DeformConv`. Parameters are named as in mmcv's `DeformConv2dPack`.
+
+    Example:
+        >>> import torch
+        >>> from dcn_d2.layers import DeformConvPack
+        >>> layer = DeformConvPack(4, 8, kernel_size=3, padding=1)
+        >>> x = torch.rand(1, 4, 5, 6)
+        >>> torch.allclose(layer(x), torch.nn.functional.conv2d(x, layer.weight, padding=1), atol=1e-5)
+        True
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -246,6 +256,14 @@ class ModulatedDeformConvPack(ModulatedDeformConv):
 
     It starts as half a plain convolution: the modulation is 0.5 everywhere. Takes the arguments of
     `ModulatedDeformConv`. Parameters are named as in mmcv's `ModulatedDeformConv2dPack`.
+
+    Example:
+        >>> import torch
+        >>> from dcn_d2.layers import ModulatedDeformConvPack
+        >>> layer = ModulatedDeformConvPack(4, 8, kernel_size=3, padding=1, bias=False)
+        >>> x = torch.rand(1, 4, 5, 6)
+        >>> torch.allclose(layer(x), torch.nn.functional.conv2d(x, layer.weight, padding=1) / 2, atol=1e-5)
+        True
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:

@@ -13,6 +13,7 @@ from ._layer import DeformableLayer
 
 
 def _zero_init(linear: nn.Linear) -> nn.Linear:
+    """Sets the weight and bias of a layer to zero, and gives it back."""
     nn.init.zeros_(linear.weight)
     nn.init.zeros_(linear.bias)
     return linear
@@ -66,22 +67,22 @@ class PoolWithOffsetBranch(DeformableLayer):
         """Pools (N, in_channels, H, W) `x` over (R, 5) `rois`, (batch index, x0, y0, x1, y1) in image pixels.
 
         Returns:
-            (R, in_channels, output_h, output_w), of the dtype of `x`, also under autocast. No RoIs give an empty tensor
-            through which gradients still flow to all parameters, as zeros.
+            (R, in_channels, output_h, output_w), of the dtype of `x`, also under autocast. Without RoIs it is an empty
+            tensor, and all parameters still get gradients, of zeros.
 
         Raises:
-            RuntimeError: `x` has another number of channels than the layer, or the operator's reasons.
+            RuntimeError: `x` has another number of channels than the layer, or the operator refuses its operands.
         """
         self._check_in_channels(x)
         plain = self._pool(x, rois, None, None).flatten(1)
         offset = self.offset_fc(plain).unflatten(1, (2, *self.output_size))  # x before y
         mask = self.mask_fc(plain).unflatten(1, (1, *self.output_size)) if self.modulated else None
-        # Autocast pools float32 maps in half precision. Detectron2's poolers collect what the levels give in a tensor
-        # of the maps' dtype, which its own RoIAlign keeps.
+        # Autocast pools float32 maps in half precision. Detectron2's `ROIPooler` collects the results of all levels in
+        # a tensor of the maps' dtype, so each must have that dtype.
         return self._pool(x, rois, offset, mask).to(x.dtype)
 
     def _pool(self, x: Tensor, rois: Tensor, offset: Tensor | None, mask: Tensor | None) -> Tensor:
-        """Runs the operator; without `offset` and `mask` it is the undeformed pooling that both branches read."""
+        """Runs the operator. Without `offset` and `mask` it gives the undeformed pooling, which both branches read."""
         raise NotImplementedError
 
     def extra_repr(self) -> str:
@@ -103,6 +104,14 @@ class DeformRoIPool(PoolWithOffsetBranch):
         deform_fc_channels: width of the hidden layers of the branches.
         sampling_ratio: samples a side of a bin; 0 takes one for each feature-map pixel that a bin spans, rounded up.
         gamma: an offset of 1 moves a bin by this share of the RoI's width or height.
+
+    Example:
+        >>> import torch
+        >>> from dcn_d2.layers import DeformRoIPool
+        >>> pool = DeformRoIPool(output_size=7, spatial_scale=1 / 16, in_channels=8, deform_fc_channels=16)
+        >>> rois = torch.tensor([[0, 10.0, 20.0, 150.0, 90.0], [1, 0.0, 0.0, 64.0, 64.0]])  # image, x0, y0, x1, y1
+        >>> pool(torch.rand(2, 8, 10, 12), rois).shape
+        torch.Size([2, 8, 7, 7])
     """
 
     def _pool(self, x: Tensor, rois: Tensor, offset: Tensor | None, mask: Tensor | None) -> Tensor:
@@ -117,6 +126,14 @@ class ModulatedDeformRoIPool(DeformRoIPool):
     It starts as half of RoIAlign: all factors are 0.5. Arguments as for `DeformRoIPool`. Source: Zhu et al.,
     "Deformable ConvNets v2: More Deformable, Better Results", CVPR 2019. Parameters `offset_fc.{0,2,4}` and
     `mask_fc.{0,2}`.
+
+    Example:
+        >>> import torch
+        >>> from dcn_d2.layers import ModulatedDeformRoIPool
+        >>> pool = ModulatedDeformRoIPool(output_size=7, spatial_scale=1 / 16, in_channels=8, deform_fc_channels=16)
+        >>> rois = torch.tensor([[0, 10.0, 20.0, 150.0, 90.0], [1, 0.0, 0.0, 64.0, 64.0]])  # image, x0, y0, x1, y1
+        >>> pool(torch.rand(2, 8, 10, 12), rois).shape
+        torch.Size([2, 8, 7, 7])
     """
 
     modulated = True

@@ -1,5 +1,8 @@
 # Copyright (c) the dcn_d2 authors. SPDX-License-Identifier: Apache-2.0
-"""Deformable models for Detectron2; importing this package registers them by name."""
+"""Deformable models for Detectron2; importing this package registers them by name.
+
+What is about deformable layers lies here. The rules of MMDetection that are not lie in `mmdet`.
+"""
 
 from .backbone import (
     DeformBottleneckBlock,
@@ -9,12 +12,9 @@ from .backbone import (
     use_dcn_layers_in_detectron2,
 )
 from .flops import register_flop_handles
-from .mask_heads import MaskHeadPerStage
-from .matcher import MinimumIoUMatcher
-from .norm import FixedStatsBatchNorm2d, fix_batch_norm_statistics
-from .poolers import ROI_POOLER_REGISTRY, DCNROIPooler, build_roi_pooler
+from .mmdet import DCNRPN, FixedStatsBatchNorm2d, MaskHeadPerStage, MinimumIoUMatcher, fix_batch_norm_statistics
+from .poolers import ROI_POOLER_REGISTRY, DCNROIPooler, assign_levels, build_roi_pooler
 from .roi_heads import DCNCascadeROIHeads, DCNROIHeads
-from .rpn import DCNRPN
 
 __all__ = [
     "DCNCascadeROIHeads",
@@ -26,6 +26,7 @@ __all__ = [
     "MaskHeadPerStage",
     "MinimumIoUMatcher",
     "ROI_POOLER_REGISTRY",
+    "assign_levels",
     "build_dcn_resnet_backbone",
     "build_dcn_resnet_fpn_backbone",
     "build_dcn_retinanet_resnet_fpn_backbone",

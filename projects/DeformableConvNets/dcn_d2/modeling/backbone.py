@@ -1,5 +1,5 @@
 # Copyright (c) the dcn_d2 authors. SPDX-License-Identifier: Apache-2.0
-"""ResNet and ResNeXt with deformable convolutions, with or without FPN: Detectron2 builds them, this changes conv2."""
+"""ResNet and ResNeXt with deformable convolutions, with or without FPN. Detectron2 builds them; this changes conv2."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ..config import with_dcn_keys
 from ..config_checks import check_part
 from ..layers import DeformConv, ModulatedDeformConv
 from ..layers._layer import offset_branch
-from .norm import fix_batch_norm_statistics
+from .mmdet import fix_batch_norm_statistics
 
 
 def use_dcn_layers_in_detectron2() -> None:
@@ -37,12 +37,12 @@ class DeformBottleneckBlock(CNNBlockBase):
     """A bottleneck block whose 3x3 convolution is deformable, with offsets predicted from that convolution's input.
 
     It is made from a plain block, whose layers, weights and norms it takes over. Parameters have the names of
-    Detectron2's class of this name: `conv2` and, for the offset branch, `conv2_offset`. The branch is dense in
-    ResNeXt too, and starts with zeros.
+    Detectron2's class of this name: `conv2` and, for the offset branch, `conv2_offset`. The branch has no conv groups,
+    not in ResNeXt either, and starts with zeros.
 
     Args:
-        plain: the block to take over; use it no more.
-        deform_modulated: v2 instead of v1.
+        plain: the block to take over. It must not be used afterwards.
+        deform_modulated: modulated deformable convolution (v2) instead of v1.
         deform_num_groups: deform groups of conv2.
     """
 
@@ -87,7 +87,10 @@ class DeformBottleneckBlock(CNNBlockBase):
         return F.relu_(out)
 
     def _deform(self, x: Tensor) -> Tensor:
-        """Runs the offset branch, conv2 and its norm."""
+        """Maps (N, bottleneck_channels, H, W) to (N, bottleneck_channels, H / stride, W / stride).
+
+        Runs the offset branch, conv2 and its norm.
+        """
         return self.conv2(x, offset_branch(self.conv2_offset, x))
 
 
@@ -95,7 +98,7 @@ def memory_format_of(cfg: CfgNode) -> torch.memory_format:
     """The memory format that MODEL.DCN.MEMORY_FORMAT gives weights and feature maps on MODEL.DEVICE.
 
     Raises:
-        ValueError: the key has a value that it cannot have.
+        ValueError: the key has a value that is not allowed.
     """
     name = with_dcn_keys(cfg).MODEL.DCN.MEMORY_FORMAT
     formats = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
@@ -111,12 +114,12 @@ def build_dcn_resnet_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> ResNet:
     """Builds a ResNet or ResNeXt whose stages are deformable where the config says so.
 
     Reads Detectron2's keys for `build_resnet_backbone`, among them MODEL.RESNETS.DEFORM_ON_PER_STAGE,
-    DEFORM_MODULATED and DEFORM_NUM_GROUPS, and of MODEL.DCN NORM_EVAL and MEMORY_FORMAT. Stages below
-    MODEL.BACKBONE.FREEZE_AT are frozen, deformable ones too. Images may have any number of channels, as
-    many as MODEL.PIXEL_MEAN has values: 1 for grey ones.
+    DEFORM_MODULATED and DEFORM_NUM_GROUPS, and its own keys MODEL.DCN.NORM_EVAL and MEMORY_FORMAT. Stages below
+    MODEL.BACKBONE.FREEZE_AT are frozen, deformable ones too. Images have as many channels as MODEL.PIXEL_MEAN has
+    values, 1 for grey ones.
 
     Raises:
-        ConfigError: a key below MODEL has a value that it cannot have.
+        ConfigError: a key below MODEL has a value that is not allowed.
     """
     cfg = with_dcn_keys(cfg)
     check_part(cfg, "MODEL.BACKBONE.NAME", "build_dcn_resnet_backbone")
@@ -139,7 +142,7 @@ def build_dcn_resnet_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> ResNet:
                 )
     if cfg.MODEL.DCN.NORM_EVAL:
         fix_batch_norm_statistics(backbone)
-    # A convolution whose weight is channels_last gives such a map whatever it is given.
+    # The weights decide the memory format of all maps: a convolution with a channels_last weight gives such a map.
     return backbone.freeze(cfg.MODEL.BACKBONE.FREEZE_AT).to(memory_format=memory_format_of(cfg))
 
 

@@ -1,7 +1,7 @@
 # Copyright (c) the dcn_d2 authors. SPDX-License-Identifier: Apache-2.0
-"""Lets fvcore's and Detectron2's `FlopCountAnalysis` count the operators; without, a deformable model looks cheaper.
+"""Lets `FlopCountAnalysis` of fvcore and Detectron2 count the operators. It would leave them out otherwise.
 
-What counts is said in `dcn_d2.ops.flops`.
+`dcn_d2.ops.flops` says what is counted.
 """
 
 from __future__ import annotations
@@ -37,6 +37,6 @@ HANDLES: dict[str, Handle] = {
 
 
 def register_flop_handles() -> None:
-    """Adds `HANDLES` to those that every `FlopCountAnalysis` starts with."""
-    # fvcore.nn has a function of the module's name, which hides it from an import statement.
+    """Adds `HANDLES` to those with which every `FlopCountAnalysis` starts."""
+    # An import statement would give the function of fvcore.nn that has the same name as the module.
     importlib.import_module("fvcore.nn.flop_count")._DEFAULT_SUPPORTED_OPS.update(HANDLES)

@@ -1,5 +1,5 @@
 # Copyright (c) the dcn_d2 authors. SPDX-License-Identifier: Apache-2.0
-"""RoI poolers with parameters, in the mechanics of Detectron2's `ROIPooler`, chosen by name in the config."""
+"""Deformable RoI poolers for all levels of an FPN: Detectron2's `ROIPooler` with layers that the config names."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ Poolers that POOLER_TYPE of MODEL.ROI_BOX_HEAD, ROI_MASK_HEAD and ROI_KEYPOINT_H
 A registered object is called once for each FPN level, with the keywords
 
 - output_size: bins a side, a number,
-- spatial_scale: size of the level's feature map over size of the image,
+- spatial_scale: size of the level's feature map divided by the size of the image,
 - in_channels: channels of the feature map,
 - deform_fc_channels: MODEL.DCN.POOLER_FC_DIM,
 - sampling_ratio: POOLER_SAMPLING_RATIO of the head's config; 0 leaves the choice to the pooler,
 
 and returns a module that maps an (N, in_channels, H, W) feature map and (R, 5) RoIs, (batch index, x0, y0, x1, y1) in
 image pixels, to (R, in_channels, output_size, output_size) of the map's dtype, also under autocast. The RoIs are
-float32, whatever the map is. It is also called with no RoIs, and must give its
-parameters a gradient (zero) then: distributed training waits for the gradients of all parameters.
+float32 for maps of every dtype. It is also called without RoIs. Its parameters must get a gradient then too, of zeros:
+distributed training waits for the gradients of all parameters.
 """
 
 for _layer in (DeformRoIPool, ModulatedDeformRoIPool, DeformPSRoIPool, ModulatedDeformPSRoIPool):
@@ -39,15 +39,16 @@ for _layer in (DeformRoIPool, ModulatedDeformRoIPool, DeformPSRoIPool, Modulated
 
 
 class DCNROIPooler(ROIPooler):
-    """Detectron2's `ROIPooler` with a pooler of one's own on each level, and MMDetection's level assignment.
+    """Detectron2's `ROIPooler`, with another pooler on each level, MMDetection's choice of levels, or both.
 
     Args:
         output_size: bins a side.
-        scales: size over size of the image, for each level's feature map, finest first; factors of 2.
+        scales: size of each level's feature map divided by the size of the image. The finest comes first, and each is
+            half of the one before.
         sampling_ratio: samples a side of a bin; 0 is adaptive.
-        pooler_type: one of Detectron2's.
-        level_pooler: makes the pooler of a level from its scale, in place of `pooler_type`'s.
-        mmdet_levels: assign levels with MMDetection's formula.
+        pooler_type: a type that Detectron2 knows.
+        level_pooler: makes the pooler of a level from its scale, in place of that of `pooler_type`.
+        mmdet_levels: choose the level of a box with MMDetection's formula.
     """
 
     def __init__(
@@ -65,7 +66,15 @@ class DCNROIPooler(ROIPooler):
         self.mmdet_levels = mmdet_levels
 
     def forward(self, x: list[Tensor], box_lists: list[Boxes]) -> Tensor:
-        """Pools each box from the level of its size; arguments and result as in `ROIPooler`."""
+        """Pools each box from the feature map of the level that its size belongs to.
+
+        Args:
+            x: the feature map of each level, (N, C, H, W) tensors, finest first.
+            box_lists: the boxes of each of the N images, in pixels of the image.
+
+        Returns:
+            (R, C, output_size, output_size), where R is the number of all boxes, image by image.
+        """
         if not self.mmdet_levels or len(box_lists) == 0 or len(x) == 1:
             return super().forward(x, box_lists)
         levels = self._mmdet_levels(box_lists)
@@ -73,15 +82,15 @@ class DCNROIPooler(ROIPooler):
         output = x[0].new_zeros(len(rois), x[0].shape[1], *self.output_size)
         for level, (pooler, features) in enumerate(zip(self.level_poolers, x)):
             (indices,) = (levels == level).nonzero(as_tuple=True)
-            # In place, also with no indices: that is what leads gradients to the parameters of an empty level.
+            # Also without indices: through this, the parameters of a level without boxes get gradients, of zeros.
             output.index_put_((indices,), pooler(features, rois[indices]))
         return output
 
     def _mmdet_levels(self, box_lists: list[Boxes]) -> Tensor:
-        """Gives the index of each box's level.
+        """Gives the index of each box's level, 0 for the finest: a tensor (R,).
 
-        floor(log2(size / 56 + 1e-6)), where Detectron2 has floor(4 + log2(size / 224 + 1e-8)) - 2: they differ for
-        boxes a hair smaller than 112, 224 and 448 pixels.
+        MMDetection computes floor(log2(size / 56 + 1e-6)), and Detectron2 floor(4 + log2(size / 224 + 1e-8)) - 2. They
+        differ for boxes a hair smaller than 112, 224 and 448 pixels.
         """
         finest = self.canonical_box_size / 2 ** (self.canonical_level - self.min_level)
         sizes = torch.cat([boxes.area() for boxes in box_lists]).sqrt()
@@ -90,7 +99,12 @@ class DCNROIPooler(ROIPooler):
 
 
 def assign_levels(pooler: ROIPooler, box_lists: list[Boxes]) -> Tensor:
-    """Gives the index of the feature map from which `pooler` pools each box, for one of Detectron2's poolers too."""
+    """Gives the index of the feature map from which `pooler` pools each box: (R,), 0 for the finest map.
+
+    Args:
+        pooler: a `DCNROIPooler` or one of Detectron2's.
+        box_lists: the boxes of each image.
+    """
     if isinstance(pooler, DCNROIPooler) and pooler.mmdet_levels:
         return pooler._mmdet_levels(box_lists)
     return assign_boxes_to_levels(
@@ -104,8 +118,8 @@ def build_roi_pooler(cfg: CfgNode, head: CfgNode, input_shape: Mapping[str, Shap
     Args:
         cfg: the config; reads MODEL.ROI_HEADS.IN_FEATURES, MODEL.DCN.POOLER_FC_DIM and MODEL.DCN.POOLER_MMDET_LEVELS.
         head: node of the head, such as MODEL.ROI_BOX_HEAD; reads POOLER_TYPE, POOLER_RESOLUTION and
-            POOLER_SAMPLING_RATIO. A type that is not in `ROI_POOLER_REGISTRY` is left to Detectron2's `ROIPooler`.
-        input_shape: what the backbone gives.
+            POOLER_SAMPLING_RATIO. Detectron2's `ROIPooler` builds a type that is not in `ROI_POOLER_REGISTRY`.
+        input_shape: channels and stride of each feature map of the backbone, by its name.
     """
     dcn = with_dcn_keys(cfg).MODEL.DCN
     shapes = [input_shape[name] for name in cfg.MODEL.ROI_HEADS.IN_FEATURES]
@@ -127,5 +141,5 @@ def build_roi_pooler(cfg: CfgNode, head: CfgNode, input_shape: Mapping[str, Shap
             sampling_ratio=sampling_ratio,
         )
 
-    # The parent must be given a type of its own; what it makes of it is replaced.
+    # `ROIPooler` must be given a type that it knows. The poolers that it makes are replaced.
     return DCNROIPooler(resolution, scales, sampling_ratio, "ROIAlignV2", level_pooler, mmdet_levels)

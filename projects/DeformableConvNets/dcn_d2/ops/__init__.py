@@ -7,16 +7,17 @@ from . import flops
 from .deform_conv2d import deform_conv2d
 from .deform_psroi_pool import deform_psroi_pool
 from .deform_roi_pool import deform_roi_pool
-from .modulated_deform_conv2d import modulated_deform_conv2d
+from .modulated_deform_conv2d import modulated_deform_conv2d, split_offset_and_mask
 
 __all__ = [
     "deform_conv2d",
     "deform_psroi_pool",
     "deform_roi_pool",
     "modulated_deform_conv2d",
+    "split_offset_and_mask",
 ]
 
 flops.register_formulas()
 # torch.jit.script cannot read these functions, but may call the operators of the same arguments in their place.
-for _name in __all__:
-    torch.jit._builtins._register_builtin(globals()[_name], f"dcn_d2::{_name}")
+for _operator in (deform_conv2d, deform_psroi_pool, deform_roi_pool, modulated_deform_conv2d):
+    torch.jit._builtins._register_builtin(_operator, f"dcn_d2::{_operator.__name__}")

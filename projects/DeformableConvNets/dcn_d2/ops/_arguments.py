@@ -1,5 +1,5 @@
 # Copyright (c) the dcn_d2 authors. SPDX-License-Identifier: Apache-2.0
-"""Argument forms that the operators share."""
+"""What the operators share about their arguments: conversion, checks, and the one rule of memory formats."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ FLOAT_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 def _index(value: Any) -> Any:
-    """Gives an integer of any kind as Python's own, symbolic ones as they are; None for what is none."""
+    """Gives an integer of any kind as Python's own, symbolic ones as they are, and None for everything else."""
     if type(value) is int or isinstance(value, torch.SymInt):
         return value
     # A truth value is an integer to Python and to torch, but never what was meant.
@@ -33,7 +33,7 @@ def integer(value: Any, name: str) -> int:
     """Gives an integer of any kind, such as one of numpy's, as Python's own; symbolic ones stay as they are.
 
     Raises:
-        ValueError: ``value`` is no integer. True and False are none, nor is 1.0.
+        ValueError: ``value`` is not an integer. True, False and 1.0 do not count as integers.
     """
     if type(value) is int:
         return value
@@ -47,7 +47,7 @@ def number(value: Any, name: str) -> float:
     """Gives a real number of any kind, such as one of numpy's, as Python's float; symbolic ones stay as they are.
 
     Raises:
-        ValueError: ``value`` is no real number, or True or False.
+        ValueError: ``value`` is not a real number. True and False do not count as numbers.
     """
     if type(value) is float or isinstance(value, (torch.SymFloat, torch.SymInt)):
         return value  # type: ignore[return-value]
@@ -65,7 +65,7 @@ def pair(value: IntPair, name: str) -> list[int]:
     Raises:
         ValueError: ``value`` is neither.
     """
-    # What nearly every call has; the rest takes a tenth of the time of a small operator.
+    # Nearly every call has one of these two forms. What follows would take a tenth of the time of a small operator.
     if type(value) is int:
         return [value, value]
     if type(value) is tuple and len(value) == 2 and type(value[0]) is int and type(value[1]) is int:
@@ -96,7 +96,10 @@ def integer_or_pair(value: IntPair, name: str) -> int | tuple[int, int]:
 
 
 def are_tensors(required: Sequence[Any], optional: Sequence[Any]) -> bool:
-    """Whether operands are plain tensors, or None where that is allowed; if not, `check_types` has the last word."""
+    """Whether operands are plain tensors, or None where that is allowed.
+
+    A quick test for every call. Where it fails, `check_types` finds out whether the call is wrong.
+    """
     plain = True
     for value in required:
         plain = plain and isinstance(value, Tensor)
@@ -124,10 +127,11 @@ def check_types(operator: str, optional: Sequence[str] = (), **operands: Any) ->
 def is_channels_last(tensor: Tensor) -> bool:
     """Whether what is computed from (N, C, H, W) `tensor` is channels_last; else it is contiguous.
 
-    The one rule of memory formats, which `is_channels_last` in csrc/tensor.h repeats for the kernels. It is where each
-    pixel's channels lie side by side and pixels, rows and images follow each other, with gaps (as in some channels of
-    a channels_last map) or without. The strides of dimensions of size 1 do not count, since compilers do not keep
-    them; so a tensor of one channel or one pixel is contiguous. torch's own rule heeds them.
+    This is the one rule of memory formats. `is_channels_last` in csrc/tensor.h repeats it for the kernels. A tensor is
+    channels_last if the channels of each pixel lie side by side, and pixels, rows and images follow each other. Gaps
+    between pixels are allowed, as in some channels of a channels_last map. The strides of dimensions of size 1 do not
+    count, since compilers do not keep them; torch's own rule counts them. So a tensor of one channel or one pixel is
+    contiguous.
     """
     if tensor.dim() != 4 or tensor.layout != torch.strided:
         return False
@@ -139,7 +143,7 @@ def is_channels_last(tensor: Tensor) -> bool:
         size, stride = sizes[dimension], strides[dimension]
         if isinstance(size, int) and size < 2:
             continue
-        # While tracing, first the stride: of a dense map it is known, whatever the sizes are.
+        # The stride comes first: while tracing, a dense map's stride is known even where its sizes are not.
         if _surely(stride >= least):
             least = stride * size
         elif not _surely(size < 2):
@@ -148,7 +152,7 @@ def is_channels_last(tensor: Tensor) -> bool:
 
 
 def _surely(condition: bool | torch.SymBool) -> bool:
-    """Whether a condition holds; one on sizes that are not known while tracing does not."""
+    """Whether a condition is known to hold; False if it depends on sizes that are not known while tracing."""
     if isinstance(condition, bool):
         return condition
     from torch.fx.experimental.symbolic_shapes import guard_or_false  # takes a while to import
@@ -157,20 +161,20 @@ def _surely(condition: bool | torch.SymBool) -> bool:
 
 
 def new_empty_in_format_of(like: Tensor, shape: Sequence[int]) -> Tensor:
-    """Gives what a kernel allocates: channels_last where `like` is by `is_channels_last`, else contiguous."""
+    """Allocates as a kernel does: channels_last if `is_channels_last(like)`, else contiguous."""
     memory_format = torch.channels_last if is_channels_last(like) else torch.contiguous_format
     return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=memory_format)
 
 
 def in_strides_of(promised: Tensor, values: Tensor) -> Tensor:
-    """Gives `values` with the dtype and the strides of `promised`, whose own values do not matter."""
+    """Gives `values` with the dtype and the strides of `promised`, whose own values are not used."""
     if values.dtype == promised.dtype and values.stride() == promised.stride():
         return values
     return promised.copy_(values)
 
 
 def check(condition: object, message: Callable[[], str]) -> None:
-    """Raises RuntimeError with the message unless the condition holds; understands symbolic sizes."""
+    """Raises RuntimeError with the message unless the condition holds, which may be about symbolic sizes."""
     torch._check(condition, message)  # type: ignore[arg-type]
 
 
@@ -197,7 +201,7 @@ def check_tensor(operator: str, name: str, tensor: Tensor, like: Tensor, rank: i
 
 
 def check_positions(operator: str, name: str, tensor: Tensor, input: Tensor) -> None:
-    """Checks offsets or a mask, which the CPU's kernels also take in float32 where the input is of half precision."""
+    """Checks offsets or a mask. On CPU they may be float32 where the input is of half precision."""
     half = input.dtype in (torch.float16, torch.bfloat16) and input.device.type != "cuda"
     mixed = half and tensor.dtype == torch.float32
     check_tensor(operator, name, tensor, tensor if mixed else input, 4)
@@ -216,6 +220,14 @@ def check_shape(operator: str, name: str, tensor: Tensor, expected: Sequence[int
     check(len(tensor.shape) == len(expected), message)
     for size, wanted in zip(tensor.shape, expected):
         check(size == wanted, message)  # one by one: sizes that are not known while tracing are compared at run time
+
+
+def check_least(operator: str, name: str, values: Sequence[int], least: int) -> None:
+    """Checks a (height, width) pair of numbers against the least that both may be."""
+    check(
+        min(values) >= least,
+        lambda: f"{operator}: {name} must be two numbers of at least {least}, got {list(values)}",
+    )
 
 
 def check_input_dtype(operator: str, input: Tensor) -> None:

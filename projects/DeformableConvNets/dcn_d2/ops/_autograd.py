@@ -1,8 +1,8 @@
 # Copyright (c) the dcn_d2 authors. SPDX-License-Identifier: Apache-2.0
-"""What torch's derivatives and transforms need of an operator: gradients, second ones, forward mode, vmap.
+"""Makes operators differentiable: gradients, gradients of gradients, forward mode, and `torch.vmap`.
 
-`torch.library.register_autograd` would do for gradients alone. What it registers refuses `torch.func.grad`, and gives
-zeros, without a word, in forward mode and for gradients of gradients.
+`torch.library.register_autograd` is enough for gradients alone. An operator registered with it fails under
+`torch.func.grad`, and silently gives zeros in forward mode and for gradients of gradients.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from torch.autograd.forward_ad import _set_fwd_grad_enabled
 from ._library import LIBRARY
 from .reference import pull_back
 
-# Whether anything may be in forward mode that `forward_ad` does not know of, as in compilers' graphs and their making.
+# While one of these is active, operands may be in forward mode without `forward_ad` knowing it. These are the
+# transforms of torch.func, and modes such as that of a compiler that makes a graph.
 transforms_active = torch._C._are_functorch_transforms_active
 modes_active = torch._C._len_torch_dispatch_stack
 
@@ -33,21 +34,23 @@ def register_derivatives(
 ) -> None:
     """Makes an operator differentiable, also by `torch.func`, in forward mode, and under `torch.vmap`.
 
+    An operator from `torch.library` has no derivatives of its own: without this, gradients would stop at it.
+
     Args:
         name: the operator's.
         backward: called as (arguments, needed, *grads), where `needed` says which of the operator's `arguments` want a
-            gradient. Returns one for each argument, or None. To be differentiable again it calls differentiable
-            operators only.
+            gradient. Returns one for each argument, or None. It may call differentiable operators only, so that its
+            result can be differentiated again.
         reference: the operator in plain differentiable torch. It computes whatever is differentiated in forward mode,
-            and the gradients too while that mode is on: slow, and right for every order.
-        forward_mode: takes the place of `reference` for operands that have tangents.
+            and the gradients too while that mode is on. That is slow, but right for derivatives of every order.
+        forward_mode: is called in place of `reference` for operands that have tangents.
     """
     operator = getattr(torch.ops.dcn_d2, name).default
     below_autograd = torch._C._after_autograd_keyset
     defaults = [argument.default_value for argument in operator._schema.arguments]
 
-    # torch.func wraps the operands before the dispatcher brings them here, level by level; hence one level is right,
-    # and `torch.autograd.Function`, which would wrap them once more, is not.
+    # torch.func wraps the operands level by level before the dispatcher calls `autograd` below. So a function of a
+    # single level is right here. `torch.autograd.Function` would wrap them once more.
     class Node(torch.autograd.function._SingleLevelFunction):
         @staticmethod
         def forward(ctx: Any, keyset: Any, *arguments: Any) -> Any:
@@ -56,7 +59,7 @@ def register_derivatives(
             if not transforms_active():
                 with torch._C._AutoDispatchBelowAutograd():
                     return operator.redispatch(keyset & below_autograd, *arguments)
-            # Both were turned off for this function, and the transform below this one may be about either.
+            # torch turned gradients and forward mode off for this function, but the next transform may need them.
             with torch.enable_grad(), _set_fwd_grad_enabled(True), torch._C._AutoDispatchBelowAutograd():
                 return operator.redispatch(keyset & below_autograd, *arguments)
 
@@ -65,12 +68,12 @@ def register_derivatives(
             arguments = [other if saved is None else saved for saved, other in zip(ctx.saved_tensors, ctx.others)]
             needed = ctx.needs_input_grad[1:]
             if _in_forward_mode((*arguments, *grads)):
-                # A kernel would lose the tangents, which may be below what is seen here.
+                # A kernel would lose the tangents. They may lie on a level that cannot be seen here.
                 return None, *pull_back(reference, arguments, needed, grads)
             return None, *backward(arguments, needed, *grads)
 
         @staticmethod
-        def _compiled_autograd_key(ctx: Any) -> tuple[int]:  # which torch.autograd.Function has, but not its base
+        def _compiled_autograd_key(ctx: Any) -> tuple[int]:  # torch.autograd.Function has it, this base class has not
             return (ctx._autograd_function_id,)
 
     Node.__name__ = f"{name}_node"
@@ -81,7 +84,7 @@ def register_derivatives(
         if not (torch.is_grad_enabled() and torch._C._any_requires_grad(*args)):
             with torch._C._AutoDispatchBelowAutograd():
                 return operator.redispatch(keyset & below_autograd, *args)
-        arguments = (*args, *defaults[len(args) :])  # the dispatcher takes away what equals its default
+        arguments = (*args, *defaults[len(args) :])  # the dispatcher drops arguments that equal their defaults
         if not transforms_active():
             return Node.apply(keyset, *arguments)  # type: ignore[attr-defined]
         with enable_single_level_autograd_function():
@@ -92,7 +95,7 @@ def register_derivatives(
 
 
 def register_second_derivatives(name: str, reference: Callable[..., tuple[Tensor, ...]]) -> None:
-    """Makes a backward operator differentiable, as often as one likes, by the reference: slow, and right."""
+    """Makes a backward operator differentiable, any number of times, by the reference: slow, but right."""
 
     def backward(arguments: Sequence[Any], needed: Sequence[bool], *grads: Tensor) -> list[Tensor | None]:
         return pull_back(reference, arguments, needed, grads)
@@ -108,20 +111,20 @@ def register_second_derivatives(name: str, reference: Callable[..., tuple[Tensor
 
 def _in_forward_mode(arguments: Sequence[Any]) -> bool:
     if forward_ad._current_level >= 0 or torch.compiler.is_dynamo_compiling():
-        return forward_ad._current_level >= 0  # Dynamo, which reads the code of gradients, can tell no more
-    # A graph that was made from torch.func.jvp enters its level past the one counted above.
+        return forward_ad._current_level >= 0  # Dynamo reads this code too, and cannot read what follows
+    # A graph that was made from torch.func.jvp enters a level that the one above does not count.
     if transforms_active() and any(each.key() == TransformType.Jvp for each in get_interpreter_stack() or ()):
         return True
     return bool(modes_active()) and any(map(_has_tangent, arguments))
 
 
 def _has_tangent(argument: Any) -> bool:
-    """Whether a tensor has a tangent. It takes as long as a small operator to find out."""
+    """Whether a tensor has a tangent. To find out takes as long as a small operator."""
     if not isinstance(argument, Tensor):
         return False
     while is_batchedtensor(argument):
         argument = get_unwrapped(argument)
-    with torch._C._DisableTorchDispatch():  # or what this makes would show in traced graphs
+    with torch._C._DisableTorchDispatch():  # else this would be recorded in traced graphs
         return torch._VF._unpack_dual(argument, level=0).tangent is not None
 
 
@@ -139,7 +142,7 @@ def _sample_by_sample(operator: Any) -> Callable[..., Any]:
             )
             return operator(*chosen, **kwargs)
 
-        # No samples give what none of those of one sample are.
+        # Without samples, one call tells the shapes and dtypes. `stacked` then keeps nothing of it.
         results = [sample(index) for index in range(max(info.batch_size, 1))]
 
         def stacked(*tensors: Tensor) -> Tensor:

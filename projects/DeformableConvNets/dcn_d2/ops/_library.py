@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -25,7 +25,7 @@ def _load_kernels() -> str:
     """Loads `dcn_d2._C`. Returns "" or, where there is none, the reason.
 
     Raises:
-        OSError: the library that DCN_LIBRARY names does not load. It was asked for, so nothing stands in for it.
+        OSError: the library that DCN_LIBRARY names does not load. It was asked for, so nothing replaces it.
     """
     if named := os.environ.get("DCN_LIBRARY"):
         try:
@@ -54,7 +54,7 @@ def _load_kernels() -> str:
 
 
 def _reason(error: BaseException) -> str:
-    """What the system's loader said. torch's own words name only the file; the loader's are behind them."""
+    """What the system's loader said. torch's message names only the file; the loader's is in the cause."""
     while error.__cause__ is not None:
         error = error.__cause__
     reason = str(error)
@@ -68,15 +68,17 @@ missing_kernels = _load_kernels()
 
 def define(schema: str) -> None:
     """Defines an operator; the compiled library brings kernels for it."""
-    # Compilers must hand over operands with the strides that they were traced with: those of results follow from them.
+    # The strides of results follow from those of operands. So compiled code must pass operands with the strides with
+    # which it was traced.
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides))
 
 
 def define_with_tf32(schema: str) -> None:
-    """Defines an operator whose CUDA kernel has a further argument that it cannot find out by itself.
+    """Defines an operator whose CUDA kernel must be told whether it may round float32 operands to TF32.
 
-    The kernel belongs to the operator of the same name with an underscore before it; its last argument says whether
-    torch lets cuDNN's convolutions round float32 operands to TF32.
+    C++ cannot read that setting through torch's stable ABI, so Python passes it: the kernel belongs to an operator of
+    the same name with an underscore before it, whose last argument is `allow_tf32`. It is what torch allows the
+    convolutions of cuDNN.
     """
     define(schema)
     define("_" + schema.replace(") ->", ", bool allow_tf32=False) ->", 1))
@@ -84,7 +86,7 @@ def define_with_tf32(schema: str) -> None:
     kernel = getattr(torch.ops.dcn_d2, f"_{name}")
 
     def call(*args: Any, **kwargs: Any) -> Any:
-        # Unlike torch.backends.cudnn.allow_tf32 it can be read whichever of the two was set.
+        # torch.backends.cudnn.allow_tf32 is the older name of this setting. Reading it fails where the new one was set.
         allowed = torch.backends.cudnn.conv.fp32_precision == "tf32"  # type: ignore[attr-defined]
         return kernel(*args, **kwargs, allow_tf32=allowed)
 
@@ -92,16 +94,45 @@ def define_with_tf32(schema: str) -> None:
         LIBRARY.impl(name, call, "CUDA")
 
 
-def register_fallback(name: str, reference: Callable[..., Any]) -> None:
-    """Runs `reference` on devices for which no kernel was compiled, and warns once."""
+def _with_all_arguments(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    """Makes `function`, which takes all arguments of an operator in order, callable as torch's dispatcher calls.
+
+    The dispatcher leaves out arguments that equal their defaults.
+    """
+    schema = getattr(torch.ops.dcn_d2, name).default._schema
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        rest = schema.arguments[len(args) :]
+        return function(*args, *(kwargs.get(argument.name, argument.default_value) for argument in rest))
+
+    return call
+
+
+def register_without_kernel(name: str, function: Callable[..., Any]) -> None:
+    """Registers what runs on devices for which no kernel was compiled, and for tensors that are not dense.
+
+    Those are refused here in words: no kernel exists that could refuse them.
+
+    Args:
+        name: the operator's.
+        function: takes all of the operator's arguments, in order.
+    """
     names = [argument.name for argument in getattr(torch.ops.dcn_d2, name).default._schema.arguments]
 
-    def fallback(*args: Any, **kwargs: Any) -> Any:
-        # Those of other layouts come here too, whatever kernels there are.
-        for argument, value in (dict(zip(names, args)) | kwargs).items():
+    def checked(*arguments: Any) -> Any:
+        for argument, value in zip(names, arguments):
             if isinstance(value, torch.Tensor):
                 check_layout(name, argument, value)
-        device = next(a for a in args if isinstance(a, torch.Tensor)).device.type
+        return function(*arguments)
+
+    LIBRARY.impl(name, _with_all_arguments(name, checked), "CompositeExplicitAutograd")
+
+
+def register_fallback(name: str, reference: Callable[..., Any]) -> None:
+    """Runs `reference` on devices for which no kernel was compiled, and warns once for each."""
+
+    def fallback(*arguments: Any) -> Any:
+        device = next(a for a in arguments if isinstance(a, torch.Tensor)).device.type
         if device not in _warned:
             _warned.add(device)
             reason = missing_kernels or f"the compiled library dcn_d2._C has no kernels for {device}"
@@ -109,16 +140,35 @@ def register_fallback(name: str, reference: Callable[..., Any]) -> None:
                 f"dcn_d2: {name} on {device} runs in Python, which is right, but hundreds of times slower: {reason}.",
                 stacklevel=2,
             )
-        return reference(*args, **kwargs)
+        return reference(*arguments)
 
-    LIBRARY.impl(name, fallback, "CompositeExplicitAutograd")
+    register_without_kernel(name, fallback)
+
+
+def register_fake(name: str, fake: Callable[..., Any]) -> None:
+    """Registers what stands in for the kernels where tensors have shapes but no values.
+
+    torch.compile, torch.export and tensors on the device "meta" call it. Without it a model with the operator cannot be
+    traced. It checks operands as the kernels do, and gives empty results. Compiled code reads the kernels' results with
+    the strides of these, so both must follow `is_channels_last`.
+
+    Args:
+        name: the operator's.
+        fake: takes all of the operator's arguments, in order.
+    """
+    torch.library.register_fake(f"dcn_d2::{name}", _with_all_arguments(name, fake))
 
 
 def register_autocast(name: str, keep_float32: tuple[str, ...] = (), float32_on_cpu: tuple[str, ...] = ()) -> None:
-    """Under autocast, casts the operands to autocast's dtype, so that half precision stays half.
+    """Under autocast, casts the operands to autocast's dtype, as torch does for its own convolutions.
 
-    Arguments in `keep_float32` become float32 instead. Those in `float32_on_cpu` stay float32 on CPU if they are so,
-    since its kernels take them so. float64 operands stay as they are, as in torch's own rules.
+    torch knows nothing of our operators. Without a rule of their own they would get operands of mixed dtypes, and
+    refuse them. float64 operands stay as they are, as in torch's own rules.
+
+    Args:
+        name: the operator's.
+        keep_float32: arguments that become float32 instead.
+        float32_on_cpu: arguments that stay float32 on CPU if they are so, where the kernels take them so.
     """
     operator = getattr(torch.ops.dcn_d2, name).default
     names = [argument.name for argument in operator._schema.arguments]
@@ -142,9 +192,3 @@ def register_autocast(name: str, keep_float32: tuple[str, ...] = (), float32_on_
                 return operator(**arguments)
 
         LIBRARY.impl(name, autocast, key)
-
-
-def complete_arguments(operator: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> list[Any]:
-    """All arguments in the schema's order, also those that the dispatcher left out because they have their defaults."""
-    rest = operator._schema.arguments[len(args) :]
-    return [*args, *(kwargs.get(argument.name, argument.default_value) for argument in rest)]

@@ -1,5 +1,5 @@
 # Copyright (c) the dcn_d2 authors. SPDX-License-Identifier: Apache-2.0
-"""What every RoI pooling operator registers alike, whatever its geometry arguments are."""
+"""What both RoI pooling operators register in the same way; only their geometry arguments differ."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from . import reference
 from ._arguments import in_strides_of, new_empty_in_format_of
 from ._autograd import register_derivatives, register_second_derivatives
-from ._library import complete_arguments, define, register_autocast, register_fallback
+from ._library import define, register_autocast, register_fake, register_fallback
 
 
 def rois_for(input: Tensor, rois: Tensor) -> Tensor:
@@ -45,11 +45,7 @@ def register_roi_pool(
         check_batch: raises an error for RoIs of images that do not exist; called as (name, rois, input, True).
         oracle: the reference of the same arguments.
     """
-    operator = getattr(torch.ops.dcn_d2, name)
     backward_operator = getattr(torch.ops.dcn_d2, f"{name}_backward")
-
-    def complete(values: Sequence[Any], keywords: dict[str, Any]) -> list[Any]:
-        return complete_arguments(operator.default, values, keywords)
 
     def differentiable_forward(*values: Any) -> Tensor:
         check_operands(*values)
@@ -57,8 +53,7 @@ def register_roi_pool(
         input, rois, *rest = values
         return oracle(input, rois.detach(), *rest)
 
-    def reference_forward(*values: Any, **keywords: Any) -> Tensor:
-        values = tuple(complete(values, keywords))
+    def reference_forward(*values: Any) -> Tensor:
         promised = fake(*values)
         check_batch(name, values[1], values[0], True)
         return in_strides_of(promised, oracle(*values))
@@ -77,8 +72,7 @@ def register_roi_pool(
         promised, found = fake_backward(*values), differentiable_backward(*values)
         return tuple(in_strides_of(*each) for each in zip(promised, found))
 
-    def fake(*values: Any, **keywords: Any) -> Tensor:
-        values = tuple(complete(values, keywords))
+    def fake(*values: Any) -> Tensor:
         return values[0].new_empty(check_operands(*values))
 
     def fake_backward(
@@ -104,8 +98,8 @@ def register_roi_pool(
 
     register_fallback(name, reference_forward)
     register_fallback(f"{name}_backward", reference_backward)
-    torch.library.register_fake(f"dcn_d2::{name}", fake)
-    torch.library.register_fake(f"dcn_d2::{name}_backward", fake_backward)
+    register_fake(name, fake)
+    register_fake(f"{name}_backward", fake_backward)
     register_derivatives(name, backward, differentiable_forward)
     register_second_derivatives(f"{name}_backward", differentiable_backward)
     register_autocast(name, keep_float32=("rois",))

@@ -15,6 +15,7 @@ from ._arguments import (
     are_tensors,
     check,
     check_input_dtype,
+    check_least,
     check_positions,
     check_shape,
     check_tensor,
@@ -24,7 +25,7 @@ from ._arguments import (
     pair,
 )
 from ._autograd import register_derivatives, register_second_derivatives
-from ._library import define_with_tf32, register_autocast, register_fallback
+from ._library import define_with_tf32, register_autocast, register_fake, register_fallback
 
 define_with_tf32(
     "deform_conv2d(Tensor input, Tensor offset, Tensor weight, Tensor? bias=None, int[2] stride=1, "
@@ -49,16 +50,18 @@ def deform_conv2d(
 ) -> Tensor:
     """Convolves `input` at sampling positions moved by `offset`, each sample scaled by `mask` if one is given.
 
-    A drop-in for `torchvision.ops.deform_conv2d`, from which it differs in one point: a sample at exactly -1 lies
-    outside and gets no offset gradient, as in the authors' and MMDetection's kernels. Conv groups and deform groups
+    A drop-in for `torchvision.ops.deform_conv2d`. It differs in one point: a sample at exactly -1 lies outside and gets
+    no offset gradient, as in the authors' and MMDetection's kernels. The numbers of conv groups and deform groups
     follow from the shapes. A sample is bilinear with zeros outside the map and contributes only for
-    -1 < position < size in both axes; NaN and infinite offsets read zero and get zero gradients. Half precision
-    accumulates in float32. A channels_last input of several channels gives a channels_last output, any other a
-    contiguous one; so it is with the gradients by input and weight. Those by offset and mask are contiguous.
+    -1 < position < size in both axes. NaN and infinite offsets read zero and get zero gradients. Half precision
+    accumulates in float32.
 
-    On CPU, offsets and mask may be float32 beside operands of half precision, and stay so under autocast: offsets of
-    some pixels, rounded to bfloat16, put gradients 10 % off, since these jump where a sample passes a pixel's border;
-    not rounded, 0.4 %. On CUDA they have the dtype of the input, also under autocast.
+    A channels_last input of several channels gives a channels_last output, any other input a contiguous one. The
+    gradients by input and weight have the memory format of these, and those by offset and mask are contiguous.
+
+    On CPU, offsets and mask may be float32 beside operands of half precision, and stay so under autocast. Gradients
+    jump where a sample passes a pixel's border: with offsets of some pixels, rounded to bfloat16, they were 10 % off,
+    and 0.4 % without rounding. On CUDA, offsets and mask have the dtype of the input, also under autocast.
 
     On CUDA, float32 operands are rounded to TF32 where torch allows that for convolutions, which is its default:
     `torch.backends.cudnn.conv.fp32_precision`. Results and gradients have the same bits from run to run. Conv groups of
@@ -87,8 +90,20 @@ def deform_conv2d(
     Raises:
         RuntimeError: A tensor's rank, shape, dtype, device or layout does not fit; the message names it and both
             values.
-        TypeError: An operand is no tensor.
+        TypeError: An operand is not a tensor.
         ValueError: stride, padding or dilation is not an integer, of any kind, or a pair of them.
+
+    Example:
+        >>> import torch
+        >>> from dcn_d2.ops import deform_conv2d
+        >>> image = torch.arange(9.0).reshape(1, 1, 3, 3)
+        >>> weight = torch.ones(1, 1, 1, 1)  # one tap: the output is what is sampled
+        >>> offset = torch.zeros(1, 2, 3, 3)
+        >>> offset[:, 1] = 0.5  # half a pixel to the right; beyond the last column is zero
+        >>> deform_conv2d(image, offset, weight)
+        tensor([[[[0.5000, 1.5000, 1.0000],
+                  [3.5000, 4.5000, 2.5000],
+                  [6.5000, 7.5000, 4.0000]]]])
     """
     if not are_tensors((input, offset, weight), (bias, mask)):
         check_types("deform_conv2d", ("bias", "mask"), input=input, offset=offset, weight=weight, bias=bias, mask=mask)
@@ -110,7 +125,7 @@ def check_operands(
 ) -> tuple[int, int]:
     """Checks what `csrc/deform_conv2d.h` checks, for the reference and for tracing. Returns (out_h, out_w).
 
-    With `joint`, `offset` is what modulated_deform_conv2d takes: offsets, and the mask's logits.
+    With `joint`, the operator is modulated_deform_conv2d, and `offset` its offset_and_mask.
     """
     name, offset_name, per_tap = (
         ("modulated_deform_conv2d", "offset_and_mask", 3) if joint else ("deform_conv2d", "offset", 2)
@@ -123,27 +138,30 @@ def check_operands(
     out_channels, group_channels, kernel_h, kernel_w = weight.shape
     taps = kernel_h * kernel_w
     for argument, values, least in (("stride", stride, 1), ("padding", padding, 0), ("dilation", dilation, 1)):
-        check(min(values) >= least, lambda: f"{name}: {argument} must be at least {least}, got {list(values)}")
+        check_least(name, argument, values, least)
     check(taps > 0, lambda: f"{name}: weight has an empty kernel, {kernel_h} x {kernel_w}")
     check(
         group_channels > 0 and in_channels % group_channels == 0,
-        lambda: f"{name}: input has {in_channels} channels, which is no multiple of weight's {group_channels}",
+        lambda: f"{name}: input has {in_channels} channels, but needs a multiple of weight's {group_channels}",
     )
     groups = in_channels // group_channels
     check(
         out_channels % max(groups, 1) == 0,
-        lambda: f"{name}: weight has {out_channels} output channels, which is no multiple of the {groups} groups",
+        lambda: f"{name}: weight has {out_channels} output channels, but needs a multiple of the {groups} groups",
     )
     channels = offset.shape[1]
     deform_groups, kernel = channels // (per_tap * taps), f"{kernel_h} * {kernel_w}"
     check(
         deform_groups > 0 and channels % (per_tap * taps) == 0,
-        lambda: f"{name}: {offset_name} has {channels} channels, which is no multiple of {per_tap} * {kernel}",
+        lambda: (
+            f"{name}: {offset_name} has {channels} channels, but needs a multiple of {per_tap} * {kernel} = "
+            f"{per_tap * taps}"
+        ),
     )
     check(
         in_channels % deform_groups == 0,
         lambda: (
-            f"{name}: input has {in_channels} channels, which is no multiple of {offset_name}'s {deform_groups} groups"
+            f"{name}: input has {in_channels} channels, but needs a multiple of {offset_name}'s {deform_groups} groups"
         ),
     )
     out_h, out_w = (
@@ -166,19 +184,8 @@ def check_operands(
     return out_h, out_w
 
 
-def _reference_forward(
-    input: Tensor,
-    offset: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    stride: Sequence[int] = (1, 1),
-    padding: Sequence[int] = (0, 0),
-    dilation: Sequence[int] = (1, 1),
-    mask: Tensor | None = None,
-) -> Tensor:
-    promised = _fake(input, offset, weight, bias, stride, padding, dilation, mask)
-    found = reference.deform_conv2d(input, offset, weight, bias, stride, padding, dilation, mask)
-    return in_strides_of(promised, found)
+def _reference_forward(*arguments: Any) -> Tensor:
+    return in_strides_of(_fake(*arguments), reference.deform_conv2d(*arguments))
 
 
 def _differentiable_forward(*arguments: Any) -> Tensor:
@@ -187,18 +194,10 @@ def _differentiable_forward(*arguments: Any) -> Tensor:
 
 
 def _differentiable_backward(
-    grad: Tensor,
-    input: Tensor,
-    offset: Tensor,
-    weight: Tensor,
-    mask: Tensor | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    need_input: bool,
-    need_offset: bool,
-    need_weight: bool,
+    grad: Tensor, input: Tensor, offset: Tensor, weight: Tensor, mask: Tensor | None, *geometry_and_needed: Any
 ) -> tuple[Tensor, ...]:
+    stride, padding, dilation, need_input, need_offset, need_weight = geometry_and_needed
+
     def forward(input: Tensor, offset: Tensor, weight: Tensor, mask: Tensor | None) -> Tensor:
         return reference.deform_conv2d(input, offset, weight, None, stride, padding, dilation, mask)
 
@@ -211,40 +210,17 @@ def _reference_backward(*arguments: Any) -> tuple[Tensor, ...]:
     return tuple(in_strides_of(*each) for each in zip(promised, found))
 
 
-register_fallback("deform_conv2d", _reference_forward)
-register_fallback("deform_conv2d_backward", _reference_backward)
-
-
-@torch.library.register_fake("dcn_d2::deform_conv2d")
-def _fake(
-    input: Tensor,
-    offset: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    stride: Sequence[int] = (1, 1),
-    padding: Sequence[int] = (0, 0),
-    dilation: Sequence[int] = (1, 1),
-    mask: Tensor | None = None,
-) -> Tensor:
-    out_h, out_w = check_operands(input, offset, weight, bias, stride, padding, dilation, mask)
+def _fake(*arguments: Any) -> Tensor:
+    out_h, out_w = check_operands(*arguments)
+    input, _, weight = arguments[:3]
     return new_empty_in_format_of(input, (input.shape[0], weight.shape[0], out_h, out_w))
 
 
-@torch.library.register_fake("dcn_d2::deform_conv2d_backward")
 def _fake_backward(
-    grad: Tensor,
-    input: Tensor,
-    offset: Tensor,
-    weight: Tensor,
-    mask: Tensor | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    need_input: bool,
-    need_offset: bool,
-    need_weight: bool,
+    grad: Tensor, input: Tensor, offset: Tensor, weight: Tensor, mask: Tensor | None, *geometry_and_needed: Any
 ) -> tuple[Tensor, ...]:
-    """Those of input and weight have the memory format of these, those of offset and mask are contiguous."""
+    """Gradients by input and weight have the memory format of these; those by offset and mask are contiguous."""
+    need_input, need_offset, need_weight = geometry_and_needed[-3:]
 
     def empty(like: Tensor | None, needed: bool) -> Tensor:
         return grad.new_empty(0) if like is None or not needed else like.new_empty(like.shape)
@@ -268,6 +244,10 @@ def _backward(arguments: Sequence[Any], needed: Sequence[bool], grad: Tensor) ->
     return grad_input, grad_offset, grad_weight, grad_bias, None, None, None, grad_mask
 
 
+register_fallback("deform_conv2d", _reference_forward)
+register_fallback("deform_conv2d_backward", _reference_backward)
+register_fake("deform_conv2d", _fake)
+register_fake("deform_conv2d_backward", _fake_backward)
 register_derivatives("deform_conv2d", _backward, _differentiable_forward)
 register_second_derivatives("deform_conv2d_backward", _differentiable_backward)
 register_autocast("deform_conv2d", float32_on_cpu=("offset", "mask"))

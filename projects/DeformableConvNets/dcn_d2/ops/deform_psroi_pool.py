@@ -14,6 +14,7 @@ from ._arguments import (
     are_tensors,
     check,
     check_input_dtype,
+    check_least,
     check_rois,
     check_shape,
     check_tensor,
@@ -51,18 +52,18 @@ def deform_psroi_pool(
 ) -> Tensor:
     """Pools every RoI into a grid of bins as the authors of DCNv1 and v2 did, each bin moved by its offset.
 
-    It takes the parameters of `deform_roi_pool`, but computes something else: RoI corners are rounded to whole pixels
-    and include the last one, every bin has sample_per_part x sample_per_part samples on the upper left edges of its
-    parts, and samples off the map do not count. MMDetection's published dpool and mdpool models were trained and scored
-    with it. A sample contributes for -0.5 <= position <= size - 0.5 and is clamped to the map, where its derivative is
-    zero; a bin without samples, NaN offsets, and RoIs that are not finite give zero. Half precision accumulates in
-    float32. `rois` get no gradient.
+    A layer of `deform_roi_pool` and one of this have the same parameters, but compute something else. RoI corners are
+    rounded to whole pixels and include the last one. Every bin is divided into sample_per_part x sample_per_part equal
+    shares, with a sample on the upper left corner of each. Samples off the map do not count. MMDetection's published
+    dpool and mdpool models were trained and scored with it. A sample contributes for -0.5 <= position <= size - 0.5.
+    Outside the map it is clamped to it, and its derivative is zero. A bin without samples, NaN offsets, and RoIs that
+    are not finite give zero. Half precision accumulates in float32. `rois` get no gradient.
 
     Results are contiguous, but the gradient by a channels_last input of several channels is channels_last.
 
-    On CUDA, input's gradient is summed by atomics. Under `torch.use_deterministic_algorithms` it is summed in fixed
-    point, so that every run gives the same bits; it is all NaN then if any value of the output's gradient or the mask
-    is not finite.
+    On CUDA, the gradient by the input is summed by atomics. Under `torch.use_deterministic_algorithms` it is summed in
+    fixed point, so that every run gives the same bits. It is all NaN then if any value of the output's gradient or of
+    the mask is not finite.
 
     Gradients of gradients, and all that is differentiated in forward mode, are computed by the reference in Python:
     right, but slow.
@@ -88,11 +89,20 @@ def deform_psroi_pool(
         (R, C, out_h, out_w).
 
     Raises:
-        RuntimeError: A tensor's rank, shape, dtype, device or layout does not fit, or (on CPU) a batch index is no
-            whole number or outside the batch; the message names it and both values. On CUDA such a RoI gives NaN.
-        TypeError: An operand is no tensor.
-        ValueError: output_size or part_size is not an integer, of any kind, or a pair of them, group_size or
-            sample_per_part no integer, or spatial_scale or trans_std no number.
+        RuntimeError: A tensor's rank, shape, dtype, device or layout does not fit, or (on CPU) a batch index is not
+            a whole number or outside the batch; the message names it and both values. On CUDA such a RoI gives NaN.
+        TypeError: An operand is not a tensor.
+        ValueError: output_size or part_size is not an integer, of any kind, or a pair of them; group_size or
+            sample_per_part is not an integer; or spatial_scale or trans_std is not a number.
+
+    Example:
+        >>> import torch
+        >>> from dcn_d2.ops import deform_psroi_pool
+        >>> image = torch.arange(4.0).reshape(1, 4, 1, 1).expand(1, 4, 8, 8)  # the value of a pixel is its channel
+        >>> rois = torch.tensor([[0.0, 1.0, 1.0, 6.0, 6.0]])
+        >>> deform_psroi_pool(image, rois, None, 2, group_size=2)  # each bin reads a channel of its own
+        tensor([[[[0., 1.],
+                  [2., 3.]]]])
     """
     if not are_tensors((input, rois), (offset, mask)):
         check_types("deform_psroi_pool", ("offset", "mask"), input=input, rois=rois, offset=offset, mask=mask)
@@ -128,17 +138,14 @@ def _check_operands(
     check_tensor(name, "input", input, input, 4)
     check_rois(name, rois, input)
     part = part_size or output_size
-    for argument, values in (
-        ("output_size", output_size),
-        ("part_size", part),
-        ("group_size", [group_size]),
-        ("sample_per_part", [sample_per_part]),
-    ):
-        check(min(values) >= 1, lambda: f"{name}: {argument} must be at least 1, got {list(values)}")
+    check_least(name, "output_size", output_size, 1)
+    check_least(name, "part_size", part, 1)
+    for argument, value in (("group_size", group_size), ("sample_per_part", sample_per_part)):
+        check(value >= 1, lambda: f"{name}: {argument} must be at least 1, got {value}")
     channels = input.shape[1] // group_size**2
     check(
         input.shape[1] % group_size**2 == 0,
-        lambda: f"{name}: input has {input.shape[1]} channels, which is no multiple of group_size^2 = {group_size**2}",
+        lambda: f"{name}: input has {input.shape[1]} channels, but needs a multiple of group_size^2 = {group_size**2}",
     )
     if offset is not None:
         check_tensor(name, "offset", offset, input, 4)
@@ -146,7 +153,7 @@ def _check_operands(
         check(
             classes > 0 and offset.shape[1] % 2 == 0 and channels % classes == 0,
             lambda: (
-                f"{name}: offset has {offset.shape[1]} channels, which is not 2, nor twice a divisor of the "
+                f"{name}: offset has {offset.shape[1]} channels, but needs 2 * classes, where classes divides the "
                 f"{channels} output channels"
             ),
         )

@@ -14,6 +14,7 @@ from ._arguments import (
     are_tensors,
     check,
     check_input_dtype,
+    check_least,
     check_rois,
     check_shape,
     check_tensor,
@@ -47,18 +48,18 @@ def deform_roi_pool(
 ) -> Tensor:
     """Pools every RoI into a grid of bins, each bin moved by its offset and scaled by its mask.
 
-    With `offset=None` it is RoIAlign with `aligned=True`. The grid of samples follows from the undeformed RoI; bin
+    With `offset=None` it is RoIAlign with `aligned=True`. The grid of samples follows from the undeformed RoI. Bin
     (h, w) is then moved by gamma * roi_width * offset[:, 0, h, w] in x and gamma * roi_height * offset[:, 1, h, w]
-    in y: the order of the two is opposite to deformable convolution's. A sample contributes for -1 <= position <=
-    size and is clamped to the map, where its derivative is zero; NaN offsets and RoIs that
-    are not finite give zero. So does a RoI of no area where sampling_ratio is 0; a fixed sampling_ratio samples it at
-    the line or point that it is, as mmcv does. Half precision accumulates in float32. `rois` get no gradient.
+    in y: x comes first, unlike in deformable convolution. A sample contributes for -1 <= position <= size. Outside the
+    map it is clamped to it, and its derivative is zero. NaN offsets and RoIs that are not finite give zero. A RoI of no
+    area gives zero too where sampling_ratio is 0; a fixed sampling_ratio samples it at the line or point that it is, as
+    mmcv does. Half precision accumulates in float32. `rois` get no gradient.
 
     Results are contiguous, but the gradient by a channels_last input of several channels is channels_last.
 
-    On CUDA, input's gradient is summed by atomics. Under `torch.use_deterministic_algorithms` it is summed in fixed
-    point, so that every run gives the same bits; it is all NaN then if any value of the output's gradient or the mask
-    is not finite.
+    On CUDA, the gradient by the input is summed by atomics. Under `torch.use_deterministic_algorithms` it is summed in
+    fixed point, so that every run gives the same bits. It is all NaN then if any value of the output's gradient or of
+    the mask is not finite.
 
     Gradients of gradients, and all that is differentiated in forward mode, are computed by the reference in Python:
     right, but slow.
@@ -80,11 +81,23 @@ def deform_roi_pool(
         (R, C, out_h, out_w).
 
     Raises:
-        RuntimeError: A tensor's rank, shape, dtype, device or layout does not fit, or (on CPU) a batch index is no
-            whole number or outside the batch; the message names it and both values. On CUDA such a RoI gives NaN.
-        TypeError: An operand is no tensor.
-        ValueError: output_size is not an integer, of any kind, or a pair of them, sampling_ratio no integer, or
-            spatial_scale or gamma no number.
+        RuntimeError: A tensor's rank, shape, dtype, device or layout does not fit, or (on CPU) a batch index is not
+            a whole number or outside the batch; the message names it and both values. On CUDA such a RoI gives NaN.
+        TypeError: An operand is not a tensor.
+        ValueError: output_size is not an integer, of any kind, or a pair of them; sampling_ratio is not an integer; or
+            spatial_scale or gamma is not a number.
+
+    Example:
+        >>> import torch
+        >>> from dcn_d2.ops import deform_roi_pool
+        >>> image = torch.arange(8.0).expand(1, 1, 8, 8)  # the value of a pixel is its x
+        >>> rois = torch.tensor([[0.0, 2.0, 2.0, 6.0, 6.0]])  # of image 0, 4 x 4 pixels
+        >>> deform_roi_pool(image, rois, None, (1, 2))  # two bins, with centres at x = 2.5 and 4.5
+        tensor([[[[2.5000, 4.5000]]]])
+        >>> offset = torch.zeros(1, 2, 1, 2)
+        >>> offset[:, 0] = 2.5  # moves both bins by gamma * 2.5 = a quarter of the RoI's width, one pixel
+        >>> deform_roi_pool(image, rois, offset, (1, 2))
+        tensor([[[[3.5000, 5.5000]]]])
     """
     if not are_tensors((input, rois), (offset, mask)):
         check_types("deform_roi_pool", ("offset", "mask"), input=input, rois=rois, offset=offset, mask=mask)
@@ -115,7 +128,7 @@ def _check_operands(
     check_input_dtype(name, input)
     check_tensor(name, "input", input, input, 4)
     check_rois(name, rois, input)
-    check(min(output_size) > 0, lambda: f"{name}: output_size must be at least 1, got {list(output_size)}")
+    check_least(name, "output_size", output_size, 1)
     check(sampling_ratio >= 0, lambda: f"{name}: sampling_ratio must be at least 0, got {sampling_ratio}")
     for operand, tensor, channels in (("offset", offset, 2), ("mask", mask, 1)):
         if tensor is not None:

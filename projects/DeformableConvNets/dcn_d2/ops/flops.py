@@ -1,9 +1,9 @@
 # Copyright (c) the dcn_d2 authors. SPDX-License-Identifier: Apache-2.0
 """How many multiply-adds the operators cost, and the formulas for torch's counter.
 
-Counted are the product with the weight, as in a plain convolution of the same shape, and the interpolation: four
-multiply-adds for each sample and channel. Masks, biases and the positions themselves are left out. Where the grid of a
-RoI pooling follows from the RoIs (`sampling_ratio=0`) a bin counts as 2 x 2 samples, for only shapes are known.
+What counts is the product with the weight, as in a plain convolution of the same shape, and the interpolation: four
+multiply-adds for each sample and channel. Masks, biases and the positions themselves are left out. Only shapes are
+known here: where the grid of a RoI pooling follows from the RoIs (`sampling_ratio=0`), a bin counts as 2 x 2 samples.
 `torch.utils.flop_counter` counts a multiply-add as two operations, fvcore (`dcn_d2.modeling`) as one.
 """
 
@@ -45,8 +45,8 @@ def _convolution_flops(input: Shape, offset: Shape, weight: Shape, *_: Any, **__
 def _convolution_backward_flops(_: Shape, input: Shape, offset: Shape, weight: Shape, *rest: Any, **__: Any) -> int:
     need_input, need_offset, need_weight = rest[-3:]
     product, sampling = convolution(input, offset, weight)
-    # The samples' gradients are a product; input's are scattered, offset's need derivatives in y and x; the weight's
-    # gradient reads the samples again.
+    # The gradients of the samples are a product. The input's are scattered, the offset's need derivatives in y and x,
+    # and the weight's reads the samples again.
     products = int(need_input or need_offset) + need_weight
     return 2 * (products * product + (need_input + 2 * need_offset + need_weight) * sampling)
 
@@ -59,7 +59,7 @@ def _pooling_flops(argument: str, default: int, index: int) -> tuple[Callable[..
         return 2 * pooling(out_shape, samples)
 
     def backward(grad: Shape, *args: Any, **_: Any) -> int:
-        # Here the mask comes before the geometry, so that the place is one further on.
+        # The backward operator has the mask before the geometry, so the argument's place is one further on.
         need_input, need_offset = args[-3:-1]
         return 2 * (need_input + 2 * need_offset) * pooling(grad, args[index + 1])
 

@@ -1,18 +1,18 @@
 # Copyright (c) the dcn_d2 authors. SPDX-License-Identifier: Apache-2.0
-"""Modulated deformable convolution that takes an offset branch's output as it is: nothing is split or copied before."""
+"""Modulated deformable convolution that takes the output of an offset branch as it is, without splitting it first."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import reference
-from ._arguments import IntPair, are_tensors, check_layout, check_types, in_strides_of, new_empty_in_format_of, pair
+from ._arguments import IntPair, are_tensors, check_types, in_strides_of, new_empty_in_format_of, pair
 from ._autograd import register_derivatives, register_second_derivatives
-from ._library import LIBRARY, define_with_tf32, register_autocast
+from ._library import define_with_tf32, register_autocast, register_fake, register_without_kernel
 from .deform_conv2d import check_operands
 
 define_with_tf32(
@@ -37,19 +37,21 @@ def modulated_deform_conv2d(
 ) -> Tensor:
     """Modulated deformable convolution (v2) by the output of an offset branch.
 
-    The same as `deform_conv2d` with the offsets and the modulation of `split_offset_and_mask`, but that the sigmoid is
-    taken inside, and neither the branch's output nor its gradient is split, joined or copied as a whole.
+    It gives the same as `deform_conv2d` with the offsets and the modulation of `split_offset_and_mask`. It is faster:
+    the sigmoid is taken inside, and neither the branch's output nor its gradient is split, joined or copied as a whole.
 
     Source: Zhu et al., "Deformable ConvNets v2: More Deformable, Better Results", CVPR 2019, section 3.2.
 
     Args:
         input: (N, in_channels, in_h, in_w), float64, float32, float16 or bfloat16.
         offset_and_mask: (N, 3 * deform_groups * kernel_h * kernel_w, out_h, out_w), contiguous or channels_last. The
-            first two thirds are offsets in input pixels, (y, x) interleaved per tap, deform group by deform group; the
-            last third are the logits of the modulation.
+            first two thirds are offsets in input pixels, (y, x) interleaved per tap, deform group by deform group. The
+            last third is the logits of the modulation.
         weight: (out_channels, in_channels / groups, kernel_h, kernel_w).
         bias: (out_channels,) or None.
-        stride: a number or (height, width); so are padding, of zeros, and dilation.
+        stride: a number or (height, width).
+        padding: of zeros, a number or (height, width).
+        dilation: a number or (height, width).
 
     Returns:
         (N, out_channels, out_h, out_w), in the memory format of `input`.
@@ -57,8 +59,17 @@ def modulated_deform_conv2d(
     Raises:
         RuntimeError: A tensor's rank, shape, dtype, device or layout does not fit; the message names it and both
             values.
-        TypeError: An operand is no tensor.
+        TypeError: An operand is not a tensor.
         ValueError: stride, padding or dilation is not an integer, of any kind, or a pair of them.
+
+    Example:
+        >>> import torch
+        >>> from dcn_d2.ops import modulated_deform_conv2d
+        >>> image, weight = torch.ones(1, 4, 5, 6), torch.ones(2, 4, 1, 1)
+        >>> offset_and_mask = torch.zeros(1, 3, 5, 6)  # one tap: y, x, and the logit of its mask
+        >>> out = modulated_deform_conv2d(image, offset_and_mask, weight)
+        >>> out.shape, out.unique()  # 4 channels of ones, each times sigmoid(0)
+        (torch.Size([1, 2, 5, 6]), tensor([2.]))
     """
     if not are_tensors((input, offset_and_mask, weight), (bias,)):
         check_types(
@@ -80,50 +91,54 @@ def split_offset_and_mask(offset_and_mask: Tensor) -> tuple[Tensor, Tensor]:
 
     Args:
         offset_and_mask: (N, 3 * deform_groups * kernel_h * kernel_w, H, W). The first two thirds are offsets, (y, x)
-            interleaved per tap, deform group by deform group; the last third are the logits of the modulation.
-            (The three thirds are not "all y, all x, mask", as code that cuts them into three may suggest.)
+            interleaved per tap, deform group by deform group. The last third is the logits of the modulation. (Code
+            that cuts the channels into three may suggest "all y, all x, mask", but that is not the order.)
 
     Returns:
         The offsets, a view, and the modulation after the sigmoid, so 0.5 everywhere where the branch gives zeros.
+
+    Example:
+        >>> import torch
+        >>> from dcn_d2.ops import split_offset_and_mask
+        >>> offset, mask = split_offset_and_mask(torch.zeros(1, 27, 5, 6))  # of a 3 x 3 kernel
+        >>> offset.shape, mask.shape
+        (torch.Size([1, 18, 5, 6]), torch.Size([1, 9, 5, 6]))
+        >>> mask.unique()
+        tensor([0.5000])
     """
     logits = offset_and_mask.shape[1] // 3
     offset, mask = offset_and_mask.split([2 * logits, logits], dim=1)
     return offset, mask.sigmoid()
 
 
-def _forward_in_parts(
-    input: Tensor,
-    offset_and_mask: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    stride: Sequence[int] = (1, 1),
-    padding: Sequence[int] = (0, 0),
-    dilation: Sequence[int] = (1, 1),
+def _check(
+    input: Tensor, offset_and_mask: Tensor, weight: Tensor, bias: Tensor | None, *geometry: Sequence[int]
+) -> tuple[int, int]:
+    stride, padding, dilation = geometry
+    return check_operands(input, offset_and_mask, weight, bias, stride, padding, dilation, None, joint=True)
+
+
+def _in_parts(
+    convolve: Callable[..., Tensor], input: Tensor, offset_and_mask: Tensor, weight: Tensor, *rest: Any
 ) -> Tensor:
-    """For devices without a kernel of the whole."""
-    for name, tensor in (("input", input), ("offset_and_mask", offset_and_mask), ("weight", weight), ("bias", bias)):
-        if tensor is not None:
-            check_layout("modulated_deform_conv2d", name, tensor)
-    check_operands(input, offset_and_mask, weight, bias, stride, padding, dilation, None, joint=True)
+    """Splits the branch's output, and calls `convolve` with the offsets and the mask."""
+    _check(input, offset_and_mask, weight, *rest)
     offset, mask = split_offset_and_mask(offset_and_mask)
-    return torch.ops.dcn_d2.deform_conv2d(input, offset, weight, bias, stride, padding, dilation, mask)
+    return convolve(input, offset, weight, *rest, mask)
+
+
+def _forward_in_parts(*arguments: Any) -> Tensor:
+    """For devices without a kernel of this operator: splits, and calls `deform_conv2d`."""
+    return _in_parts(torch.ops.dcn_d2.deform_conv2d, *arguments)
 
 
 def _backward_in_parts(
-    grad: Tensor,
-    input: Tensor,
-    offset_and_mask: Tensor,
-    weight: Tensor,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    need_input: bool,
-    need_offset: bool,
-    need_weight: bool,
+    grad: Tensor, input: Tensor, offset_and_mask: Tensor, weight: Tensor, *geometry_and_needed: Any
 ) -> tuple[Tensor, ...]:
+    need_offset = geometry_and_needed[-2]
     offset, mask = split_offset_and_mask(offset_and_mask)
     grad_input, grad_offset, grad_weight, grad_mask = torch.ops.dcn_d2.deform_conv2d_backward(
-        grad, input, offset, weight, mask, stride, padding, dilation, need_input, need_offset, need_weight
+        grad, input, offset, weight, mask, *geometry_and_needed
     )
     if need_offset:
         joined = torch.cat([grad_offset, grad_mask * mask * (1 - mask)], dim=1)
@@ -131,25 +146,12 @@ def _backward_in_parts(
     return grad_input, grad_offset, grad_weight
 
 
-LIBRARY.impl("modulated_deform_conv2d", _forward_in_parts, "CompositeExplicitAutograd")
-LIBRARY.impl("modulated_deform_conv2d_backward", _backward_in_parts, "CompositeExplicitAutograd")
-
-
-@torch.library.register_fake("dcn_d2::modulated_deform_conv2d")
-def _fake(
-    input: Tensor,
-    offset_and_mask: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    stride: Sequence[int] = (1, 1),
-    padding: Sequence[int] = (0, 0),
-    dilation: Sequence[int] = (1, 1),
-) -> Tensor:
-    out_h, out_w = check_operands(input, offset_and_mask, weight, bias, stride, padding, dilation, None, joint=True)
+def _fake(*arguments: Any) -> Tensor:
+    out_h, out_w = _check(*arguments)
+    input, _, weight = arguments[:3]
     return new_empty_in_format_of(input, (input.shape[0], weight.shape[0], out_h, out_w))
 
 
-@torch.library.register_fake("dcn_d2::modulated_deform_conv2d_backward")
 def _fake_backward(
     grad: Tensor, input: Tensor, offset_and_mask: Tensor, weight: Tensor, *geometry_and_needed: Any
 ) -> tuple[Tensor, ...]:
@@ -160,33 +162,19 @@ def _fake_backward(
     )
 
 
-def _differentiable_forward(
-    input: Tensor,
-    offset_and_mask: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-) -> Tensor:
-    check_operands(input, offset_and_mask, weight, bias, stride, padding, dilation, None, joint=True)
-    offset, mask = split_offset_and_mask(offset_and_mask)
-    return reference.deform_conv2d(input, offset, weight, bias, stride, padding, dilation, mask)
+def _differentiable_forward(*arguments: Any) -> Tensor:
+    return _in_parts(reference.deform_conv2d, *arguments)
 
 
 def _differentiable_backward(
-    grad: Tensor,
-    input: Tensor,
-    offset_and_mask: Tensor,
-    weight: Tensor,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    *needed: bool,
+    grad: Tensor, input: Tensor, offset_and_mask: Tensor, weight: Tensor, *geometry_and_needed: Any
 ) -> tuple[Tensor, ...]:
-    def forward(input: Tensor, offset_and_mask: Tensor, weight: Tensor) -> Tensor:
-        return _differentiable_forward(input, offset_and_mask, weight, None, stride, padding, dilation)
+    *geometry, need_input, need_offset, need_weight = geometry_and_needed
 
+    def forward(input: Tensor, offset_and_mask: Tensor, weight: Tensor) -> Tensor:
+        return _differentiable_forward(input, offset_and_mask, weight, None, *geometry)
+
+    needed = (need_input, need_offset, need_weight)
     return reference.gradients(forward, (input, offset_and_mask, weight), grad, needed)
 
 
@@ -200,6 +188,11 @@ def _backward(arguments: Sequence[Any], needed: Sequence[bool], grad: Tensor) ->
     return *found, grad.sum((0, 2, 3)) if need_bias else None, None, None, None
 
 
+# `register_fallback` would warn. Here `deform_conv2d` is called, which has kernels or warns by itself.
+register_without_kernel("modulated_deform_conv2d", _forward_in_parts)
+register_without_kernel("modulated_deform_conv2d_backward", _backward_in_parts)
+register_fake("modulated_deform_conv2d", _fake)
+register_fake("modulated_deform_conv2d_backward", _fake_backward)
 register_derivatives("modulated_deform_conv2d", _backward, _differentiable_forward)
 register_second_derivatives("modulated_deform_conv2d_backward", _differentiable_backward)
 register_autocast("modulated_deform_conv2d", float32_on_cpu=("offset_and_mask",))

@@ -1,5 +1,5 @@
 # Copyright (c) the dcn_d2 authors. SPDX-License-Identifier: Apache-2.0
-"""Slow, readable operators: the oracle of the tests, and the fallback where no compiled kernel exists.
+"""Slow, readable operators: what the tests compare with, and the fallback where no compiled kernel exists.
 
 They are plain differentiable torch, so autograd gives the reference gradients. Half precision is computed in float32.
 """
@@ -32,11 +32,21 @@ def deform_conv2d(
     dilation: Sequence[int],
     mask: Tensor | None,
 ) -> Tensor:
-    """Deformable convolution: samples every tap, then multiplies by the weight, conv group by conv group."""
+    """Deformable convolution: samples every tap, then multiplies by the weight, conv group by conv group.
+
+    Args:
+        input: (N, in_channels, in_h, in_w).
+        offset: (N, 2 * deform_groups * kernel_h * kernel_w, out_h, out_w), (y, x) pairs in input pixels.
+        weight: (out_channels, in_channels / groups, kernel_h, kernel_w).
+        bias: (out_channels,) or None.
+        stride: (height, width); so are padding and dilation.
+        mask: (N, deform_groups * kernel_h * kernel_w, out_h, out_w) or None.
+
+    Returns:
+        (N, out_channels, out_h, out_w).
+    """
     dtype = input.dtype
-    if dtype in (torch.float16, torch.bfloat16):
-        input, offset, weight = input.float(), offset.float(), weight.float()
-        bias, mask = (None if t is None else t.float() for t in (bias, mask))
+    input, offset, weight, bias, mask = map(_float_of_half, (input, offset, weight, bias, mask))
     out_channels, _, kernel_h, kernel_w = weight.shape
     taps, groups = kernel_h * kernel_w, input.shape[1] // max(weight.shape[1], 1)
     batch, _, out_h, out_w = offset.shape
@@ -77,23 +87,30 @@ def deform_roi_pool(
     gamma: float = 0.1,
     mask: Tensor | None = None,
 ) -> Tensor:
-    """Deformable RoI pooling: averages the grid of samples of every bin of every RoI."""
-    dtype = input.dtype
-    if dtype in (torch.float16, torch.bfloat16):
-        input, rois = input.float(), rois.float()
-        offset, mask = (None if t is None else t.float() for t in (offset, mask))
-    out_h, out_w = output_size
-    pooled = []
-    for index, roi in enumerate(rois):
-        shift = input.new_zeros(2, out_h, out_w) if offset is None else gamma * offset[index]
-        y, x = roi_bin_locations(roi[1:], shift, spatial_scale, sampling_ratio)
-        grid_y, grid_x = torch.broadcast_tensors(y[:, :, :, None], x[:, :, None, :])
-        samples = bilinear_clamped(input[int(roi[0])], grid_y, grid_x)
-        pooled.append(samples.sum((-2, -1)) / max(y.shape[2] * x.shape[2], 1))
-    output = torch.stack(pooled) if pooled else input.new_zeros(0, input.shape[1], out_h, out_w) + 0 * input.sum()
-    if mask is not None:
-        output = output * mask
-    return output.to(dtype)
+    """Deformable RoI pooling: averages the grid of samples of every bin of every RoI.
+
+    Args:
+        input: (N, C, H, W).
+        rois: (R, 5) of (batch index, x0, y0, x1, y1) in image pixels.
+        offset: (R, 2, out_h, out_w) in (x, y) order, as a fraction of the RoI's size before gamma; or None.
+        output_size: (out_h, out_w).
+        spatial_scale: feature-map pixels per image pixel.
+        sampling_ratio: samples per bin and axis; 0 takes ceil(bin size in feature-map pixels).
+        gamma: scales the offsets.
+        mask: (R, 1, out_h, out_w) or None.
+
+    Returns:
+        (R, C, out_h, out_w).
+    """
+    offsets = _float_of_half(offset)
+
+    def pool(index: int, image: Tensor, box: Tensor) -> Tensor:
+        shift = image.new_zeros(2, *output_size) if offsets is None else gamma * offsets[index]
+        y, x = roi_bin_locations(box, shift, spatial_scale, sampling_ratio)
+        samples = bilinear_clamped(image, *_grid(y, x))
+        return samples.sum((-2, -1)) / max(y.shape[2] * x.shape[2], 1)
+
+    return _pool_each(input, rois, mask, (input.shape[1], *output_size), pool)
 
 
 def deform_psroi_pool(
@@ -108,51 +125,92 @@ def deform_psroi_pool(
     trans_std: float = 0.1,
     mask: Tensor | None = None,
 ) -> Tensor:
-    """Deformable position-sensitive RoI pooling: averages those samples of every bin that lie on the map."""
-    dtype = input.dtype
-    if dtype in (torch.float16, torch.bfloat16):
-        input, rois = input.float(), rois.float()
-        offset, mask = (None if t is None else t.float() for t in (offset, mask))
+    """Deformable position-sensitive RoI pooling: averages those samples of every bin that lie on the map.
+
+    Args:
+        input: (N, C * group_size**2, H, W).
+        rois: (R, 5) of (batch index, x0, y0, x1, y1) in image pixels.
+        offset: (R, 2 * classes, part_h, part_w) in (x, y) order, as a fraction of the RoI's size before trans_std; or
+            None.
+        output_size: (out_h, out_w).
+        spatial_scale: feature-map pixels per image pixel.
+        group_size: input channels of an output channel lie in a grid of so many cells a side.
+        part_size: (part_h, part_w); None takes output_size.
+        sample_per_part: samples per bin and axis.
+        trans_std: scales the offsets.
+        mask: (R, 1, out_h, out_w) or None.
+
+    Returns:
+        (R, C, out_h, out_w).
+    """
     out_h, out_w = output_size
     part_h, part_w = part_size or output_size
-    if offset is None:
-        offset = input.new_zeros(len(rois), 2, part_h, part_w)
-    channels = input.shape[1] // group_size**2
-    classes = offset.shape[1] // 2
+    offsets = _float_of_half(offset)
+    channels, classes = input.shape[1] // group_size**2, 1 if offsets is None else offsets.shape[1] // 2
     rows = torch.arange(out_h, device=input.device)
     columns = torch.arange(out_w, device=input.device)
     # Bin (h, w) reads input channels (channel * group_size + h's group) * group_size + w's group.
     cell = (rows * group_size // out_h)[:, None] * group_size + columns * group_size // out_w
-    pooled = []
-    for index, roi in enumerate(rois):
-        image = input[int(roi[0])]
-        parts = offset[index][:, (rows * part_h // out_h)[:, None], columns * part_w // out_w]
-        blocks = []
-        for block, shift in enumerate(parts.unflatten(0, (classes, 2))):
-            y, x = psroi_bin_locations(roi[1:], shift, spatial_scale, sample_per_part, trans_std)
-            grid_y, grid_x = torch.broadcast_tensors(y[:, :, :, None], x[:, :, None, :])
-            samples, inside = bilinear_half_pixel(image, grid_y, grid_x)
+
+    def pool(index: int, image: Tensor, box: Tensor) -> Tensor:
+        all_offsets = image.new_zeros(2, part_h, part_w) if offsets is None else offsets[index]
+        of_bins = all_offsets[:, (rows * part_h // out_h)[:, None], columns * part_w // out_w]
+        of_classes = []
+        for number, shift in enumerate(of_bins.unflatten(0, (classes, 2))):
+            y, x = psroi_bin_locations(box, shift, spatial_scale, sample_per_part, trans_std)
+            samples, inside = bilinear_half_pixel(image, *_grid(y, x))
             means = samples.sum((-2, -1)) / inside.sum((-2, -1)).clamp(min=1)
-            means = means.unflatten(0, (channels, group_size**2))[
-                :, cell, torch.arange(out_h)[:, None], torch.arange(out_w)
-            ]
-            blocks.append(means.chunk(classes)[block] if classes > 1 else means)
-        pooled.append(torch.cat(blocks))
-    output = torch.stack(pooled) if pooled else input.new_zeros(0, channels, out_h, out_w) + 0 * input.sum()
-    if mask is not None:
-        output = output * mask
-    return output.to(dtype)
+            means = means.unflatten(0, (channels, group_size**2))[:, cell, rows[:, None], columns]
+            of_classes.append(means.chunk(classes)[number] if classes > 1 else means)
+        return torch.cat(of_classes)
+
+    return _pool_each(input, rois, mask, (channels, out_h, out_w), pool)
+
+
+def _float_of_half(tensor: Any) -> Any:
+    """Gives a tensor of half precision as float32, and everything else as it is."""
+    half = isinstance(tensor, Tensor) and tensor.dtype in (torch.float16, torch.bfloat16)
+    return tensor.float() if half else tensor
+
+
+def _grid(y: Tensor, x: Tensor) -> list[Tensor]:
+    """Gives all pairs of (out_h, out_w, n) rows and (out_h, out_w, m) columns: two tensors (out_h, out_w, n, m)."""
+    return list(torch.broadcast_tensors(y[:, :, :, None], x[:, :, None, :]))
+
+
+def _pool_each(
+    input: Tensor,
+    rois: Tensor,
+    mask: Tensor | None,
+    shape: Sequence[int],
+    pool: Callable[[int, Tensor, Tensor], Tensor],
+) -> Tensor:
+    """Pools every RoI, and scales its bins by the mask.
+
+    Args:
+        input: (N, C, H, W).
+        rois: (R, 5) of (batch index, x0, y0, x1, y1).
+        mask: (R, 1, out_h, out_w) or None.
+        shape: what `pool` gives for one RoI, (channels, out_h, out_w).
+        pool: called with the number of a RoI, its (C, H, W) image and its (4,) box.
+    """
+    dtype = input.dtype
+    input, rois, mask = map(_float_of_half, (input, rois, mask))
+    pooled = [pool(index, input[int(roi[0])], roi[1:]) for index, roi in enumerate(rois)]
+    # Without RoIs too, the output depends on the input: its gradient is zero, not missing.
+    output = torch.stack(pooled) if pooled else input.new_zeros(0, *shape) + 0 * input.sum()
+    return (output if mask is None else output * mask).to(dtype)
 
 
 def pull_back(
     function: Callable[..., Any], arguments: Sequence[Any], needed: Sequence[bool], grads: Sequence[Tensor]
 ) -> list[Tensor | None]:
-    """Differentiates `function` at `arguments`, so that the gradients can be differentiated again.
+    """Differentiates `function` at `arguments`; the gradients can be differentiated again.
 
     Args:
         function: gives a tensor or a tuple of tensors.
         arguments: all that it takes.
-        needed: which of them want a gradient; for one that is no tensor, or not wanted, there is None.
+        needed: which of them want a gradient. What is not wanted, or not a tensor, gets None.
         grads: one for each tensor that `function` gives.
     """
     wanted = [index for index, need in enumerate(needed) if need and isinstance(arguments[index], Tensor)]
@@ -166,7 +224,7 @@ def pull_back(
             values[index] = tensor
         return function(*values)
 
-    # torch.autograd.grad would not do: inside another transform of torch.func its operands cannot require gradients.
+    # torch.autograd.grad does not work here: inside a transform of torch.func its operands cannot require gradients.
     output, pull = torch.func.vjp(  # type: ignore[misc]
         of_wanted, *(arguments[index] for index in wanted)
     )

@@ -1,8 +1,9 @@
 # Copyright (c) the dcn_d2 authors. SPDX-License-Identifier: Apache-2.0
 """Where samples fall, and what a sample reads: the one Python source of both.
 
-The reference operators and the drawing code call these functions, so a picture cannot contradict the maths. The
-compiled kernels have the same facts in ``csrc/sample.h``.
+The reference operators and the drawing code call these functions, so a picture cannot contradict the maths. In the
+compiled kernels, positions are computed in ``csrc/deform_conv2d.h``, ``csrc/deform_roi_pool.h`` and
+``csrc/deform_psroi_pool.h``, and ``csrc/sample.h`` says what a sample reads.
 """
 
 from __future__ import annotations
@@ -18,13 +19,18 @@ def deform_conv2d_locations(
 ) -> Tensor:
     """Gives the position that every tap of every output location of a deformable convolution reads.
 
-    Tap (i, j) of output (h, w) reads y = h * stride - padding + i * dilation + offset_y, and x alike.
+    Tap (i, j) of output (h, w) reads y = h * stride - padding + i * dilation + offset_y. For x it is the same with w
+    and j.
     Source: Dai et al., "Deformable Convolutional Networks", ICCV 2017, eq. 2; the order of the offset channels is
     that of the authors' code, MMDetection and ``torchvision.ops.deform_conv2d``.
 
     Args:
         offset: (N, 2 * deform_groups * kernel_h * kernel_w, out_h, out_w) in input pixels; (y, x) pairs interleaved
             per tap, deform group by deform group.
+        kernel_size: a number or (height, width).
+        stride: a number or (height, width).
+        padding: a number or (height, width).
+        dilation: a number or (height, width).
 
     Returns:
         (N, deform_groups, kernel_h * kernel_w, out_h, out_w, 2) tensor of (y, x) in input pixels, differentiable
@@ -35,7 +41,9 @@ def deform_conv2d_locations(
     taps = kernel_h * kernel_w
     batch, channels, out_h, out_w = offset.shape
     if channels % (2 * taps):
-        raise ValueError(f"offset has {channels} channels, which is no multiple of 2 * {kernel_h} * {kernel_w}")
+        raise ValueError(
+            f"offset has {channels} channels, but needs a multiple of 2 * {kernel_h} * {kernel_w} = {2 * taps}"
+        )
     shift = offset.reshape(batch, channels // (2 * taps), taps, 2, out_h, out_w).movedim(3, -1)
 
     def grid(size: int, step: int, pad: int) -> Tensor:
@@ -52,12 +60,13 @@ def roi_bin_locations(roi: Tensor, shift: Tensor, spatial_scale: float, sampling
     """Gives the sample rows and columns of the bins of one RoI of deformable RoI pooling.
 
     The samples of a bin form a grid with centres at (k + 0.5) * bin_size / grid_size, as in RoIAlign with
-    ``aligned=True``; the whole grid of a bin is moved by its shift. The grid has ``sampling_ratio`` samples a
-    side, or ceil(bin_size) where that is 0, so none where the RoI is empty then. A RoI that is not finite has none.
+    ``aligned=True``. The whole grid of a bin is moved by its shift. A RoI that is not finite has no samples.
 
     Args:
         roi: (4,) tensor (x0, y0, x1, y1) in image pixels.
         shift: (2, out_h, out_w), the bins' shifts in (x, y), as a fraction of the RoI's size.
+        spatial_scale: feature-map pixels per image pixel.
+        sampling_ratio: samples a side of the grid; 0 takes ceil(bin_size), so none where the RoI is empty.
 
     Returns:
         y of shape (out_h, out_w, grid_h) and x of shape (out_h, out_w, grid_w), in feature-map pixels, differentiable
@@ -67,7 +76,7 @@ def roi_bin_locations(roi: Tensor, shift: Tensor, spatial_scale: float, sampling
     x0, y0, x1, y1 = (roi * spatial_scale - 0.5).unbind()
     height, width = y1 - y0, x1 - x0
     finite = bool(torch.isfinite(height) & torch.isfinite(width))
-    if not finite:  # without samples, but NaN would reach the gradients by `shift`
+    if not finite:  # it has no samples, but NaN would still reach the gradients by `shift`
         x0, y0, height, width = (torch.zeros_like(x0) for _ in range(4))
 
     def positions(start: Tensor, size: Tensor, bins: int, index: Tensor, move: Tensor) -> Tensor:
@@ -86,13 +95,16 @@ def psroi_bin_locations(
 ) -> tuple[Tensor, Tensor]:
     """Gives the sample rows and columns of the bins of one RoI of deformable position-sensitive RoI pooling.
 
-    The RoI's corners are rounded to whole image pixels, half away from zero, and include the last one; a RoI is at
-    least 0.1 feature-map pixels long, and has no samples on the map where it is not finite. Samples lie on the upper
-    left edges of the bin's parts.
+    The RoI's corners are rounded to whole image pixels, half away from zero, and include the last one. A RoI is at
+    least 0.1 feature-map pixels long. One that is not finite has no samples on the map. A bin is divided into
+    sample_per_part equal shares along each axis, and each sample lies on the upper left corner of its share.
 
     Args:
         roi: (4,) tensor (x0, y0, x1, y1) in image pixels.
         offset: (2, out_h, out_w), the bins' offsets in (x, y), as a fraction of the RoI's size before trans_std.
+        spatial_scale: feature-map pixels per image pixel.
+        sample_per_part: samples per bin and axis.
+        trans_std: scales the offsets.
 
     Returns:
         y and x, both of shape (out_h, out_w, sample_per_part), in feature-map pixels, differentiable in `offset`.
@@ -142,9 +154,9 @@ def bilinear_clamped(image: Tensor, y: Tensor, x: Tensor) -> Tensor:
 def bilinear_half_pixel(image: Tensor, y: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
     """Reads (C, H, W) `image` at positions of any shape with the border rule of position-sensitive RoI pooling.
 
-    A position contributes only for -0.5 <= y <= H - 0.5 and x alike, and is then clamped to the map; its neighbours
-    are floor and ceil, so the derivative is zero where they coincide. Returns the values (C, y.shape...) and which
-    positions contribute.
+    A position contributes only for -0.5 <= y <= H - 0.5 and -0.5 <= x <= W - 0.5, and is then clamped to the map. Its
+    neighbours are floor and ceil, so the derivative is zero where they coincide. Returns the values (C, y.shape...) and
+    which positions contribute.
     """
     height, width = image.shape[1:]
     inside = (y >= -0.5) & (y <= height - 0.5) & (x >= -0.5) & (x <= width - 0.5)
@@ -158,7 +170,7 @@ def bilinear_half_pixel(image: Tensor, y: Tensor, x: Tensor) -> tuple[Tensor, Te
 
 
 def _bilinear(image: Tensor, y: Tensor, x: Tensor, inside: Tensor) -> Tensor:
-    """Sums the four neighbours of finite positions, those outside the map counting as zero."""
+    """Sums the four neighbours of finite positions; neighbours outside the map count as zero."""
     height, width = image.shape[1:]
     top, left = y.detach().floor(), x.detach().floor()
     fraction_y, fraction_x = y - top, x - left

@@ -10,8 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dcn_d2.layers import split_offset_and_mask
-from dcn_d2.ops import reference
+from dcn_d2.ops import reference, split_offset_and_mask
 from tests.ops.samples import CONV_SAMPLES, EMPTY_BATCH, ConvSample, by_name, turned_columns
 
 from .emulator import GREEDY_WARP, ROUND_ROBIN, SANITIZED, emulate

@@ -13,8 +13,7 @@ from detectron2.structures import Boxes
 from torch import Tensor, nn
 
 from dcn_d2 import layers
-from dcn_d2.modeling import ROI_POOLER_REGISTRY, DCNROIPooler, build_roi_pooler
-from dcn_d2.modeling.poolers import assign_levels
+from dcn_d2.modeling import ROI_POOLER_REGISTRY, DCNROIPooler, assign_levels, build_roi_pooler
 
 from ..slim import slim_config
 
@@ -213,6 +212,7 @@ weights = torch.cat([parameter.detach().flatten() for parameter in model.paramet
 both = [torch.empty_like(weights) for _ in range(2)]
 torch.distributed.all_gather(both, weights)
 assert torch.equal(*both)
+torch.distributed.destroy_process_group()  # threads that still run when the program ends would abort it
 """
 
 

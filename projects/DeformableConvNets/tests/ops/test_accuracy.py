@@ -17,8 +17,14 @@ import torch
 import torchvision
 from torch import Tensor
 
-from dcn_d2.layers import split_offset_and_mask
-from dcn_d2.ops import deform_conv2d, deform_psroi_pool, deform_roi_pool, modulated_deform_conv2d, reference
+from dcn_d2.ops import (
+    deform_conv2d,
+    deform_psroi_pool,
+    deform_roi_pool,
+    modulated_deform_conv2d,
+    reference,
+    split_offset_and_mask,
+)
 
 from .samples import DEVICES, gradients
 

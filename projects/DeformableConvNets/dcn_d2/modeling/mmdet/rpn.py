@@ -14,8 +14,8 @@ from detectron2.modeling.proposal_generator import PROPOSAL_GENERATOR_REGISTRY, 
 from detectron2.structures import Boxes, Instances
 from torch import Tensor
 
-from ..config import with_dcn_keys
-from ..config_checks import check_part
+from ...config import with_dcn_keys
+from ...config_checks import check_part
 from .matcher import MinimumIoUMatcher
 
 
@@ -23,13 +23,13 @@ from .matcher import MinimumIoUMatcher
 class DCNRPN(RPN):
     """Detectron2's `RPN`, which with the keys of MODEL.DCN labels anchors and averages losses as MMDetection does.
 
-    MODEL.DCN.RPN_LOW_QUALITY_IOU, RPN_PADDING_DIVISOR and RPN_LOSS_PER_SAMPLE; their defaults make it an `RPN`.
-    Proposals at test time are the same in any case.
+    The keys are RPN_LOW_QUALITY_IOU, RPN_PADDING_DIVISOR and RPN_LOSS_PER_SAMPLE. With their defaults it is an `RPN`.
+    They change training only: proposals at test time are the same.
 
     Args:
-        padding_divisor: anchors are left out of matching and sampling whose centre lies outside the image padded to
-            multiples of this, and those that `anchor_boundary_thresh` excludes; 0 keeps all in the matching.
-        loss_per_sample: the losses are averages over the anchors sampled, and not sums divided by the number of
+        padding_divisor: the image is padded to multiples of this, and anchors whose centre lies outside of it are left
+            out of matching and sampling, as are those that `anchor_boundary_thresh` excludes. 0 keeps all anchors.
+        loss_per_sample: the losses are averages over the sampled anchors, and not sums divided by the number of
             anchors that should be sampled.
         kwargs: arguments of `RPN`.
     """
@@ -58,7 +58,16 @@ class DCNRPN(RPN):
     def label_and_sample_anchors(
         self, anchors: list[Boxes], gt_instances: list[Instances]
     ) -> tuple[list[Tensor], list[Tensor]]:
-        """Labels and samples anchors as `RPN` does, of each image those that take part."""
+        """Labels and samples anchors as `RPN` does, but only those that take part in each image.
+
+        Args:
+            anchors: (A_l, 4) boxes of each feature map; A is the sum of their numbers.
+            gt_instances: the ground truth of each of the N images.
+
+        Returns:
+            Labels, N tensors (A,): 1 and 0 for sampled anchors, -1 for all others. And matched ground-truth boxes, N
+            tensors (A, 4), which only count where the label is 1.
+        """
         if self.padding_divisor == 0:
             return super().label_and_sample_anchors(anchors, gt_instances)
         everything = Boxes.cat(anchors)
@@ -72,7 +81,7 @@ class DCNRPN(RPN):
 
     def _take_part(self, anchors: Boxes, image_size: tuple[int, int]) -> Tensor:
         height, width = (math.ceil(side / self.padding_divisor) * self.padding_divisor for side in image_size)
-        # Centres are whole pixels up to rounding, at least 4 apart: half a pixel keeps rounding out of the comparison.
+        # Centres are whole pixels, at least 4 apart, up to rounding. So the half pixel only makes up for rounding.
         x, y = anchors.get_centers().unbind(1)
         inside = (x < width - 0.5) & (y < height - 0.5)
         if self.anchor_boundary_thresh >= 0:
@@ -87,11 +96,11 @@ class DCNRPN(RPN):
         pred_anchor_deltas: list[Tensor],
         gt_boxes: list[Tensor],
     ) -> dict[str, Tensor]:
-        """Gives loss_rpn_cls and loss_rpn_loc; arguments as in `RPN`."""
+        """Gives loss_rpn_cls and loss_rpn_loc. It takes the arguments of `RPN.losses`."""
         losses = super().losses(anchors, pred_objectness_logits, gt_labels, pred_anchor_deltas, gt_boxes)
         if not self.loss_per_sample:
             return losses
-        # An image without samples of a kind counts as one of that kind, in MMDetection too.
+        # As in MMDetection, an image without positive samples counts as having one, and so with negative ones.
         samples = sum((labels == kind).sum().clamp(min=1) for labels in gt_labels for kind in (0, 1))
         scale = self.batch_size_per_image * len(gt_labels) / samples
         return {name: loss * scale for name, loss in losses.items()}

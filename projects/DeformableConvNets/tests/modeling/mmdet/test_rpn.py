@@ -8,7 +8,7 @@ from detectron2.utils.events import EventStorage
 
 from dcn_d2.modeling import DCNRPN
 
-from ..slim import slim_config
+from ...slim import slim_config
 
 SHAPES = {f"p{level}": ShapeSpec(channels=8, stride=2**level) for level in range(2, 7)}
 SIZES = [(60, 100), (96, 64)]  # of the two images; padded to multiples of 32: (64, 128) and (96, 64)

@@ -11,20 +11,29 @@ from torch import Tensor
 
 
 class MinimumIoUMatcher(Matcher):
-    """A `Matcher` whose low-quality matches need a minimum IoU and take over the box that they match.
+    """A `Matcher` in which each ground-truth box takes the boxes that fit it best, if they fit well enough.
 
-    Every ground-truth box with an IoU of `low_quality_iou` or more with some box is matched with the boxes of its
-    highest IoU, all of them, even if those have a higher IoU with other ground truth; of several such claims the last
-    counts. Detectron2's own low-quality matches need no minimum, and such a box keeps the ground truth of its own
-    highest IoU.
+    A low-quality match is a match below the thresholds: a ground-truth box that no box fits well is matched with the
+    best that there is. Here a ground-truth box does so if its highest IoU is at least `low_quality_iou`. It takes all
+    boxes that have this IoU with it, even one that has a higher IoU with other ground truth. If several ground-truth
+    boxes take one box, the last of them gets it. In Detectron2 there is no minimum, and a box keeps the ground truth
+    with which it has its own highest IoU.
+
+    Example:
+        >>> import torch
+        >>> from dcn_d2.modeling import MinimumIoUMatcher
+        >>> match = MinimumIoUMatcher([0.3, 0.7], [0, -1, 1], low_quality_iou=0.4)
+        >>> match(torch.tensor([[0.8, 0.1],  # IoUs of ground truth 0 with two boxes
+        ...                     [0.5, 0.2]]))  # ground truth 1 fits box 0 best, and takes it from ground truth 0
+        (tensor([1, 1]), tensor([1, 0], dtype=torch.int8))
 
     Args:
         thresholds: IoUs that separate the labels.
         labels: 0, 1 or -1 (ignored) for the IoUs below, between and above the thresholds.
-        low_quality_iou: the minimum.
+        low_quality_iou: minimum IoU of low-quality matches.
         truth_appended: the last boxes are the ground truth itself, in its order. MMDetection adds it to the proposals
-            after it has matched them: each is matched with itself, and its IoU of 1 does not keep proposals from being
-            the best.
+            after it has matched them. So each of these boxes is matched with itself, and is left out when the best
+            boxes of a ground-truth box are looked for: its IoU of 1 would always be the highest.
     """
 
     def __init__(

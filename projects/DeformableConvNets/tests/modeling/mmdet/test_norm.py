@@ -8,7 +8,7 @@ from torch import nn
 
 from dcn_d2.modeling import FixedStatsBatchNorm2d, build_dcn_resnet_backbone, fix_batch_norm_statistics
 
-from ..slim import slim_config
+from ...slim import slim_config
 
 
 def norm_eval_backbone(norm: str = "BN", freeze_at: int = 2) -> ResNet:

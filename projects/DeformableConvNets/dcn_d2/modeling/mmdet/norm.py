@@ -9,11 +9,11 @@ from torch import nn
 class FixedStatsBatchNorm2d(nn.BatchNorm2d):
     """BatchNorm that always uses its running statistics and never updates them; weight and bias train.
 
-    In between Detectron2's "BN", which learns statistics, and "FrozenBN", whose weight and bias are fixed too.
+    Detectron2's "BN" learns its statistics, and in its "FrozenBN" weight and bias are fixed too.
     """
 
     def train(self, mode: bool = True) -> FixedStatsBatchNorm2d:
-        """Stays in evaluation mode, whatever the mode of the model around it."""
+        """Stays in evaluation mode, also when the model around it trains."""
         super().train(False)
         return self
 
@@ -21,7 +21,7 @@ class FixedStatsBatchNorm2d(nn.BatchNorm2d):
 def fix_batch_norm_statistics(module: nn.Module) -> None:
     """Replaces every BatchNorm2d and SyncBatchNorm below `module`, sharing their parameters and buffers.
 
-    Statistics that are fixed need no synchronisation, so a SyncBatchNorm becomes the same layer.
+    Fixed statistics need no synchronisation, so both become the same layer.
     """
     for name, child in module.named_children():
         if isinstance(child, (nn.BatchNorm2d, nn.SyncBatchNorm)):

@@ -9,17 +9,19 @@ from torch import Tensor, nn
 
 
 class MaskHeadPerStage(nn.ModuleList):
-    """Mask heads of Detectron2, one for each stage of a cascade; called at test time, they average their masks.
+    """Mask heads of Detectron2, one for each stage of a cascade.
 
-    In training each stage calls its own, `heads[stage]`. Source: Cai and Vasconcelos, "Cascade R-CNN: High Quality
-    Object Detection and Instance Segmentation", TPAMI 2019, section 5.
+    Called at test time, they average their masks. In training each stage calls its own head, `heads[stage]`.
+
+    Source: Cai and Vasconcelos, "Cascade R-CNN: High Quality Object Detection and Instance Segmentation", TPAMI 2019,
+    section 5.
     """
 
     def forward(self, x: Tensor, instances: list[Instances]) -> list[Instances]:
-        """Predicts masks: probabilities, averaged over the heads.
+        """Predicts masks, as probabilities that are averaged over the heads.
 
         Args:
-            x: pooled features of all instances of all images.
+            x: (R, C, pooled_h, pooled_w), the pooled features of all instances of all images.
             instances: detections of each image, with pred_boxes and pred_classes; gets pred_masks, (R, 1, h, w).
         """
         masks_per_head = []
