@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from dcn_d2 import config_checks
-from dcn_d2.config_rules import RULES
+from dcn_d2.config import checks as config_checks
+from dcn_d2.config.rules import RULES
 from dev.campaign import configs
 from dev.campaign.configs import Case
 

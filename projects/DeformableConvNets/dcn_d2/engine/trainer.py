@@ -25,7 +25,7 @@ from torch import nn
 
 from ..checkpoint import DCNCheckpointer
 from ..config import add_dcn_keys, load_config, with_dcn_keys
-from ..config_checks import check_config
+from ..config.checks import check_config
 from ..data.checks import advise_on_data, check_data
 from ..data.mapper import DCNDatasetMapper
 from . import checks, folder

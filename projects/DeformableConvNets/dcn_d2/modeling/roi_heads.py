@@ -21,7 +21,7 @@ from detectron2.utils.events import get_event_storage
 from torch import Tensor
 
 from ..config import with_dcn_keys
-from ..config_checks import check_part
+from ..config.checks import check_part
 from .mask_heads import MaskHeadPerStage
 from .matcher import MinimumIoUMatcher
 from .poolers import ROI_POOLER_REGISTRY, build_roi_pooler

@@ -36,9 +36,9 @@ from detectron2.utils.events import EventStorage
 
 from dcn_d2 import model_zoo
 from dcn_d2.config import load_config
-from dcn_d2.config_checks import check_config, keys_of, shorten, value_of
-from dcn_d2.config_reader import ConfigError
-from dcn_d2.config_rules import RULES
+from dcn_d2.config.checks import check_config, keys_of, shorten, value_of
+from dcn_d2.config.reader import ConfigError
+from dcn_d2.config.rules import RULES
 from dcn_d2.data.transforms import build_augmentation
 from dcn_d2.engine import DCNTrainer
 

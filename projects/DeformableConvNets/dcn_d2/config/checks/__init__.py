@@ -18,8 +18,8 @@ from detectron2.config import CfgNode, get_cfg
 from detectron2.utils.logger import log_first_n
 from detectron2.utils.registry import Registry
 
-from .config_reader import ConfigError
-from .config_rules import DETECTRON2_POOLERS, RULES, channels_of, listed, nearest
+from ..reader import ConfigError
+from ..rules import DETECTRON2_POOLERS, RULES, channels_of, listed, nearest
 
 Problem = tuple[str, str]  # a key, and a sentence that begins with it
 Check = Callable[[CfgNode], Iterator[Problem]]
@@ -407,7 +407,7 @@ def _check_box_weights(cfg: CfgNode) -> Iterator[Problem]:
 
 def _check_poolers(cfg: CfgNode) -> Iterator[Problem]:
     """Only the heads of dcn_d2 build the poolers of dcn_d2."""
-    from .modeling.roi_heads import DCNROIHeads
+    from ...modeling.roi_heads import DCNROIHeads
 
     heads = _roi_heads(cfg)
     if not _reads_roi_heads(cfg) or heads is None or (isinstance(heads, type) and issubclass(heads, DCNROIHeads)):
@@ -559,7 +559,7 @@ def unread_keys(cfg: CfgNode) -> list[Problem]:
 
 @cache
 def _defaults() -> CfgNode:
-    from .config import add_dcn_keys
+    from ..keys import add_dcn_keys
 
     cfg = get_cfg()
     add_dcn_keys(cfg)
@@ -590,8 +590,8 @@ def _unread(cfg: CfgNode) -> Iterator[Problem]:
 def _unread_by_heads(cfg: CfgNode) -> Iterator[Problem]:
     from detectron2.modeling import PROPOSAL_GENERATOR_REGISTRY
 
-    from .modeling.roi_heads import DCNCascadeROIHeads, DCNROIHeads
-    from .modeling.rpn import DCNRPN
+    from ...modeling.roi_heads import DCNCascadeROIHeads, DCNROIHeads
+    from ...modeling.rpn import DCNRPN
 
     dcn = _defaults().MODEL.DCN
     of_rpn = [key for key in dcn if key.startswith("RPN_")]

@@ -2,7 +2,7 @@
 """What each key of a config may be: one table, of dcn_d2's keys and of those of Detectron2 that fail late or silently.
 
 A rule is a function of a value. It gives None where the value is right, and else what it must be, as the end of a
-sentence that begins with the key: "must be a whole number from 1 to 65536". `dcn_d2.config_checks` applies the table.
+sentence that begins with the key: "must be a whole number from 1 to 65536". `dcn_d2.config.checks` applies the table.
 """
 
 from __future__ import annotations
@@ -198,7 +198,7 @@ def channels_of(image_format: str) -> int | None:
 
 def box_pooler(value: Any) -> str | None:
     """A pooler of Detectron2 or of dcn_d2."""
-    from .modeling.poolers import ROI_POOLER_REGISTRY
+    from ..modeling.poolers import ROI_POOLER_REGISTRY
 
     return choice(*DETECTRON2_POOLERS, *(name for name, _ in ROI_POOLER_REGISTRY))(value)
 

@@ -12,9 +12,9 @@ from typing import Any
 from detectron2.config import CfgNode as CN
 from detectron2.config import get_cfg
 
-from .config_checks import find_problems, nearest_key, raise_problems, shorten, value_of
-from .config_reader import ConfigError, read_config_file
-from .config_rules import RULES
+from .checks import find_problems, nearest_key, raise_problems, shorten, value_of
+from .reader import ConfigError, read_config_file
+from .rules import RULES
 
 
 def register() -> None:
@@ -24,7 +24,7 @@ def register() -> None:
     Detectron2's own deformable ResNet block, and the addresses of foreign weights that MODEL.WEIGHTS may have. A
     process that gets a finished config, by pickle for example, needs this and not `add_dcn_config`.
     """
-    from . import checkpoint, data, modeling  # noqa: F401  the last two register what they have when imported
+    from .. import checkpoint, data, modeling  # noqa: F401  the last two register what they have when imported
 
     modeling.use_dcn_layers_in_detectron2()
     checkpoint.register_path_handlers()
@@ -131,7 +131,7 @@ def load_config(config_file: str, opts: Sequence[Any] = (), check: bool = True) 
         config_file: path of a YAML; "" gives the defaults.
         opts: KEY VALUE pairs that override it.
         check: refuse values that cannot work, and values that contradict each other. False is for a file that is
-            complete only with others, or that is to be mended: check with `dcn_d2.config_checks.check_config` then.
+            complete only with others, or that is to be mended: check with `dcn_d2.config.checks.check_config` then.
 
     Raises:
         ConfigError: with the file and line, or the key, value and what is allowed.

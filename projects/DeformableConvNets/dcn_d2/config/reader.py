@@ -81,7 +81,7 @@ def _local_copy(file: str) -> str:
     """Fetches what http:// and https:// name: into the cache only, and with a time-out, which iopath's way has not."""
     from iopath.common.file_io import get_cache_dir
 
-    from .checkpoint import download
+    from ..checkpoint import download
 
     if not file.startswith(download.SCHEMES):
         return file

@@ -16,11 +16,11 @@ from detectron2.utils import logger as detectron2_logger
 
 from dcn_d2 import add_dcn_config, model_zoo
 from dcn_d2.config import load_config
-from dcn_d2.config_checks import check_config, find_problems, keys_of, unread_keys, value_of
-from dcn_d2.config_reader import ConfigError
-from dcn_d2.config_rules import DETECTRON2_RULES, OUR_RULES, RULES
+from dcn_d2.config.checks import check_config, find_problems, keys_of, unread_keys, value_of
+from dcn_d2.config.reader import ConfigError
+from dcn_d2.config.rules import DETECTRON2_RULES, OUR_RULES, RULES
 
-from .slim import slim_config
+from ..slim import slim_config
 
 CASCADE = "cascade_mask_rcnn_R_50_FPN_1x_dconv_c3-c5"
 DPOOL = "faster_rcnn_R_50_FPN_1x_mdpool"

@@ -15,7 +15,7 @@ from detectron2.utils.file_io import PathManager
 import dcn_d2.layers
 from dcn_d2 import add_dcn_config
 
-from .slim import slim_config
+from ..slim import slim_config
 
 
 def test_defaults_leave_detectron2_as_it_is() -> None:
@@ -59,7 +59,7 @@ def test_everything_is_registered() -> None:
 
 
 def test_each_key_has_its_sentence(project: Path) -> None:
-    lines = (project / "dcn_d2" / "config.py").read_text().splitlines()
+    lines = (project / "dcn_d2" / "config" / "keys.py").read_text().splitlines()
     keys = [number for number, line in enumerate(lines) if re.match(r"    add\(", line)]
     assert len(keys) >= 5
     assert all(re.match(r"    # .*[.]$", lines[number - 1]) for number in keys)

@@ -12,7 +12,7 @@ import yaml
 
 from dcn_d2 import model_zoo
 from dcn_d2.config import load_config
-from dcn_d2.config_reader import ConfigError, read_config_file
+from dcn_d2.config.reader import ConfigError, read_config_file
 
 DETECTRON2_CONFIGS = Path(detectron2.model_zoo.__file__).parent / "configs"
 
