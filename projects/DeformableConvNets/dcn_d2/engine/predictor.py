@@ -16,7 +16,7 @@ from detectron2.modeling import build_model
 from PIL import Image
 
 from ..checkpoint import DCNCheckpointer
-from ..config.checks import check_config
+from ..config import check_config
 from ..data.images import ImageError, check_input_format, pixels_of
 from ..data.transforms import build_augmentation
 from .machine import fit_device

@@ -24,8 +24,7 @@ from detectron2.utils.logger import setup_logger
 from torch import nn
 
 from ..checkpoint import DCNCheckpointer
-from ..config import add_dcn_keys, load_config, with_dcn_keys
-from ..config.checks import check_config
+from ..config import add_dcn_keys, check_config, load_config, with_dcn_keys
 from ..data.checks import advise_on_data, check_data
 from ..data.mapper import DCNDatasetMapper
 from . import checks, folder

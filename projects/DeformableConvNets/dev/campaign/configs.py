@@ -35,10 +35,10 @@ from detectron2.structures import BitMasks, Boxes, Instances, Keypoints
 from detectron2.utils.events import EventStorage
 
 from dcn_d2 import model_zoo
-from dcn_d2.config import load_config
-from dcn_d2.config.checks import check_config, keys_of, shorten, value_of
-from dcn_d2.config.reader import ConfigError
-from dcn_d2.config.rules import RULES
+from dcn_d2.config import ConfigError, check_config, load_config
+from dcn_d2.config.access import keys_of, value_of
+from dcn_d2.config.messages import shorten
+from dcn_d2.config.table import RULES
 from dcn_d2.data.transforms import build_augmentation
 from dcn_d2.engine import DCNTrainer
 
