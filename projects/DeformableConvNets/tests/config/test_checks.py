@@ -99,7 +99,11 @@ class TestTable:
         ("MODEL.RESNETS.DEFORM_ON_PER_STAGE", [False, True], "needs 4 values, for res2 to res5, got"),
         ("MODEL.RESNETS.DEFORM_NUM_GROUPS", 0, "must be a whole number from 1 to 65536, got 0"),
         ("MODEL.RESNETS.DEFORM_NUM_GROUPS", -1, "must be a whole number from 1 to 65536, got -1"),
-        ("MODEL.RESNETS.DEFORM_NUM_GROUPS", 3, "must divide the 128 channels .* of res3, for example 1, 2, 4, 8.*, got 3"),
+        (
+            "MODEL.RESNETS.DEFORM_NUM_GROUPS",
+            3,
+            "must divide the 128 channels .* of res3, for example 1, 2, 4, 8.*, got 3",
+        ),
         ("MODEL.RESNETS.DEPTH", 51, "must be 18, 34, 50, 101 or 152, got 51"),
         ("MODEL.RESNETS.NORM", "BNN", """must be "", BN, SyncBN.*; did you mean 'BN'\\?, got 'BNN'"""),
         ("MODEL.RESNETS.NORM", "bn", "did you mean 'BN'"),
