@@ -7,13 +7,14 @@ from another one needs no more.
 
 from ..config import load_config, register
 from ..data.checks import check_data_sets
-from .checks import MISTAKES, one_line
+from .errors import MISTAKES, one_line
 from .logs import log_traceback
 from .machine import fit_to_machine, scale_learning_rate
 from .predictor import DCNPredictor
 from .processes import ProcessFailedError, check_single_start, launch
+from .start import setup
 from .stopping import TrainingStopped
-from .trainer import DCNTrainer, setup
+from .trainer import DCNTrainer
 
 register()
 

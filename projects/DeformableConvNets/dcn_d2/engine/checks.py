@@ -1,5 +1,5 @@
 # Copyright (c) the dcn_d2 authors. SPDX-License-Identifier: Apache-2.0
-"""What is checked before the first iteration, so that a run does not fail after hours, and one line for what fails."""
+"""What is checked before the first iteration, so that a run does not fail after hours."""
 
 from __future__ import annotations
 
@@ -8,30 +8,9 @@ import os
 from collections.abc import Iterable
 from typing import Any
 
-import yaml
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 from detectron2.utils import comm
-
-# What reading a config, weights or data may raise through mistakes of the user. Other errors are ours: they keep their
-# traceback.
-MISTAKES = (AssertionError, KeyError, OSError, ValueError, RecursionError, yaml.YAMLError, ImportError)
-
-
-def one_line(error: BaseException) -> str:
-    """The message of an error without line breaks; its class where it has no message."""
-    message = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
-    if isinstance(error, OSError) and error.strerror:  # without "[Errno 28] "
-        file = error.filename2 or error.filename
-        message = str(error.strerror) if file is None else f"{file}: {error.strerror}"
-    lines = [line.strip() for line in message.splitlines() if line.strip()]
-    if any("Traceback (most recent call last)" in line for line in lines):  # an error in a process that loads data
-        lines = lines[-1:]
-    # These say by themselves what is wrong; a key alone does not.
-    clear = (OSError, ValueError, KeyError, yaml.YAMLError, SystemExit)
-    if not isinstance(error, clear) or (isinstance(error, KeyError) and " " not in message):
-        lines.insert(0, f"{type(error).__name__}:")
-    return " ".join(lines)
 
 
 def check_batch_size(cfg: CfgNode) -> None:

@@ -17,6 +17,7 @@ from typing import IO, Any
 
 import torch
 import yaml
+from detectron2.config import CfgNode
 
 logger = logging.getLogger(__name__)
 
@@ -24,6 +25,7 @@ LOCK = ".lock"
 # What a run writes and --overwrite removes, and metrics.json. Other files are the user's.
 _CHECKPOINT = re.compile(r"model_(\d{7,}|final)\.pth")
 _RECORDS = re.compile(r"last_checkpoint|events\.out\.tfevents\..*")
+_OVERWRITE = "--overwrite (in Python: resume_or_load(resume=False, overwrite=True))"
 
 # Locks of this process: folder -> open file, and how often it was locked. They belong to the process and not to the
 # file (POSIX record locks), so that a killed run's workers, which live some seconds longer, do not hold them, and a
@@ -36,16 +38,59 @@ def is_local(folder: str) -> bool:
     return bool(folder) and "://" not in folder
 
 
-def describe_earlier_run(folder: str) -> str:
-    """Says what an earlier run left in `folder`; "" if there was none."""
+def find_checkpoints(folder: str) -> list[str]:
+    """Gives the names of the checkpoints of an earlier run in `folder`, the last one at the end."""
     path = Path(folder)
     if not is_local(folder) or not path.is_dir():
-        return ""
-    checkpoints = sorted(file.name for file in path.iterdir() if _CHECKPOINT.fullmatch(file.name))
-    if checkpoints:
+        return []
+    return sorted(file.name for file in path.iterdir() if _CHECKPOINT.fullmatch(file.name))
+
+
+def describe_earlier_run(folder: str) -> str:
+    """Says what an earlier run left in `folder`; "" if there was none."""
+    if checkpoints := find_checkpoints(folder):
         return f"{len(checkpoints)} checkpoint(s), the last one {checkpoints[-1]}"
-    metrics = path / "metrics.json"
-    return "metrics.json" if metrics.is_file() and metrics.stat().st_size else ""
+    metrics = Path(folder) / "metrics.json"
+    return "metrics.json" if is_local(folder) and metrics.is_file() and metrics.stat().st_size else ""
+
+
+def check_start(cfg: CfgNode, resume: bool, overwrite: bool) -> None:
+    """Refuses an OUTPUT_DIR in which this run would lose something of an earlier one.
+
+    Args:
+        cfg: of this run.
+        resume: it goes on with the run in the folder, if there is one.
+        overwrite: if it does not resume, it removes the run in the folder.
+
+    Raises:
+        FileExistsError: The message says how to go on.
+    """
+    folder = cfg.OUTPUT_DIR
+    if not resume:
+        if overwrite:
+            check_keeps(folder, cfg.MODEL.WEIGHTS)
+        else:
+            check_free(folder)
+    elif not describe_earlier_run(folder):
+        check_config_is_ours(folder)
+    elif not find_checkpoints(folder):
+        _check_had_no_checkpoint(folder, min(cfg.SOLVER.CHECKPOINT_PERIOD, cfg.SOLVER.MAX_ITER))
+
+
+def _check_had_no_checkpoint(folder: str, first: int) -> None:
+    """Refuses to resume a run whose checkpoints were taken away: it would silently begin at iteration 0.
+
+    Args:
+        folder: it holds metrics.json and no checkpoint.
+        first: after so many iterations there is a checkpoint. A run that was killed before may begin again.
+    """
+    done = max((number for number, _ in _read_metrics(Path(folder, "metrics.json"))[0]), default=-1) + 1
+    if done >= first:
+        raise FileExistsError(
+            f"OUTPUT_DIR {folder} holds metrics.json of a run of {done} iterations, but no checkpoint to go on from, "
+            f"although there should be one after {first}. Put the checkpoints back, name another OUTPUT_DIR, or throw "
+            f"the earlier run away by {_OVERWRITE}"
+        )
 
 
 def check_free(folder: str) -> None:
@@ -58,7 +103,7 @@ def check_free(folder: str) -> None:
         raise FileExistsError(
             f"OUTPUT_DIR {folder} holds an earlier run ({found}). Go on with it by --resume "
             "(in Python: resume_or_load(resume=True)), name another OUTPUT_DIR, or throw the earlier run away by "
-            "--overwrite (in Python: resume_or_load(resume=False, overwrite=True))"
+            f"{_OVERWRITE}"
         )
     check_config_is_ours(folder)
 
@@ -182,6 +227,18 @@ def remove_earlier_run(folder: str) -> None:
         logger.warning(f"OUTPUT_DIR {folder}: removed of an earlier run: {', '.join(sorted(removed))}")
 
 
+def _read_metrics(path: Path) -> tuple[list[tuple[int, dict[str, Any]]], bool]:
+    """Gives iteration and values of each line of metrics.json, and whether a kill has cut off a line."""
+    entries, cut = [], False
+    for line in path.read_text().splitlines():
+        try:
+            entry = json.loads(line)
+            entries.append((int(entry["iteration"]), entry))
+        except (ValueError, TypeError, KeyError):
+            cut = True
+    return entries, cut
+
+
 def cut_metrics(folder: str, iteration: int) -> None:
     """Cuts metrics.json before `iteration`, with which training goes on, so that it holds each iteration once.
 
@@ -192,14 +249,8 @@ def cut_metrics(folder: str, iteration: int) -> None:
     if not is_local(folder) or not path.is_file():
         return
     kept: dict[int, dict[str, Any]] = {}
-    changed = False
-    for line in path.read_text().splitlines():
-        try:
-            entry = json.loads(line)
-            number = int(entry["iteration"])
-        except (ValueError, TypeError, KeyError):  # a line that a kill has cut off
-            changed = True
-            continue
+    entries, changed = _read_metrics(path)
+    for number, entry in entries:
         if number == iteration and "total_loss" not in entry and number - 1 in kept:
             kept[number - 1] = entry | kept[number - 1]
             changed = True

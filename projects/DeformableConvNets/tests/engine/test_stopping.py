@@ -65,7 +65,7 @@ def test_signal_leaves_a_checkpoint_of_its_iteration(number: int, code: int, tmp
         trainer.train()
     assert stopped.value.code == code
     assert [signal.getsignal(one) for one in stopping.SIGNALS] == handlers
-    assert torch.load(tmp_path / "model_0000002.pth")["iteration"] == 2
+    assert torch.load(tmp_path / "model_0000001.pth")["iteration"] == 1
     assert "stopped at iteration 2, go on with --resume" in (tmp_path / "log.txt").read_text()
     assert iterations(tmp_path) == [2]
     again = DCNTrainer(tiny_config(tmp_path, "SOLVER.MAX_ITER", 5))
@@ -171,3 +171,19 @@ def test_workers_that_the_signal_has_killed_cost_no_iteration(tmp_path: Path) ->
     saved = torch.load(path)
     assert saved["iteration"] == int(path.stem.removeprefix("model_")) >= 1
     assert json.loads((tmp_path / "metrics.json").read_text().splitlines()[-1])["iteration"] == saved["iteration"]
+
+
+def test_worker_that_the_signal_killed_while_it_handed_over_a_batch_cost_the_checkpoint(tmp_path: Path) -> None:
+    def end_data() -> None:
+        def batches() -> Iterator[Any]:
+            raise EOFError  # what `multiprocessing` raises
+            yield
+
+        trainer.stop._receive(signal.SIGTERM, None)
+        trainer._trainer._data_loader_iter_obj = batches()  # type: ignore[attr-defined]
+        trainer.stop.agreed = lambda: False  # type: ignore[method-assign]
+
+    trainer = stopped_trainer(tmp_path, 2, end_data)
+    with pytest.raises(TrainingStopped):
+        trainer.train()
+    assert torch.load(tmp_path / "model_0000001.pth")["iteration"] == 1
