@@ -74,9 +74,6 @@ def test_importing_the_package_is_light() -> None:
 # What `launch` does on another process: the config comes by pickle, and nobody calls add_dcn_config there.
 UNPICKLE = """
 import pickle, sys
-from dcn_d2.config import register
-register()
-register()
 from detectron2.data import DatasetCatalog
 from detectron2.modeling import build_model
 from detectron2.utils.file_io import PathManager
@@ -89,6 +86,9 @@ assert any(prefix.startswith("mmdet") for prefix in PathManager._path_handlers)
 """
 
 
-def test_a_process_that_got_its_config_by_pickle_found_no_backbone() -> None:
+@pytest.mark.parametrize(
+    "start", ["from dcn_d2.config import register; register(); register()", "import dcn_d2.engine"]
+)
+def test_a_process_that_got_its_config_by_pickle_found_no_backbone(start: str) -> None:
     cfg = slim_config(DEFORM_ON_PER_STAGE=[False, False, False, True])
-    subprocess.run([sys.executable, "-c", UNPICKLE], input=pickle.dumps(cfg), check=True)
+    subprocess.run([sys.executable, "-c", start + UNPICKLE], input=pickle.dumps(cfg), check=True)
