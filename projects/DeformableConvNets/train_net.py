@@ -18,7 +18,7 @@ from dcn_d2.quiet import silence_detectron2_warnings
 if TYPE_CHECKING:
     from detectron2.config import CfgNode
 
-silence_detectron2_warnings()  # here, because each process of a distributed job imports this file first
+silence_detectron2_warnings()  # here, because each process of a job imports this file first
 
 # Points of AP: 0.1 for decoding and resizing images with other libraries than the publisher's, and 0.05 because the
 # published numbers are rounded.
@@ -52,7 +52,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--config-file", default="", metavar="FILE", help="YAML of the model, data and schedule")
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in OUTPUT_DIR, if any")
     parser.add_argument(
-        "--overwrite", action="store_true", help="start anew in a used OUTPUT_DIR: its checkpoints are removed"
+        "--overwrite",
+        action="store_true",
+        help="start a new training in a used OUTPUT_DIR; its checkpoints are removed",
     )
     parser.add_argument("--eval-only", action="store_true", help="evaluate MODEL.WEIGHTS on DATASETS.TEST; no training")
     parser.add_argument(
@@ -153,10 +155,10 @@ def compare_with_published(published: dict[str, float], results: dict[str, Any])
 
     Args:
         published: BOX_AP and, for a model with masks, MASK_AP; 0 stands for nothing.
-        results: of the evaluation, {"bbox": {"AP": …}, …}.
+        results: what the evaluation gave, {"bbox": {"AP": …}, …}.
 
     Returns:
-        A table, and the names of the numbers that are further away than `TOLERANCE`.
+        A table, and the names of the numbers that differ by more than `TOLERANCE`.
     """
     lines, off = [f"{'':10}{'published':>10}{'measured':>10}{'difference':>12}"], []
     for name, key, task in (("box AP", "BOX_AP", "bbox"), ("mask AP", "MASK_AP", "segm")):
@@ -166,7 +168,7 @@ def compare_with_published(published: dict[str, float], results: dict[str, Any])
         measured = results.get(task, {}).get("AP", float("nan"))
         difference = measured - expected
         lines.append(f"{name:10}{expected:10.1f}{measured:10.2f}{difference:+12.2f}")
-        if not abs(difference) <= TOLERANCE:  # so that nan is off
+        if not abs(difference) <= TOLERANCE:  # true for nan, too
             off.append(name)
     return "\n".join(lines), off
 
@@ -231,7 +233,7 @@ def main(args: argparse.Namespace, cfg: CfgNode) -> Any:
 
 
 def fail(message: str) -> NoReturn:
-    """Ends this process with a line and exit code 1."""
+    """Ends this process with one line on stderr and exit code 1."""
     sys.exit(f"train_net.py: {message}")
 
 

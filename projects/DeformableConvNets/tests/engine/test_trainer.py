@@ -254,7 +254,7 @@ def test_data_sets_that_are_not_measured_as_coco_are_refused(kind: str, tmp_path
     MetadataCatalog.get("odd").set(evaluator_type=kind, thing_classes=["nucleus"])
     try:
         cfg = tiny_config(tmp_path, "DATASETS.TEST", ("odd",))
-        message = f"data set odd is to be evaluated as {kind}, which is not supported yet"
+        message = f"data set odd has the evaluator {kind}, which is not supported yet"
         for refused in (
             lambda: DCNTrainer(cfg),
             lambda: DCNTrainer.test(cfg, nn.Identity()),
