@@ -65,7 +65,7 @@ def test_signal_leaves_a_checkpoint_of_its_iteration(number: int, code: int, tmp
         trainer.train()
     assert stopped.value.code == code
     assert [signal.getsignal(one) for one in stopping.SIGNALS] == handlers
-    assert torch.load(tmp_path / "model_0000001.pth")["iteration"] == 1
+    assert torch.load(tmp_path / "model_0000002.pth")["iteration"] == 2
     assert "stopped at iteration 2, go on with --resume" in (tmp_path / "log.txt").read_text()
     assert iterations(tmp_path) == [2]
     again = DCNTrainer(tiny_config(tmp_path, "SOLVER.MAX_ITER", 5))
