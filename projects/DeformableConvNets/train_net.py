@@ -11,11 +11,14 @@ import argparse
 import logging
 import signal
 import sys
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from dcn_d2.quiet import silence_detectron2_warnings
 
-silence_detectron2_warnings()  # here, because each process of a distributed job imports this file first
+if TYPE_CHECKING:
+    from detectron2.config import CfgNode
+
+silence_detectron2_warnings()  # here, because each process of a job imports this file first
 
 # Points of AP: 0.1 for decoding and resizing images with other libraries than the publisher's, and 0.05 because the
 # published numbers are rounded.
@@ -49,7 +52,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--config-file", default="", metavar="FILE", help="YAML of the model, data and schedule")
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in OUTPUT_DIR, if any")
     parser.add_argument(
-        "--overwrite", action="store_true", help="start anew in a used OUTPUT_DIR: its checkpoints are removed"
+        "--overwrite",
+        action="store_true",
+        help="start a new training in a used OUTPUT_DIR; its checkpoints are removed",
     )
     parser.add_argument("--eval-only", action="store_true", help="evaluate MODEL.WEIGHTS on DATASETS.TEST; no training")
     parser.add_argument(
@@ -101,30 +106,30 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def check_job(args: argparse.Namespace) -> None:
-    """Finds what cannot work before processes are started: config, data sets, number of GPUs, published weights."""
+def read_job(args: argparse.Namespace) -> CfgNode:
+    """Reads the config, and finds what cannot work before processes are started.
+
+    Those are values of the config, OUTPUT_DIR, data sets, weights and the number of GPUs.
+
+    Returns:
+        The config; all processes of this machine get this one.
+    """
     import torch
 
-    from dcn_d2.engine import DCNTrainer, check_data_sets, check_single_start, load_config
-    from dcn_d2.engine.checks import check_evaluators, check_weights_exist
-    from dcn_d2.engine.folder import check_config_is_ours, check_free, check_keeps, check_unlocked, describe_earlier_run
+    from dcn_d2.engine import DCNTrainer, check_single_start, folder, load_config
+    from dcn_d2.engine.checks import check_weights_exist
 
     check_single_start(args.num_machines)
-    if args.published:
-        use_published_weights(args)
     cfg = load_config(args.config_file, args.opts)
+    if args.published:
+        use_published_weights(args.config_file, cfg)
     if not args.eval_only and args.machine_rank == 0:
-        check_unlocked(cfg.OUTPUT_DIR)
-        if args.overwrite:
-            check_keeps(cfg.OUTPUT_DIR, cfg.MODEL.WEIGHTS)
-        elif not args.resume:
-            check_free(cfg.OUTPUT_DIR)
-        elif not describe_earlier_run(cfg.OUTPUT_DIR):
-            check_config_is_ours(cfg.OUTPUT_DIR)
+        folder.check_unlocked(cfg.OUTPUT_DIR)
+        folder.check_start(cfg, args.resume, args.overwrite)
     DCNTrainer.check(cfg, train=not args.eval_only)
-    check_data_sets([*(() if args.eval_only else cfg.DATASETS.TRAIN), *cfg.DATASETS.TEST])
-    check_evaluators(cfg.DATASETS.TEST)
-    if not (args.resume and describe_earlier_run(cfg.OUTPUT_DIR)) and not args.published:
+    if not args.eval_only:
+        folder.check_writable(cfg.OUTPUT_DIR)
+    if not (args.resume and folder.describe_earlier_run(cfg.OUTPUT_DIR)) and not args.published:
         check_weights_exist(cfg, needed=args.eval_only)
     gpus = torch.cuda.device_count()
     if torch.cuda.is_available() and args.num_gpus > gpus:
@@ -133,18 +138,16 @@ def check_job(args: argparse.Namespace) -> None:
         from detectron2.utils.file_io import PathManager
 
         PathManager.get_local_path(cfg.MODEL.WEIGHTS)  # so that the processes find it in the cache
+    return cfg
 
 
-def use_published_weights(args: argparse.Namespace) -> None:
-    """Makes MODEL.WEIGHTS the published weights of the config."""
-    from dcn_d2.engine import load_config
-
-    cfg = load_config(args.config_file, args.opts)
+def use_published_weights(config_file: str, cfg: CfgNode) -> None:
+    """Makes MODEL.WEIGHTS of `cfg` the published weights; `config_file` is for messages."""
     if not cfg.PUBLISHED.WEIGHTS or not cfg.PUBLISHED.BOX_AP:
-        raise ValueError(f"--published: the config {args.config_file!r} has no PUBLISHED.WEIGHTS and PUBLISHED.BOX_AP")
+        raise ValueError(f"--published: the config {config_file!r} has no PUBLISHED.WEIGHTS and PUBLISHED.BOX_AP")
     if cfg.DATASETS.TEST != (PUBLISHED_ON,):
         raise ValueError(f"--published: the published AP is for {PUBLISHED_ON}, DATASETS.TEST is {cfg.DATASETS.TEST}")
-    args.opts += ["MODEL.WEIGHTS", f"mmdet://{cfg.PUBLISHED.WEIGHTS}"]
+    cfg.MODEL.WEIGHTS = f"mmdet://{cfg.PUBLISHED.WEIGHTS}"
 
 
 def compare_with_published(published: dict[str, float], results: dict[str, Any]) -> tuple[str, list[str]]:
@@ -152,10 +155,10 @@ def compare_with_published(published: dict[str, float], results: dict[str, Any])
 
     Args:
         published: BOX_AP and, for a model with masks, MASK_AP; 0 stands for nothing.
-        results: of the evaluation, {"bbox": {"AP": …}, …}.
+        results: what the evaluation gave, {"bbox": {"AP": …}, …}.
 
     Returns:
-        A table, and the names of the numbers that are further away than `TOLERANCE`.
+        A table, and the names of the numbers that differ by more than `TOLERANCE`.
     """
     lines, off = [f"{'':10}{'published':>10}{'measured':>10}{'difference':>12}"], []
     for name, key, task in (("box AP", "BOX_AP", "bbox"), ("mask AP", "MASK_AP", "segm")):
@@ -165,17 +168,17 @@ def compare_with_published(published: dict[str, float], results: dict[str, Any])
         measured = results.get(task, {}).get("AP", float("nan"))
         difference = measured - expected
         lines.append(f"{name:10}{expected:10.1f}{measured:10.2f}{difference:+12.2f}")
-        if not abs(difference) <= TOLERANCE:  # so that nan is off
+        if not abs(difference) <= TOLERANCE:  # true for nan, too
             off.append(name)
     return "\n".join(lines), off
 
 
-def train(args: argparse.Namespace) -> Any:
-    """Trains; returns the results of the last evaluation in the main process."""
+def train(args: argparse.Namespace, cfg: CfgNode) -> Any:
+    """Trains in one process of the job; returns the results of the last evaluation in the main process."""
     from dcn_d2.engine import DCNTrainer, log_traceback, one_line, setup
     from dcn_d2.engine.folder import unlock_folder
 
-    cfg = setup(args)
+    cfg = setup(args, cfg)
     try:
         trainer = DCNTrainer(cfg)
         trainer.resume_or_load(resume=args.resume, overwrite=args.overwrite)
@@ -188,15 +191,15 @@ def train(args: argparse.Namespace) -> Any:
         unlock_folder(cfg.OUTPUT_DIR)
 
 
-def evaluate(args: argparse.Namespace) -> Any:
-    """Evaluates; returns the results in the main process."""
+def evaluate(args: argparse.Namespace, cfg: CfgNode) -> Any:
+    """Evaluates in one process of the job; returns the results in the main process."""
     from detectron2.evaluation import verify_results
     from detectron2.utils import comm
 
     from dcn_d2.checkpoint import DCNCheckpointer
     from dcn_d2.engine import DCNTrainer, setup
 
-    cfg = setup(args)
+    cfg = setup(args, cfg)
     model = DCNTrainer.build_model(cfg)
     DCNCheckpointer(model, save_dir=cfg.OUTPUT_DIR).load_trained(cfg.MODEL.WEIGHTS, resume=args.resume)
     results = DCNTrainer.test(cfg, model)
@@ -210,19 +213,27 @@ def evaluate(args: argparse.Namespace) -> Any:
     return results
 
 
-def main(args: argparse.Namespace) -> Any:
-    """Runs one process of the job; returns the evaluation's results in the main process."""
+def main(args: argparse.Namespace, cfg: CfgNode) -> Any:
+    """Runs one process of the job.
+
+    Args:
+        args: the command line.
+        cfg: what `read_job` has read.
+
+    Returns:
+        The results of the last evaluation in the main process.
+    """
     from dcn_d2.engine import MISTAKES, log_traceback, one_line
 
     try:
-        return evaluate(args) if args.eval_only else train(args)
+        return evaluate(args, cfg) if args.eval_only else train(args, cfg)
     except MISTAKES as error:
         log_traceback(error)
         fail(one_line(error))
 
 
 def fail(message: str) -> NoReturn:
-    """Ends this process with a line and exit code 1."""
+    """Ends this process with one line on stderr and exit code 1."""
     sys.exit(f"train_net.py: {message}")
 
 
@@ -233,8 +244,8 @@ def run(argv: list[str] | None = None) -> None:
         from dcn_d2.engine import MISTAKES, ProcessFailedError, launch, one_line
 
         try:
-            check_job(args)
-            launch(main, args.num_gpus, args.num_machines, args.machine_rank, dist_url=args.dist_url, args=(args,))
+            job = (args, read_job(args))
+            launch(main, args.num_gpus, args.num_machines, args.machine_rank, dist_url=args.dist_url, args=job)
         except (*MISTAKES, ProcessFailedError) as error:
             fail(str(error) if isinstance(error, ProcessFailedError) else one_line(error))
     except KeyboardInterrupt:

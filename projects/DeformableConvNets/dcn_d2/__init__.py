@@ -13,9 +13,9 @@ __all__ = ["add_dcn_config"]
 
 
 def add_dcn_config(cfg: CfgNode) -> None:
-    """Adds dcn_d2's keys to a Detectron2 config and registers dcn_d2's models and data sets with Detectron2.
+    """Adds dcn_d2's keys to a Detectron2 config, and registers everything of dcn_d2 with Detectron2.
 
-    See `dcn_d2.config` for the keys.
+    `dcn_d2.config.keys` has a sentence about each key. `dcn_d2.config.register` says what is registered.
     """
     from .config import add_dcn_config as add
 

@@ -1,7 +1,8 @@
 # Copyright (c) the dcn_d2 authors. SPDX-License-Identifier: Apache-2.0
-"""The zoo: one YAML below `configs/` a row, with what is published for it in its PUBLISHED node.
+"""The zoo: each YAML file below `configs/` is a row, and its PUBLISHED node says what is published for it.
 
-After `detectron2.model_zoo`. Listing rows and asking for addresses imports neither torch nor Detectron2.
+The functions are those of `detectron2.model_zoo`. Listing rows and asking for addresses imports neither torch nor
+Detectron2.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def _configs_dir() -> Path:
-    """Finds `configs/`: inside the package where it was installed from a wheel, else beside it in the project."""
+    """Finds `configs/`: inside a package that was installed from a wheel, or beside the package in the project."""
     package = Path(__file__).resolve().parent
     candidates = [package / "configs", package.parent / "configs"]
     for folder in candidates:
@@ -27,14 +28,14 @@ def _configs_dir() -> Path:
 
 
 def list_models() -> list[str]:
-    """Names of all rows of the zoo, sorted."""
+    """Gives the names of all rows of the zoo, sorted."""
     root = _configs_dir()
     names = (path.relative_to(root).with_suffix("").as_posix() for path in root.rglob("*.yaml"))
     return sorted(name for name in names if not name.rpartition("/")[2].startswith("Base-"))
 
 
 def get_config_file(name: str) -> str:
-    """Path of a row's YAML.
+    """Gives the path of a row's YAML file.
 
     Args:
         name: the row, for example "faster_rcnn_R_50_FPN_1x_dconv_c3-c5"; ".yaml" at its end is allowed.
@@ -49,12 +50,12 @@ def get_config_file(name: str) -> str:
 
 
 def get_published(name: str) -> dict[str, Any]:
-    """What is published for a row: WEIGHTS and LOG (addresses), BOX_AP and, for a model with masks, MASK_AP."""
+    """Gives what is published for a row: WEIGHTS and LOG (addresses), BOX_AP and, for a model with masks, MASK_AP."""
     return dict(yaml.safe_load(Path(get_config_file(name)).read_text()).get("PUBLISHED") or {})
 
 
 def get_checkpoint_url(name: str) -> str:
-    """Address of a row's published weights.
+    """Gives the address of a row's published weights.
 
     Raises:
         ValueError: The zoo has no such row, or nothing is published for it.
@@ -66,7 +67,7 @@ def get_checkpoint_url(name: str) -> str:
 
 
 def get_config(name: str, trained: bool = False) -> CfgNode:
-    """Config of a row, with dcn_d2's keys.
+    """Gives the config of a row, with dcn_d2's keys.
 
     Args:
         name: the row.
@@ -87,7 +88,7 @@ def get(name: str, trained: bool = False, device: str | None = None) -> nn.Modul
     Args:
         name: the row.
         trained: loads the published weights instead of the backbone's ImageNet weights.
-        device: where to put it; by default on the GPU if there is one.
+        device: by default the GPU if there is one, else the CPU.
     """
     import torch
     from detectron2.modeling import build_model

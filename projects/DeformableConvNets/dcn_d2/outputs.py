@@ -1,5 +1,5 @@
 # Copyright (c) the dcn_d2 authors. SPDX-License-Identifier: Apache-2.0
-"""Names and writes output files so that nothing is ever overwritten but what an earlier run wrote here."""
+"""Names and writes output files. Only what an earlier run has written here is ever overwritten."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from pathlib import Path
 
 from PIL import Image, PngImagePlugin
 
-SOFTWARE = "dcn_d2"  # what the text "Software" of our PNG files says
+SOFTWARE = "dcn_d2"  # the text "Software" in our PNG files
 
 
 def unique_stems(names: Iterable[str | os.PathLike[str]]) -> list[str]:
-    """Gives each file a stem of its own for what is made of it.
+    """Gives a different stem for the output of each file: a.png, x/a.png, b/A.jpg give a, a_2, A_3.
 
-    That is the file's own stem; if another file before it in the list has the same, even in other letters' case, the
-    stem with the first free number: a.png, x/a.png, b/A.jpg give a, a_2, A_3.
+    It is the file's own stem. If a file before it in the list has the same stem, also in other letter case, the first
+    free number is added.
     """
     paths = [Path(name) for name in names]
     own = {path.stem.lower() for path in paths}
@@ -34,17 +34,17 @@ def unique_stems(names: Iterable[str | os.PathLike[str]]) -> list[str]:
 
 
 class PictureFolder:
-    """A folder to write pictures into; it is made if it is not there.
+    """A folder to write pictures into; it is made if it does not exist.
 
-    A PNG that an earlier run wrote into it may be replaced. Any other file is left as it is, and so is one that this
-    run reads, or has written before.
+    A PNG that an earlier run has written may be replaced. All other files are kept, and so is what this run reads or
+    has written.
 
     Args:
         folder: where the pictures go.
         inputs: files that this run reads.
 
     Raises:
-        OSError: The folder cannot be made or written to, or there is a file of that name.
+        OSError: The folder cannot be made or written to, or it is a file.
     """
 
     def __init__(self, folder: str | os.PathLike[str], inputs: Iterable[str | os.PathLike[str]] = ()) -> None:
@@ -60,13 +60,13 @@ class PictureFolder:
         """Gives the path of the picture ``name``.
 
         Raises:
-            FileExistsError: There is a file that must not be replaced.
+            FileExistsError: A file is there that must not be replaced.
         """
         path = self.folder / name
         if path.resolve() in self.kept:
             raise FileExistsError(f"{path} is an input or output of this run already: choose another output folder")
         if os.path.lexists(path) and not _is_ours(path):
-            raise FileExistsError(f"{path} was there before and is none of our pictures: choose another output folder")
+            raise FileExistsError(f"{path} exists, and dcn_d2 has not written it: choose another output folder")
         return path
 
     def write(self, name: str, picture: Image.Image) -> Path:

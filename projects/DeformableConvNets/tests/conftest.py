@@ -10,11 +10,19 @@ from pathlib import Path
 import hypothesis
 import pytest
 
+from dcn_d2.quiet import MESSAGES
+
 # In CI the same examples every time: a failure there must be reproducible and must not depend on luck. The first
 # calls of an operator are slow, hence no deadline.
 hypothesis.settings.register_profile("default", deadline=None)
 hypothesis.settings.register_profile("ci", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "default")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Ignores the warnings that the scripts ignore."""
+    for message in MESSAGES:
+        config.addinivalue_line("filterwarnings", f"ignore:{message}")
 
 
 @pytest.fixture(scope="session")

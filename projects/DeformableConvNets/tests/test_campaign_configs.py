@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from dcn_d2 import config_checks
-from dcn_d2.config_rules import RULES
+from dcn_d2.config import checks
+from dcn_d2.config.table import RULES
 from dev.campaign import configs
 from dev.campaign.configs import Case
 
@@ -51,7 +51,7 @@ def test_a_value_that_is_taken_and_fails_later_is_a_fault(
 def test_a_poor_message_is_a_fault(
     problems: list, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(config_checks, "find_problems", lambda *arguments: problems)
+    monkeypatch.setattr(checks, "find_problems", lambda *arguments: problems)
     result = configs.run_case(Case("code", "SEED", -7), tmp_path, None)
     assert result.outcome == "FAULT" and result.message.startswith(message)
 

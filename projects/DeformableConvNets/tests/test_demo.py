@@ -162,9 +162,7 @@ def test_inputs_and_files_of_others_are_not_overwritten(draw: Callable[..., Path
     a, other, b = (noise(tmp_path / name) for name in ("a.png", "a_detections.png", "b.png"))
     foreign = noise(tmp_path / "b_sampling.png", seed=1)
     before = {path: path.read_bytes() for path in (other, foreign)}
-    with pytest.raises(
-        SystemExit, match=r"2 of 3 image\(s\) not drawn:\n.*a_detections.*\n.*b_sampling\.png was there"
-    ):
+    with pytest.raises(SystemExit, match=r"2 of 3 image\(s\) not drawn:\n.*a_detections.*\n.*b_sampling\.png exists"):
         draw(a, other, b, output=tmp_path)
     assert {path: path.read_bytes() for path in (other, foreign)} == before
     assert names_in(tmp_path) == ["a", "a_detections"]

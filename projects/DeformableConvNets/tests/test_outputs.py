@@ -64,7 +64,7 @@ def test_files_that_are_not_ours_stay(tmp_path: Path, kind: str) -> None:
         path.mkdir()
     else:
         path.symlink_to(other if kind == "link" else tmp_path / "nowhere")
-    with pytest.raises(FileExistsError, match=r"a\.png was there before and is none of our pictures"):
+    with pytest.raises(FileExistsError, match=r"a\.png exists, and dcn_d2 has not written it"):
         folder.write("a.png", picture("blue"))
     assert color(other) == (255, 0, 0)
     assert sorted(file.name for file in tmp_path.iterdir()) == ["a.png", "other.png"]

@@ -23,6 +23,8 @@ from detectron2.utils.file_io import PathManager
 from detectron2.utils.logger import log_first_n
 from PIL import Image
 
+from ..config.checks import check_channels, raise_problems
+
 IMAGE_KINDS = "a uint8 (or uint16) array of shape (height, width, 3) in BGR or (height, width) in grey, a PIL image, "
 IMAGE_KINDS += "or the path of an image file"
 
@@ -127,23 +129,19 @@ def pixels_of(image: object, format: str = "BGR") -> np.ndarray:
 
 
 def check_input_format(cfg: CfgNode) -> None:
-    """Checks that INPUT.FORMAT is one that can be read, and that PIXEL_MEAN and PIXEL_STD have its channels.
+    """Checks that images can be read in INPUT.FORMAT, and that PIXEL_MEAN and PIXEL_STD have its channels.
+
+    `dcn_d2.config.check_config` allows more, because images may have their own reader; here it is `pixels_of`.
 
     Raises:
         ValueError: One does not fit; the message names the key.
     """
-    key, means, deviations = cfg.INPUT.FORMAT, len(cfg.MODEL.PIXEL_MEAN), len(cfg.MODEL.PIXEL_STD)
+    name = cfg.INPUT.FORMAT
     try:
-        channels = pixels_of(np.zeros((1, 1, 3), np.uint8), key).shape[2:]
+        _, _, channels = pixels_of(np.zeros((1, 1, 3), np.uint8), name).shape
     except (ValueError, KeyError, IndexError) as error:
-        raise ValueError(f'INPUT.FORMAT is {key!r}; it may be "BGR", "RGB", "L" or "YUV-BT.601"') from error
-    if channels not in ((1,), (means,)):  # one channel of grey is repeated for each mean, by broadcasting
-        raise ValueError(
-            f"INPUT.FORMAT {key} has {channels[0] if channels else 'no'} channels, but MODEL.PIXEL_MEAN has {means} "
-            "values: it needs one for each channel"
-        )
-    if deviations != means:
-        raise ValueError(f"MODEL.PIXEL_STD has {deviations} values and MODEL.PIXEL_MEAN {means}: give both the same")
+        raise ValueError(f'INPUT.FORMAT is {name!r}; it may be "BGR", "RGB", "L" or "YUV-BT.601"') from error
+    raise_problems([*check_channels(cfg, channels)])
 
 
 def _upper_8_bits(pixels: np.ndarray, name: str) -> np.ndarray:

@@ -1,19 +1,20 @@
 # Copyright (c) the dcn_d2 authors. SPDX-License-Identifier: Apache-2.0
-"""What train_net.py is made of: a config that suits the machine, a trainer that runs on CPU too, and a predictor.
+"""What train_net.py is made of: a config that suits the machine, a trainer that also runs on CPU, and a predictor.
 
-Importing it registers all that dcn_d2 has with Detectron2, as `add_dcn_config` does: a process that gets a ready config
-from another one needs no more.
+Importing it registers everything of dcn_d2 with Detectron2 (`dcn_d2.config.register`). So a process that gets a config
+from another one, by pickle, only has to import it.
 """
 
 from ..config import load_config, register
 from ..data.checks import check_data_sets
-from .checks import MISTAKES, one_line
+from .errors import MISTAKES, one_line
 from .logs import log_traceback
 from .machine import fit_to_machine, scale_learning_rate
 from .predictor import DCNPredictor
 from .processes import ProcessFailedError, check_single_start, launch
+from .start import setup
 from .stopping import TrainingStopped
-from .trainer import DCNTrainer, setup
+from .trainer import DCNTrainer
 
 register()
 

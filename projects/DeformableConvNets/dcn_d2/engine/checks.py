@@ -1,5 +1,5 @@
 # Copyright (c) the dcn_d2 authors. SPDX-License-Identifier: Apache-2.0
-"""What is checked before the first iteration, so that a run does not fail after hours, and one line for what fails."""
+"""What is checked before the first iteration, so that a run does not fail after hours."""
 
 from __future__ import annotations
 
@@ -8,38 +8,17 @@ import os
 from collections.abc import Iterable
 from typing import Any
 
-import yaml
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 from detectron2.utils import comm
-
-# What reading a config, weights or data may raise through mistakes of the user. Other errors are ours: they keep their
-# traceback.
-MISTAKES = (AssertionError, KeyError, OSError, ValueError, RecursionError, yaml.YAMLError, ImportError)
-
-
-def one_line(error: BaseException) -> str:
-    """The message of an error without line breaks; its class where it has no message."""
-    message = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
-    if isinstance(error, OSError) and error.strerror:  # without "[Errno 28] "
-        file = error.filename2 or error.filename
-        message = str(error.strerror) if file is None else f"{file}: {error.strerror}"
-    lines = [line.strip() for line in message.splitlines() if line.strip()]
-    if any("Traceback (most recent call last)" in line for line in lines):  # an error in a process that loads data
-        lines = lines[-1:]
-    # These say by themselves what is wrong; a key alone does not.
-    clear = (OSError, ValueError, KeyError, yaml.YAMLError, SystemExit)
-    if not isinstance(error, clear) or (isinstance(error, KeyError) and " " not in message):
-        lines.insert(0, f"{type(error).__name__}:")
-    return " ".join(lines)
 
 
 def check_batch_size(cfg: CfgNode) -> None:
     """Refuses a batch that the processes of the job cannot share evenly."""
     if cfg.SOLVER.IMS_PER_BATCH % comm.get_world_size():
         raise ValueError(
-            f"SOLVER.IMS_PER_BATCH is {cfg.SOLVER.IMS_PER_BATCH}, which {comm.get_world_size()} processes cannot share "
-            "evenly"
+            f"SOLVER.IMS_PER_BATCH is {cfg.SOLVER.IMS_PER_BATCH}, but must be a multiple of the number of processes, "
+            f"{comm.get_world_size()}"
         )
 
 
@@ -62,19 +41,19 @@ def check_expected_results(cfg: CfgNode) -> None:
 
 
 def check_evaluators(names: Iterable[str]) -> None:
-    """Refuses data sets that are not measured as COCO's boxes and masks are."""
+    """Refuses data sets that need another evaluation than COCO's."""
     for name in names:
         kind = MetadataCatalog.get(name).get("evaluator_type", None)
         if kind not in (None, "coco"):
             raise ValueError(
-                f"data set {name} is to be evaluated as {kind}, which is not supported yet: DCNTrainer evaluates as "
+                f"data set {name} has the evaluator {kind}, which is not supported yet: DCNTrainer evaluates as "
                 "COCO does. Use the evaluators of Detectron2's tools/train_net.py, by overriding "
                 "DCNTrainer.build_evaluator"
             )
 
 
 def check_keypoint_sigmas(cfg: CfgNode) -> None:
-    """Refuses keypoints that COCO's evaluation has no tolerance for: by itself it knows those of COCO's 17."""
+    """Refuses keypoints without a tolerance for each; by itself, COCO's evaluation has those of COCO's 17 keypoints."""
     if not (cfg.MODEL.KEYPOINT_ON and cfg.DATASETS.TEST):
         return
     keypoints, sigmas = cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS, len(cfg.TEST.KEYPOINT_OKS_SIGMAS)
@@ -89,17 +68,17 @@ def check_no_augmentation(cfg: CfgNode) -> None:
     """Refuses TEST.AUG.ENABLED."""
     if cfg.TEST.AUG.ENABLED:
         raise ValueError(
-            "TEST.AUG.ENABLED is True, but test-time augmentation is not supported yet: the numbers would be those "
-            "without it; use GeneralizedRCNNWithTTA as in Detectron2's tools/train_net.py"
+            "TEST.AUG.ENABLED is True, but test-time augmentation is not supported yet, and the results would be those "
+            "without it: use GeneralizedRCNNWithTTA as in Detectron2's tools/train_net.py"
         )
 
 
 def check_weights_exist(cfg: CfgNode, needed: bool) -> None:
-    """Refuses a MODEL.WEIGHTS that names no file; whether addresses lead to one shows when they are fetched.
+    """Refuses a MODEL.WEIGHTS that is a path without a file. Addresses are checked when they are fetched.
 
     Args:
         cfg: of the run.
-        needed: refuses an empty one as well.
+        needed: also refuse an empty MODEL.WEIGHTS.
     """
     weights = cfg.MODEL.WEIGHTS
     if not weights and needed:
@@ -107,13 +86,13 @@ def check_weights_exist(cfg: CfgNode, needed: bool) -> None:
             "the heads are not trained: MODEL.WEIGHTS is empty, so that an evaluation would give an AP of 0. Name a "
             "trained model, MODEL.WEIGHTS output/model_final.pth, or take the last checkpoint of OUTPUT_DIR by --resume"
         )
-    path = weights.partition("?")[0]  # Detectron2 takes options after it
+    path = weights.partition("?")[0]  # Detectron2 allows options after it
     if weights and "://" not in weights and not os.path.isfile(path):
         raise FileNotFoundError(f"MODEL.WEIGHTS: there is no file {path} (now in {os.getcwd()})")
 
 
 def check_same_iteration(iteration: int) -> None:
-    """Refuses that processes of a job go on from different iterations, which would wait for each other for ever."""
+    """Refuses processes that start from different iterations: they would wait for each other for ever."""
     iterations: list[Any] = comm.all_gather(iteration)
     if len(set(iterations)) > 1:
         raise ValueError(

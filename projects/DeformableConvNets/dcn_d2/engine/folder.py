@@ -1,5 +1,5 @@
 # Copyright (c) the dcn_d2 authors. SPDX-License-Identifier: Apache-2.0
-"""One training run in one folder: OUTPUT_DIR is free, can be written, and no other process trains there."""
+"""OUTPUT_DIR: it can be written, no other process trains there, and a run does not destroy an earlier one."""
 
 from __future__ import annotations
 
@@ -17,35 +17,80 @@ from typing import IO, Any
 
 import torch
 import yaml
+from detectron2.config import CfgNode
 
 logger = logging.getLogger(__name__)
 
 LOCK = ".lock"
-# What a run writes and --overwrite removes, and metrics.json. Other files are the user's.
+# What a run writes and --overwrite removes; metrics.json is emptied. Other files belong to the user.
 _CHECKPOINT = re.compile(r"model_(\d{7,}|final)\.pth")
 _RECORDS = re.compile(r"last_checkpoint|events\.out\.tfevents\..*")
+_OVERWRITE = "--overwrite (in Python: resume_or_load(resume=False, overwrite=True))"
 
-# Locks of this process: folder -> open file, and how often it was locked. They belong to the process and not to the
-# file (POSIX record locks), so that a killed run's workers, which live some seconds longer, do not hold them, and a
-# notebook may train again.
+# Locks of this process: folder -> open file, and how often it was locked. They are POSIX record locks, which belong to
+# the process and not to the file. So the workers of a killed run, which live some seconds longer, do not hold them, and
+# a notebook may train again in its folder.
 _held: dict[str, tuple[IO[str], int]] = {}
 
 
 def is_local(folder: str) -> bool:
-    """Whether `folder` is on a file system; other addresses (s3://…) are left to Detectron2."""
+    """Whether `folder` is on a file system. Other addresses (s3://…) are not checked here."""
     return bool(folder) and "://" not in folder
+
+
+def find_checkpoints(folder: str) -> list[str]:
+    """Gives the names of the checkpoints of an earlier run in `folder`, the last one at the end."""
+    path = Path(folder)
+    if not is_local(folder) or not path.is_dir():
+        return []
+    return sorted(file.name for file in path.iterdir() if _CHECKPOINT.fullmatch(file.name))
 
 
 def describe_earlier_run(folder: str) -> str:
     """Says what an earlier run left in `folder`; "" if there was none."""
-    path = Path(folder)
-    if not is_local(folder) or not path.is_dir():
-        return ""
-    checkpoints = sorted(file.name for file in path.iterdir() if _CHECKPOINT.fullmatch(file.name))
-    if checkpoints:
+    if checkpoints := find_checkpoints(folder):
         return f"{len(checkpoints)} checkpoint(s), the last one {checkpoints[-1]}"
-    metrics = path / "metrics.json"
-    return "metrics.json" if metrics.is_file() and metrics.stat().st_size else ""
+    metrics = Path(folder) / "metrics.json"
+    return "metrics.json" if is_local(folder) and metrics.is_file() and metrics.stat().st_size else ""
+
+
+def check_start(cfg: CfgNode, resume: bool, overwrite: bool) -> None:
+    """Refuses an OUTPUT_DIR in which this run would lose something of an earlier one.
+
+    Args:
+        cfg: of this run.
+        resume: it goes on with the run in the folder, if there is one.
+        overwrite: if it does not resume, it removes the run in the folder.
+
+    Raises:
+        FileExistsError: The message says how to go on.
+    """
+    folder = cfg.OUTPUT_DIR
+    if not resume:
+        if overwrite:
+            check_keeps(folder, cfg.MODEL.WEIGHTS)
+        else:
+            check_free(folder)
+    elif not describe_earlier_run(folder):
+        check_config_is_ours(folder)
+    elif not find_checkpoints(folder):
+        _check_had_no_checkpoint(folder, min(cfg.SOLVER.CHECKPOINT_PERIOD, cfg.SOLVER.MAX_ITER))
+
+
+def _check_had_no_checkpoint(folder: str, first: int) -> None:
+    """Refuses to resume a run whose checkpoints were taken away: it would silently begin at iteration 0.
+
+    Args:
+        folder: it holds metrics.json and no checkpoint.
+        first: after so many iterations there is a checkpoint. A run that was killed before may begin again.
+    """
+    done = max((number for number, _ in _read_metrics(Path(folder, "metrics.json"))[0]), default=-1) + 1
+    if done >= first:
+        raise FileExistsError(
+            f"OUTPUT_DIR {folder} holds metrics.json of a run of {done} iterations, but no checkpoint to go on from, "
+            f"although there should be one after {first}. Put the checkpoints back, name another OUTPUT_DIR, or throw "
+            f"the earlier run away by {_OVERWRITE}"
+        )
 
 
 def check_free(folder: str) -> None:
@@ -58,15 +103,15 @@ def check_free(folder: str) -> None:
         raise FileExistsError(
             f"OUTPUT_DIR {folder} holds an earlier run ({found}). Go on with it by --resume "
             "(in Python: resume_or_load(resume=True)), name another OUTPUT_DIR, or throw the earlier run away by "
-            "--overwrite (in Python: resume_or_load(resume=False, overwrite=True))"
+            f"{_OVERWRITE}"
         )
     check_config_is_ours(folder)
 
 
 def check_config_is_ours(folder: str) -> None:
-    """Refuses a folder whose config.yaml was written by hand, since the run writes its own under that name.
+    """Refuses a folder whose config.yaml was written by hand: the run would replace it.
 
-    Those of runs are complete, sorted, and without comments.
+    A config.yaml that a run has written is complete and sorted, and has no comments.
 
     Raises:
         FileExistsError: The message says how to go on.
@@ -83,7 +128,7 @@ def check_config_is_ours(folder: str) -> None:
         ):
             return
     except (yaml.YAMLError, AttributeError, ValueError, RecursionError):
-        pass  # it is none of a run
+        pass  # a run would not write this
     raise FileExistsError(
         f"OUTPUT_DIR {folder} holds a config.yaml that was not written by a run, and this run's would replace it: "
         "give it another name, or name another OUTPUT_DIR"
@@ -91,22 +136,22 @@ def check_config_is_ours(folder: str) -> None:
 
 
 def check_keeps(folder: str, weights: str) -> None:
-    """Refuses to throw away an earlier run from whose weights the new one is to start.
+    """Refuses to remove an earlier run if the new one starts from its weights.
 
     Args:
-        folder: whose checkpoints are to be removed.
+        folder: its checkpoints would be removed.
         weights: MODEL.WEIGHTS of the new run.
     """
     file = Path(re.sub(r"^mmdet:(//)?", "", weights).partition("?")[0])
     if is_local(folder) and _CHECKPOINT.fullmatch(file.name) and file.parent.resolve() == Path(folder).resolve():
         raise FileExistsError(
-            f"--overwrite (overwrite=True) would remove {file}, which MODEL.WEIGHTS is to be read from: move it out "
+            f"--overwrite (overwrite=True) would remove {file}, but MODEL.WEIGHTS names this file: move it out "
             f"of OUTPUT_DIR {folder} first, or name another OUTPUT_DIR"
         )
 
 
 def check_writable(folder: str) -> None:
-    """Makes `folder` if needed, and writes a file into it: the first checkpoint may come hours later."""
+    """Makes `folder` if needed, and tries to write a file into it: the first checkpoint may come hours later."""
     if not is_local(folder):
         return
     try:
@@ -141,7 +186,9 @@ def lock_folder(folder: str) -> None:
             raise BlockingIOError(
                 error.errno, f"OUTPUT_DIR {folder}: another run trains there now ({owner}); name another OUTPUT_DIR"
             ) from None
-        logger.warning(f"OUTPUT_DIR {folder} cannot be locked ({error}): take care that no other run writes there")
+        logger.warning(
+            f"OUTPUT_DIR {folder} cannot be locked ({error}): make sure yourself that no other run writes there"
+        )
         return
     file.truncate(0)
     file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
@@ -150,7 +197,7 @@ def lock_folder(folder: str) -> None:
 
 
 def unlock_folder(folder: str) -> None:
-    """Undoes one `lock_folder`. The lock's file stays, because removing it would race with the next run."""
+    """Undoes one `lock_folder`. The file of the lock stays: removing it would race with the next run."""
     key = os.path.realpath(folder)
     file, count = _held.pop(key, (None, 0))
     if file and count > 1:
@@ -160,14 +207,14 @@ def unlock_folder(folder: str) -> None:
 
 
 def check_unlocked(folder: str) -> None:
-    """As `lock_folder`, without keeping the lock; nothing is made where there is no folder yet."""
+    """Does what `lock_folder` does, without keeping the lock and without making the folder."""
     if is_local(folder) and os.path.realpath(folder) not in _held and os.path.exists(os.path.join(folder, LOCK)):
         lock_folder(folder)
         unlock_folder(folder)
 
 
 def remove_earlier_run(folder: str) -> None:
-    """Removes checkpoints and metrics of an earlier run, so that nothing of it can be taken for the new one's."""
+    """Removes checkpoints and metrics of an earlier run, so that they are not taken for those of the new one."""
     if not is_local(folder):
         return
     removed = []
@@ -176,40 +223,50 @@ def remove_earlier_run(folder: str) -> None:
             file.unlink()
             removed.append(file.name)
         elif file.name == "metrics.json" and file.stat().st_size:
-            os.truncate(file, 0)  # not unlink: it is open for appending
+            os.truncate(file, 0)  # it stays, because it is open for appending
             removed.append(file.name)
     if removed:
         logger.warning(f"OUTPUT_DIR {folder}: removed of an earlier run: {', '.join(sorted(removed))}")
 
 
-def cut_metrics(folder: str, iteration: int) -> None:
-    """Cuts metrics.json before `iteration`, with which training goes on, so that it holds each iteration once.
+def _read_metrics(path: Path) -> tuple[list[tuple[int, dict[str, Any]]], bool]:
+    """Gives iteration and values of each line of metrics.json, and whether a kill has cut off a line."""
+    entries, cut = [], False
+    for line in path.read_text().splitlines():
+        try:
+            entry = json.loads(line)
+            entries.append((int(entry["iteration"]), entry))
+        except (ValueError, TypeError, KeyError):
+            cut = True
+    return entries, cut
 
-    Detectron2 records the evaluation after the last iteration under the next one's number; if training goes on from
-    there, that line joins the one of the last iteration.
+
+def cut_metrics(folder: str, iteration: int) -> None:
+    """Removes from metrics.json the iterations that will be run again, so that it holds each iteration once.
+
+    Detectron2 records the evaluation after the last iteration under the number of the next one. If training goes on
+    from there, its values are added to the line of the last iteration.
+
+    Args:
+        folder: with metrics.json.
+        iteration: the first one that will be run.
     """
     path = Path(folder) / "metrics.json"
     if not is_local(folder) or not path.is_file():
         return
     kept: dict[int, dict[str, Any]] = {}
-    changed = False
-    for line in path.read_text().splitlines():
-        try:
-            entry = json.loads(line)
-            number = int(entry["iteration"])
-        except (ValueError, TypeError, KeyError):  # a line that a kill has cut off
-            changed = True
-            continue
+    entries, changed = _read_metrics(path)
+    for number, entry in entries:
         if number == iteration and "total_loss" not in entry and number - 1 in kept:
             kept[number - 1] = entry | kept[number - 1]
             changed = True
-        elif number < iteration and number not in kept:  # one that failed comes before the last whole one
+        elif number < iteration and number not in kept:  # a failed iteration comes before the last whole one
             kept[number] = entry
         else:
             changed = True
     if not changed:
         return
-    # In place and not as a new file: Detectron2's writer has it open for appending.
+    # The file is changed in place: Detectron2's writer has it open for appending.
     with path.open("r+") as file:
         file.write("".join(json.dumps(entry, sort_keys=True) + "\n" for entry in kept.values()))
         file.truncate()
@@ -222,9 +279,9 @@ def warn_of_little_space(
     """Warns if the disk has no room for the checkpoints that a run is going to write.
 
     Args:
-        folder: where they go.
-        model: its parameters and buffers are what a checkpoint holds, and
-        optimizer: one or two numbers for each parameter that it trains.
+        folder: the checkpoints go there.
+        model: a checkpoint holds its parameters and buffers.
+        optimizer: a checkpoint also holds its state, one or two numbers for each parameter.
         checkpoints: how many the run will write.
     """
     if not is_local(folder):

@@ -13,11 +13,11 @@ from detectron2.utils.logger import setup_logger
 from .folder import is_local
 
 NAMES = ("fvcore", "detectron2", "dcn_d2")
-_files: dict[str, logging.FileHandler] = {}  # of this process: at most one, by its path
+_files: dict[str, logging.FileHandler] = {}  # path -> log of this process, at most one
 
 
 def _path(handler: logging.Handler) -> str:
-    """The file that a handler writes to; "" for a console."""
+    """Gives the file that a handler writes to; "" for a console."""
     name = getattr(getattr(handler, "stream", None), "name", None)
     return os.path.realpath(name) if isinstance(name, str) and os.path.isfile(name) else ""
 
@@ -27,10 +27,13 @@ def _on_console(handler: logging.Handler) -> bool:
 
 
 def log_to(folder: str) -> None:
-    """Sets up Detectron2's loggers and ours, as `default_setup` does, if nothing has set them up yet.
+    """Sets up the loggers of Detectron2 and dcn_d2, as `default_setup` does, if nothing has set them up yet.
 
-    Where a logger writes to the console or to the folder's log.txt already, nothing is added; the log of another
-    folder, where this process trained before, is ended.
+    A logger that already writes to the console or to log.txt in this folder gets nothing new. The log in another
+    folder, in which this process trained before, is closed.
+
+    Args:
+        folder: OUTPUT_DIR.
     """
     rank = comm.get_rank()
     for name in NAMES:
@@ -57,7 +60,7 @@ def log_to(folder: str) -> None:
 
 
 def log_traceback(error: BaseException) -> None:
-    """Writes the traceback of an error to the log's file, and not to the console, where one line tells of it."""
+    """Writes the traceback of an error to the log's file and not to the console, which gets one line about it."""
     logger = logging.getLogger("dcn_d2")
     details = (type(error), error, error.__traceback__)
     record = logger.makeRecord("dcn_d2", logging.DEBUG, __file__, 0, "this error ended the job:", (), details)

@@ -1,5 +1,5 @@
 # Copyright (c) the dcn_d2 authors. SPDX-License-Identifier: Apache-2.0
-"""Fits a config to the machine and to the batch size that it runs with."""
+"""Changes a config so that it suits the machine and the batch size."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ logger = logging.getLogger(__name__)
 def fit_to_machine(cfg: CfgNode, processes: int = 1) -> None:
     """Changes in `cfg` what this machine cannot do, and says so in the log.
 
-    Without a GPU the device becomes the CPU. On CPU, mixed precision is switched off, data loading takes no more
-    workers than there are cores, and each of several processes takes its share of the cores.
+    Without a GPU, the device becomes the CPU. On a CPU, mixed precision is switched off, at most one worker for each
+    core loads data, and several processes share the cores.
 
     Args:
         cfg: changed in place.
@@ -36,7 +36,7 @@ def fit_to_machine(cfg: CfgNode, processes: int = 1) -> None:
             "where there are any; hide them with CUDA_VISIBLE_DEVICES="
         )
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    # Several processes load their own data: starting workers there took tens of seconds on 2 cores.
+    # With several processes, each loads its data itself: starting workers took tens of seconds on 2 cores.
     workers = cores if processes == 1 else 0
     if cfg.DATALOADER.NUM_WORKERS > workers:
         logger.info(
@@ -49,14 +49,14 @@ def fit_to_machine(cfg: CfgNode, processes: int = 1) -> None:
 
 
 def fit_device(cfg: CfgNode) -> None:
-    """Changes MODEL.DEVICE to the CPU where there is no GPU, as `fit_to_machine` does."""
+    """Changes MODEL.DEVICE to the CPU if there is no GPU; `fit_to_machine` does it too."""
     if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
         logger.info(f"MODEL.DEVICE is {cfg.MODEL.DEVICE}, but there is no GPU: running on the CPU")
         cfg.MODEL.DEVICE = "cpu"
 
 
 def scale_learning_rate(cfg: CfgNode) -> None:
-    """Scales BASE_LR to the batch size if SOLVER.REFERENCE_IMS_PER_BATCH says which one it is meant for."""
+    """Scales BASE_LR to the batch size if SOLVER.REFERENCE_IMS_PER_BATCH says which batch size it is meant for."""
     reference, batch_size = with_dcn_keys(cfg).SOLVER.REFERENCE_IMS_PER_BATCH, cfg.SOLVER.IMS_PER_BATCH
     if reference <= 0 or reference == batch_size:
         return
@@ -67,4 +67,4 @@ def scale_learning_rate(cfg: CfgNode) -> None:
         "STEPS are never scaled)"
     )
     cfg.SOLVER.BASE_LR = scaled
-    cfg.SOLVER.REFERENCE_IMS_PER_BATCH = batch_size  # so that the saved config gives the same when it is used again
+    cfg.SOLVER.REFERENCE_IMS_PER_BATCH = batch_size  # so that the saved config is not scaled again

@@ -1,5 +1,5 @@
 # Copyright (c) the dcn_d2 authors. SPDX-License-Identifier: Apache-2.0
-"""Groups of parameters with learning rates of their own, and what a resumed run takes of a saved optimizer."""
+"""The learning rate of offset branches, and how a resumed run takes over a saved optimizer."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ logger = logging.getLogger(__name__)
 
 
 def split_offset_branches(optimizer: torch.optim.Optimizer, model: nn.Module, factor: float) -> None:
-    """Moves the convolutions that predict offsets into groups of their own, whose learning rate is `factor` of before.
+    """Moves the convolutions that predict offsets into separate groups, and multiplies their learning rate by `factor`.
 
-    The groups are the same whatever the factor, so that a checkpoint fits after it was changed.
+    The groups do not depend on the factor: a checkpoint fits after the factor was changed.
     """
-    # conv2_offset in Detectron2's blocks, conv_offset in the layers that have their own.
+    # They are called conv2_offset in Detectron2's blocks, and conv_offset in the layers that contain one.
     offsets = {p for name, p in model.named_parameters() if name.endswith(("_offset.weight", "_offset.bias"))}
     for group in list(optimizer.param_groups):
         moved = [parameter for parameter in group["params"] if parameter in offsets]
@@ -31,7 +31,7 @@ def split_offset_branches(optimizer: torch.optim.Optimizer, model: nn.Module, fa
 
 
 def hyperparameters(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
-    """What an optimizer's groups hold besides their parameters."""
+    """Gives what the groups of an optimizer hold besides their parameters."""
     return [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
 
 
@@ -40,16 +40,16 @@ def fit_saved_state(
 ) -> dict[str, Any]:
     """Fits a saved state to the groups of `optimizer`.
 
-    Checkpoints that were written with SOLVER.OFFSET_LR_FACTOR 1 before the groups were the same for all factors have
-    offset branches among the others.
+    In checkpoints of older versions that were trained with SOLVER.OFFSET_LR_FACTOR 1, offset branches are in the same
+    groups as the other parameters.
 
     Args:
-        state: `state_dict()` of the run that is resumed.
-        optimizer: of this run.
+        state: `state_dict()` of the optimizer of the run that is resumed.
+        optimizer: the optimizer of this run.
         unsplit: gives the parameters of each group as they were before `split_offset_branches`.
 
     Raises:
-        ValueError: It fits neither way: the model or the frozen parameters are other ones.
+        ValueError: It does not fit: the model or the frozen parameters are different.
     """
     sizes = [len(group["params"]) for group in state["param_groups"]]
     own = [len(group["params"]) for group in optimizer.param_groups]
@@ -65,7 +65,7 @@ def fit_saved_state(
     logger.info("the checkpoint's optimizer has offset branches in the same group as other parameters: it is split")
     saved = [number for group in state["param_groups"] for number in group["params"]]
     number_of = dict(zip([parameter for group in groups_before for parameter in group], saved))
-    # "params" of a saved group are numbers, which count the parameters in the order of the groups.
+    # "params" of a saved group are the numbers of its parameters, counted through all groups.
     groups, entries, counter = [], {}, 0
     for group in optimizer.param_groups:
         numbers = []
@@ -81,11 +81,11 @@ def fit_saved_state(
 def apply_rates(
     optimizer: torch.optim.Optimizer, scheduler: Any, configured: list[dict[str, Any]], iteration: int
 ) -> None:
-    """Makes a resumed optimizer learn at the rates, and with the decay and momentum, of this run's config.
+    """Gives a resumed optimizer the learning rates, decay and momentum of this run's config.
 
     Args:
-        optimizer: with the state of the run that is resumed.
-        scheduler: its scheduler, with the state of that run as well.
+        optimizer: it has the state of the run that is resumed.
+        scheduler: of the learning rate; it has the state of that run, too.
         configured: `hyperparameters` of the optimizer as this run's config built it.
         iteration: the one that comes next, for the log.
     """
@@ -98,7 +98,7 @@ def apply_rates(
         group.update(copy.deepcopy({key: value for key, value in own.items() if key != "lr"}), lr=rate)
     if hasattr(scheduler, "base_lrs"):
         scheduler.base_lrs = [group.get("initial_lr", group["lr"]) for group in optimizer.param_groups]
-    if type(scheduler).__name__ == "LRMultiplier":  # its rates depend on the iteration only, not on the last rates
+    if type(scheduler).__name__ == "LRMultiplier":  # its rates depend on the iteration alone
         for group, rate in zip(optimizer.param_groups, scheduler.get_lr()):
             group["lr"] = rate
     if hasattr(scheduler, "_last_lr"):

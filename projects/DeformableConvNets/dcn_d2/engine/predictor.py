@@ -16,31 +16,33 @@ from detectron2.modeling import build_model
 from PIL import Image
 
 from ..checkpoint import DCNCheckpointer
-from ..config_checks import check_config
+from ..config import check_config
 from ..data.images import ImageError, check_input_format, pixels_of
 from ..data.transforms import build_augmentation
 from .machine import fit_device
 
 
 class DCNPredictor(DefaultPredictor):
-    """Detectron2's `DefaultPredictor` with the images and the resizing of dcn_d2's training and evaluation.
+    """Detectron2's `DefaultPredictor`, which reads and resizes images as dcn_d2's training and evaluation do.
 
-    It resizes with what INPUT.RESIZE_WITH names, where `DefaultPredictor` always takes PIL, knows every INPUT.FORMAT
-    that training knows, "L" (grey) too, and refuses what is no image instead of predicting nonsense.
-
-    MODEL.WEIGHTS is read by `DCNCheckpointer`: as data only, converted if it is a file of MMDetection, and refused with
-    a list if it does not fit the model. Where there is no GPU it runs on the CPU, as the trainer does.
+    - Images are resized with the library that INPUT.RESIZE_WITH names; `DefaultPredictor` always takes PIL.
+    - INPUT.FORMAT may be any that training knows, also "L" (grey).
+    - An input that is not an image is refused.
+    - `DCNCheckpointer` reads MODEL.WEIGHTS: as data only. It converts files of MMDetection, and refuses weights that do
+      not fit the model, with a list.
+    - Without a GPU it runs on the CPU, as the trainer does.
 
     Args:
         cfg: of the model, as for `DefaultPredictor`.
-        untrained: allows weights that leave heads at their initial values, or none: such a model finds nothing useful.
+        untrained: allows weights that leave heads at their initial values, or no weights. Such a model does not find
+            anything useful.
     """
 
     def __init__(self, cfg: CfgNode, *, untrained: bool = False) -> None:
-        # Not DefaultPredictor's, which takes no INPUT.FORMAT but RGB and BGR, and whose checkpointer runs pickles.
+        # DefaultPredictor's __init__ is not called: it takes only RGB and BGR, and its checkpointer runs pickled code.
         check_config(cfg)
         check_input_format(cfg)
-        self.cfg = cfg.clone()  # this and building the model may change it
+        self.cfg = cfg.clone()  # the next lines and building the model may change it
         self.cfg.defrost()
         fit_device(self.cfg)
         self.model = build_model(self.cfg).eval()
@@ -56,11 +58,11 @@ class DCNPredictor(DefaultPredictor):
         """Gives the model's output for one image.
 
         Args:
-            original_image: (height, width, 3) of uint8 in BGR, as OpenCV reads it; what else it may be, and by which
-                rules it is converted, says `dcn_d2.data.images.pixels_of`.
+            original_image: (height, width, 3) of uint8 in BGR, as OpenCV reads it. `dcn_d2.data.images.pixels_of`
+                says what else it may be, and how that is converted.
 
         Raises:
-            ImageError: It is no image, or so narrow that nothing is left of it when it is resized.
+            ImageError: It is not an image, or it is so narrow that resizing leaves no pixel.
         """
         pixels = pixels_of(original_image, self.input_format)
         height, width = pixels.shape[:2]

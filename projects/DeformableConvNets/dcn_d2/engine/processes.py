@@ -21,7 +21,7 @@ from detectron2.engine.launch import DEFAULT_TIMEOUT, _distributed_worker, _find
 
 from .stopping import SIGNALS, SignalCounter
 
-# After one process has failed, the others are told to end after so many seconds, and killed after so many more.
+# Seconds after a process has failed: then the others are told to end, and later they are killed.
 OWN_END = 2.0
 GRACE = 30.0
 STOPPED = [128 + number for number in SIGNALS]
@@ -44,23 +44,27 @@ def launch(
 ) -> None:
     """Runs `main_func(*args)` in all processes of a job; see `detectron2.engine.launch`.
 
-    Other than with Detectron2's: SIGTERM, SIGINT and SIGHUP are passed on to the processes, which may then write a
-    checkpoint, and are awaited; a second signal ends them at once. They also end when this process is killed. While
-    they wait for other machines, a line every 30 seconds says so. `SystemExit` of a process becomes one here.
+    It differs from Detectron2's in this:
+
+    - SIGTERM, SIGINT and SIGHUP are passed on to the processes, which may then write a checkpoint. This process waits
+      for them; a second signal ends them at once.
+    - The processes also end when this process is killed.
+    - While they wait for other machines, a line every 30 seconds says so.
+    - If a process raises `SystemExit`, so does this function.
 
     Args:
-        main_func: called in each process.
+        main_func: runs in each process.
         num_gpus_per_machine: number of processes on this machine.
         num_machines: number of machines.
         machine_rank: number of this one.
         dist_url: where the processes meet; "auto" for a single machine.
         args: arguments of `main_func`.
-        timeout: for each communication of the processes.
+        timeout: of each communication between processes.
         start_method: of `multiprocessing`. "fork" is quicker; it works on CPU, from a process with a single thread.
 
     Raises:
-        ProcessFailedError: One failed. The others were ended.
-        SystemExit: One left by `SystemExit`, or all were ended by a signal.
+        ProcessFailedError: A process failed, and the others were ended.
+        SystemExit: A process raised it, or a signal ended all of them.
     """
     world_size = num_machines * num_gpus_per_machine
     if world_size == 1:
@@ -68,7 +72,7 @@ def launch(
         return
     if dist_url in (None, "auto"):
         if num_machines > 1:
-            raise ValueError("several machines need a dist_url, as tcp://FIRST_MACHINE:PORT")
+            raise ValueError("several machines need a dist_url: tcp://FIRST_MACHINE:PORT")
         dist_url = f"tcp://127.0.0.1:{_find_free_port()}"
     context: Any = multiprocessing.get_context(start_method)
     job = (main_func, world_size, num_gpus_per_machine, machine_rank, dist_url, args, timeout)
@@ -107,21 +111,21 @@ def launch(
 
 
 def _wait(processes: list, reports: list, received: SignalCounter) -> tuple[int, Any] | None:
-    """Waits for the end of all; returns number and report of the first that failed."""
+    """Waits until all processes have ended; returns number and report of the first that failed."""
     failed: tuple[int, Any] | None = None
     said: dict[int, Any] = {}
     since = float("inf")
     told = False
     while alive := [process for process in processes if process.is_alive()]:
-        # Reports are read as they come: a long one would fill the pipe and keep its writer from ending.
+        # Reports are read at once: a long one would fill the pipe, and its writer could not end.
         open_reports = [reader for rank, reader in enumerate(reports) if rank not in said]
         multiprocessing.connection.wait([*(process.sentinel for process in alive), *open_reports], timeout=0.5)
         failed = _collect(processes, reports, said, failed)
         if not failed or received.signal:
             continue
         since = min(since, time.monotonic())
-        # A process that was stopped by a signal leaves the others to write the checkpoint. Others mostly fail in the
-        # same way, and may write their own log first.
+        # After a signal, the other processes may still write the checkpoint. After an error, they mostly fail in the
+        # same way, and get some time to write their own log.
         stopped = isinstance(failed[1], SystemExit) and failed[1].code in STOPPED
         waited = time.monotonic() - since
         if waited > OWN_END and not stopped and not told:
@@ -188,7 +192,7 @@ def _tell(report: Any, what: Any) -> None:
 
 
 class _Joined:
-    """`main_func`, which first ends the lines about waiting."""
+    """Ends the lines about waiting, and then calls `main_func`."""
 
     def __init__(self, main_func: Callable[..., Any], stop_waiting: Callable[[], None]) -> None:
         self.main_func, self.stop_waiting = main_func, stop_waiting
@@ -199,18 +203,18 @@ class _Joined:
 
 
 def end_with_parent(parent: int) -> None:
-    """Makes the kernel send SIGTERM to this process when its parent ends, also when the parent is killed.
+    """Makes the kernel send SIGTERM to this process when its parent ends or is killed.
 
-    PyTorch's own processes ask for SIGINT, which the background jobs of shell scripts ignore.
+    PyTorch's own processes ask for SIGINT, but background jobs of shell scripts ignore that.
     """
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
-    if os.getppid() != parent:  # it ended before
+    if os.getppid() != parent:  # it has ended already
         os._exit(128 + signal.SIGTERM)
 
 
 def repeat_until_called(text: str, every: float = 30.0) -> Callable[[], None]:
-    """Prints `text` and how long it has been so, every so many seconds, until the returned function is called."""
+    """Prints `text` and the time since this call every `every` seconds, until the returned function is called."""
     done = threading.Event()
     began = time.monotonic()
 
@@ -223,10 +227,10 @@ def repeat_until_called(text: str, every: float = 30.0) -> Callable[[], None]:
 
 
 def check_single_start(num_machines: int = 1, environ: Mapping[str, str] = os.environ) -> None:
-    """Refuses to run where another launcher has started several processes: each would be a job of its own.
+    """Refuses to run if another launcher has started several processes: each would be a separate job.
 
     Args:
-        num_machines: of the command line; a cluster's launcher may start one process on each.
+        num_machines: of the command line. A launcher may start one process on each of several machines.
         environ: the environment's variables.
 
     Raises:
@@ -247,7 +251,7 @@ def check_single_start(num_machines: int = 1, environ: Mapping[str, str] = os.en
     elif count("OMPI_COMM_WORLD_SIZE") > 1:
         started = f"mpirun has started {count('OMPI_COMM_WORLD_SIZE')} processes"
     else:
-        # The script of a batch job has SLURM_NTASKS as well, but runs once; a step, which srun starts, runs often.
+        # The script of a batch job runs once, and has SLURM_NTASKS as well; a step, which srun starts, runs often.
         in_step = "SLURM_STEP_ID" in environ or environ.get("SLURM_PROCID", "0") != "0"
         tasks = count("SLURM_STEP_NUM_TASKS" if "SLURM_STEP_NUM_TASKS" in environ else "SLURM_NTASKS")
         if in_step and tasks > 1:

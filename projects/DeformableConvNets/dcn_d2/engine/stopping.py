@@ -19,13 +19,16 @@ from torch import distributed as dist
 logger = logging.getLogger(__name__)
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-# The same key press or kill may arrive several times: Ctrl-C goes to all processes of a terminal and is passed on by
-# the launcher as well; `timeout` signals its command and then its group. Only a later one is a second one.
+# One key press or kill may arrive several times: Ctrl-C goes to all processes of a terminal, and the launcher passes it
+# on as well; `timeout` signals its command and then its group. After so many seconds it counts as a second one.
 SAME = 1.0
 
 
 class TrainingStopped(SystemExit):
-    """Training was stopped by a signal, after a checkpoint. A script that does not catch it ends with 128 + signal."""
+    """A signal has stopped training, after a checkpoint.
+
+    A script that does not catch it ends with exit code 128 + signal.
+    """
 
     def __init__(self, number: int) -> None:
         super().__init__(128 + number)
@@ -33,10 +36,10 @@ class TrainingStopped(SystemExit):
 
 
 class SignalCounter:
-    """Calls one function at a first signal and another one at a second; a context.
+    """A context that calls one function at the first signal, and another one at the second.
 
-    Does nothing where handlers cannot be set (in other threads than the main one), and for signals that the process
-    ignores, as `nohup` and the background jobs of shell scripts do.
+    Does nothing in threads other than the main one, where handlers cannot be set. Signals that the process ignores stay
+    ignored: `nohup` and background jobs of shell scripts ignore some.
     """
 
     def __init__(self, first: Callable[[int], None], second: Callable[[int], None]) -> None:
@@ -59,7 +62,7 @@ class SignalCounter:
         self._previous = {}
 
     def previous(self, number: int) -> Any:
-        """The handler that a signal had before."""
+        """Gives the handler that a signal had before."""
         return self._previous.get(number, signal.SIG_DFL)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
@@ -72,14 +75,14 @@ class SignalCounter:
 
 
 class StopRequest(SignalCounter):
-    """Notes that a signal asked a training process to stop; a context around the training loop.
+    """A context around the training loop, which notes that a signal asked to stop.
 
-    `agreed` tells in all processes alike whether to stop after this iteration.
+    `agreed` gives the same answer in all processes: whether to stop after this iteration.
     """
 
     def __init__(self) -> None:
         super().__init__(self._note, self._stop_at_once)
-        self.raising = False  # while nothing changes the model, as in evaluation, a signal need not wait
+        self.raising = False  # set during an evaluation: a signal need not wait, because nothing changes the model
         self._owner = os.getpid()
         self._children: Any = None  # handler of SIGCHLD
         self._flag = torch.zeros(1, dtype=torch.uint8)
@@ -91,22 +94,22 @@ class StopRequest(SignalCounter):
             self._children = None
 
     def agreed(self) -> bool:
-        """Whether any process of the job was asked to stop. All have to call this in the same iteration."""
+        """Whether any process of the job was asked to stop. All must call this in the same iteration."""
         if comm.get_world_size() == 1:
             return self.signal != 0
-        # Of CPU tensors, so that the GPU is not waited for; less than 1 ms for two processes on busy cores.
+        # With a CPU tensor, it does not wait for the GPU; it takes less than 1 ms for two processes on busy cores.
         self._flag.fill_(self.signal)
         dist.all_reduce(self._flag, dist.ReduceOp.MAX, group=comm._get_global_gloo_group())
         number = int(self._flag)
         if number and not self.signal:
             self.signal, self._since = number, time.monotonic()
-        return number != 0  # and not self.signal, which may have come since: the others would not know of it
+        return number != 0  # not self.signal: that may have come since, and the others would not know of it
 
     def _note(self, number: int) -> None:
         if os.getpid() != self._owner:  # a forked worker that loads data: the trainer ends it
             return
-        # A signal for the whole group kills the workers that load data, and PyTorch's handler for that raises an error
-        # anywhere in this process, in the middle of a step too. Without it the next batch raises the error.
+        # A signal for the whole group also kills the workers that load data. PyTorch's handler of SIGCHLD then raises
+        # an error anywhere in this process, even in the middle of a step. Without it, the next batch raises the error.
         if (handler := signal.getsignal(signal.SIGCHLD)) not in (signal.SIG_DFL, None):
             self._children = handler
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)

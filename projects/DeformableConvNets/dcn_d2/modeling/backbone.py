@@ -16,7 +16,7 @@ from detectron2.modeling.backbone.resnet import BottleneckBlock
 from torch import Tensor, nn
 
 from ..config import with_dcn_keys
-from ..config_checks import check_part
+from ..config.checks import check_part
 from ..layers import DeformConv, ModulatedDeformConv
 from ..layers._layer import offset_branch
 from .mmdet import fix_batch_norm_statistics

@@ -11,7 +11,7 @@ from detectron2.layers import ShapeSpec
 from detectron2.modeling.roi_heads import ROI_HEADS_REGISTRY, StandardROIHeads
 
 from ..config import with_dcn_keys
-from ..config_checks import check_part
+from ..config.checks import check_part
 from .mmdet import MinimumIoUMatcher, MMDetCascadeROIHeads
 from .poolers import ROI_POOLER_REGISTRY, build_roi_pooler
 

@@ -1,5 +1,5 @@
 # Copyright (c) the dcn_d2 authors. SPDX-License-Identifier: Apache-2.0
-"""Reads thousands of damaged and hostile checkpoints, and counts what came of it.
+"""Reads thousands of damaged and hostile checkpoints, and counts the results.
 
     python dev/campaign/checkpoints.py --cases 20000 --seed 1 --output results.json
     python dev/campaign/checkpoints.py --seed 1 --replay 4711      one case again, with its traceback
@@ -39,7 +39,7 @@ from typing import Any
 SECONDS, MEMORY = 10, 1 << 30
 BLOCK = 500  # cases of one worker process
 
-HARM = "harm"  # what the hostile operations would make
+HARM = "harm"  # the file that the hostile operations would make
 SNIPPETS = [
     b"cposix\nsystem\n(S'touch harm'\ntR",
     b"(S'touch harm'\niposix\nsystem\n",
@@ -126,13 +126,13 @@ def make_seeds() -> dict[str, bytes]:
 
 
 def members_of(content: bytes) -> dict[str, bytes]:
-    """Name and content of the members of a zip archive."""
+    """Gives name and content of the members of a zip archive."""
     with zipfile.ZipFile(io.BytesIO(content)) as archive:
         return {info.filename: archive.read(info) for info in archive.infolist()}
 
 
 def zipped(members: dict[str, bytes], rng: random.Random) -> bytes:
-    """A zip archive with right checksums."""
+    """Gives a zip archive with correct checksums."""
     buffer = io.BytesIO()
     compression = zipfile.ZIP_DEFLATED if rng.random() < 0.05 else zipfile.ZIP_STORED
     with zipfile.ZipFile(buffer, "w", compression) as archive:
@@ -142,7 +142,7 @@ def zipped(members: dict[str, bytes], rng: random.Random) -> bytes:
 
 
 def change_bytes(content: bytes, rng: random.Random, others: list[bytes]) -> bytes:
-    """One change that knows nothing of the format."""
+    """Makes one change without regard to the format."""
     data = bytearray(content)
     at = rng.randrange(len(data) + 1)
     kind = rng.choice("flip flip set cut splice repeat insert drop huge zeros swap".split())
@@ -224,7 +224,7 @@ class Case:
         self.format = rng.choice(list(seeds))
         self.original = seeds[self.format]
         self.by_address = "mmdet" in self.format and rng.random() < 0.5
-        # The converted file in the cache is changed, and not the one that it was made of.
+        # The converted file in the cache is changed, not the original.
         self.in_cache = self.by_address and rng.random() < 0.5
         self.with_digest = rng.random() < 0.15
         self.rng = rng
@@ -242,12 +242,12 @@ class Case:
                     content = change_bytes(content, rng, others)
         self.content, self.others = content, others
         suffix = ".pkl" if self.format.startswith(("pickle", "blobs")) else ".pth"
-        # The name says the digest of the original: bit rot, as seen by whoever downloads it again.
+        # The name has the digest of the original, as for a file that was damaged during the download.
         digest = hashlib.sha256(self.original).hexdigest()[:8]
         self.name = f"case-{digest}.pth" if self.with_digest else f"case{number}{suffix}"
 
     def _change_member(self, content: bytes, others: list[bytes]) -> bytes:
-        """Changes a member of the archive and makes its checksum right: then nothing vouches for the values."""
+        """Changes a member of the archive and corrects its checksum, so that nothing shows that it was changed."""
         try:
             members = members_of(content)
         except Exception:  # changed before
@@ -300,7 +300,7 @@ class Reader:
                 self._local_path(f"mmdet://{path}")
 
     def load(self, case: Case) -> dict[str, Any]:
-        """Weights of a case, as the checkpointer gets them."""
+        """Gives the weights of a case, read as the checkpointer reads them."""
         path = self.folder / case.name
         path.write_bytes(case.original if case.in_cache else case.content)
         try:
@@ -321,7 +321,7 @@ class Reader:
                     made.unlink()
 
     def judge(self, case: Case) -> tuple[str, str]:
-        """What came of a case, and a sentence on what is wrong if it is a finding."""
+        """Reads a case; gives its outcome and, if it is a finding, a sentence about what is wrong."""
         try:
             weights = self.load(case)
         except (ValueError, OSError) as error:
@@ -347,7 +347,7 @@ class Timeout(BaseException):
 
 
 def watch(folder: Path) -> list[str]:
-    """Notes what Python does from now on that reading a file must not do."""
+    """Notes from now on what Python does although reading a file must not do it."""
     seen: list[str] = []
     writing = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
     forbidden = ("os.system", "os.exec", "os.posix_spawn", "os.spawn", "os.fork", "subprocess.Popen", "socket.connect")
@@ -375,11 +375,11 @@ def watch(folder: Path) -> list[str]:
 
 
 def work(folder: Path, seed: int, first: int, last: int) -> None:
-    """The worker process: reads cases, and prints what came of each."""
+    """The worker process: reads cases, and prints the outcome of each."""
     logging.disable(logging.CRITICAL)
     seeds = make_seeds()
     reader = Reader(folder, seeds)
-    for number in range(-30, 0):  # so that all that is imported or made once is there
+    for number in range(-30, 0):  # so that everything that is imported or made once is there
         reader.judge(Case(number, 0, seeds))
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     limit = pages * resource.getpagesize() + MEMORY
@@ -388,7 +388,7 @@ def work(folder: Path, seed: int, first: int, last: int) -> None:
     def late(*args: object) -> None:
         raise Timeout(f"more than {SECONDS} seconds")
 
-    # Time of the processor, so that other processes do not make findings; a file that makes us wait is one, too.
+    # Processor time: other processes must not cause findings. A file that makes this process wait is a finding, too.
     signal.signal(signal.SIGPROF, late)
     signal.signal(signal.SIGALRM, late)
     seen = watch(folder)
@@ -412,7 +412,7 @@ def work(folder: Path, seed: int, first: int, last: int) -> None:
 
 
 def state_of(folder: Path) -> dict[str, tuple[int, bytes]]:
-    """What lies in a folder."""
+    """Gives the paths of everything in a folder."""
     return {str(path): (path.stat().st_mtime_ns, path.read_bytes()) for path in folder.rglob("*") if path.is_file()}
 
 

@@ -35,10 +35,10 @@ from detectron2.structures import BitMasks, Boxes, Instances, Keypoints
 from detectron2.utils.events import EventStorage
 
 from dcn_d2 import model_zoo
-from dcn_d2.config import load_config
-from dcn_d2.config_checks import check_config, keys_of, shorten, value_of
-from dcn_d2.config_reader import ConfigError
-from dcn_d2.config_rules import RULES
+from dcn_d2.config import ConfigError, check_config, load_config
+from dcn_d2.config.access import keys_of, value_of
+from dcn_d2.config.messages import shorten
+from dcn_d2.config.table import RULES
 from dcn_d2.data.transforms import build_augmentation
 from dcn_d2.engine import DCNTrainer
 
@@ -57,7 +57,7 @@ RETINANET = [
     *("MODEL.META_ARCHITECTURE", "RetinaNet", "MODEL.BACKBONE.NAME", "build_dcn_retinanet_resnet_fpn_backbone"),
     *("MODEL.FPN.IN_FEATURES", "['res3', 'res4', 'res5']"),
 ]
-# What has no meaning on this machine, or stands for something outside of the config.
+# Keys that do not work on this machine, or that name something outside the config.
 NOT_USED = ("MODEL.DEVICE", "MODEL.WEIGHTS", "OUTPUT_DIR", "DATASETS.", "PUBLISHED.", "MODEL.LOAD_PROPOSALS", "VERSION")
 
 WORDS = ["", " ", "no", "None", "nan", "auto ", "\0", "ä", "a" * 5000, "../x", "[1", "(1,", "{", "1e400"]
@@ -89,7 +89,7 @@ class Case(NamedTuple):
 
 
 class Result(NamedTuple):
-    """What became of it: "refused", "worked", "taken" (nothing here can use it), "not finite" or "FAULT"."""
+    """The result of a case: "refused", "worked", "taken" (nothing here can use it), "not finite" or "FAULT"."""
 
     outcome: str
     message: str = ""
@@ -129,14 +129,14 @@ def odd_values(default: Any, rng: random.Random) -> Iterator[Any]:
 
 
 def all_cases(seed: int) -> list[Case]:
-    """Gives every case, in an order that the seed makes."""
+    """Gives every case, in an order that depends on the seed."""
     rng = random.Random(seed)
     cases = []
     for key in RULES:
         row, changes = arguments_of(key)
         default = value_of(_base(row, tuple(changes)), key)
         for value in odd_values(default, rng):
-            # Today's keys in a file that calls itself one of version 1 are the wrong ones.
+            # A file of version 1 would need the keys of that version.
             cases += [Case(door, key, value) for door in DOORS if (door, key, value) != ("file", "VERSION", 1)]
     rng.shuffle(cases)
     return cases
@@ -207,12 +207,12 @@ def use(cfg: CfgNode) -> float:
 
 
 def run_case(case: Case, folder: Path, used: dict[tuple[str, str], Result] | None) -> Result:
-    """Gives what becomes of a case; `used` remembers what worked, None leaves trying out."""
+    """Tries a case. `used` remembers what worked; with None the model is not built."""
     try:
         cfg = through_door(case, folder)
     except ConfigError as error:
         return _judge_message(case, str(error))
-    except Exception as error:  # whatever it is, it is what this looks for
+    except Exception as error:  # of any kind: the campaign looks for them
         return Result("FAULT", f"{type(error).__name__} instead of ConfigError: {error}")
     if used is None or case.key.startswith(NOT_USED):
         return Result("taken")

@@ -1,5 +1,5 @@
 # Copyright (c) the dcn_d2 authors. SPDX-License-Identifier: Apache-2.0
-"""The operators and their gradients in numpy and float64, written apart from dcn_d2: what the campaign compares with.
+"""The operators and their gradients in numpy and float64, written independently: the campaign compares with them.
 
 A sample is a row of a matrix that multiplies the pixels of an image, so that outputs are products of matrices and
 gradients are products with their transposes. Every function is computed twice, the second time with absolute values
@@ -16,13 +16,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 Array = NDArray[np.float64]
-# By name: the exact values, their magnitudes, and which of them rounding cannot move to the other side of a jump.
+# Name -> exact values, their magnitudes, and which values are comparable: rounding cannot move them across a jump.
 Results = dict[str, tuple[Array, Array, Any]]
 
 
 @dataclass
 class Axis:
-    """What positions of any shape read along one axis: values (..., size), derivatives by the position, which count."""
+    """What samples at positions of shape (...) read along one axis of `size` pixels.
+
+    `weight` (..., size) is the share of each pixel, `slope` its derivative by the position, and `inside` (...) says
+    which samples count.
+    """
 
     weight: Array
     slope: Array
@@ -32,8 +36,8 @@ class Axis:
 def _axis(position: Array, size: int, inside: NDArray[np.bool_], clamp: bool, ceil: bool) -> Axis:
     """Interpolates between floor and floor + 1 where a position is `inside`.
 
-    With `clamp` a position off the map moves to its first or last pixel, and does not depend on the offset there; with
-    `ceil` a whole position has but one neighbour.
+    With `clamp`, a position off the map moves to the first or last pixel, and does not depend on the offset there. With
+    `ceil`, a whole position has only one neighbour.
     """
     weight, slope = np.zeros((*position.shape, size)), np.zeros((*position.shape, size))
     safe = np.where(inside, position, 0.0)
@@ -111,12 +115,12 @@ def deform_conv2d(
 
 
 def modulated_deform_conv2d(values: dict[str, Array], **geometry: Sequence[int]) -> Results:
-    """As deform_conv2d, of the output of an offset branch."""
+    """Gives the same as deform_conv2d, for the output of an offset branch."""
     joint = values["offset_and_mask"]
     logits = joint.shape[1] // 3
     mask = 1 / (1 + np.exp(-joint[:, 2 * logits :]))
     found = deform_conv2d(values | {"offset": joint[:, : 2 * logits], "mask": mask}, **geometry)
-    # One minus a modulation near one is what rounding left of it, as in torch's own derivative of the sigmoid.
+    # 1 - mask loses digits to rounding when the mask is near 1, as in torch's own derivative of the sigmoid.
     factors = (mask * (1 - mask), mask)
     parts = [(found["offset"][i], found["mask"][i] * factor) for i, factor in enumerate(factors)]
     del found["mask"], found["offset"]
@@ -141,7 +145,7 @@ class Bins:
     near_pixel: NDArray[np.bool_]  # or over a pixel, where the slope jumps
 
 
-# Positions less than this from a jump are left out of comparisons where the arithmetic is not exact.
+# Where the arithmetic is not exact, positions closer than this to a jump are not compared.
 NEAR = 1e-3
 
 

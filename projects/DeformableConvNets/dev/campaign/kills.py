@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
 # Copyright (c) the dcn_d2 authors. SPDX-License-Identifier: Apache-2.0
-"""Kills training at random moments, resumes it, and checks that nothing is lost that need not be.
+"""Kills training at random moments, resumes it, and checks that nothing is lost without need.
 
 A tiny detector trains with train_net.py, in one process or in two, with a checkpoint every few iterations. It gets
 SIGKILL, SIGTERM or SIGINT, at a random moment from start-up on, and goes on with --resume, until it has done all its
@@ -61,12 +61,12 @@ INPUT.MIN_SIZE_TRAIN (64,) INPUT.MIN_SIZE_TEST 64 DATALOADER.NUM_WORKERS 0 DATAS
 SOLVER.IMS_PER_BATCH 2 SOLVER.STEPS () SOLVER.WARMUP_ITERS 0 SOLVER.CHECKPOINT_PERIOD 3 SEED 1
 """.split()
 
-# What a training process tells this one, in memory that both have: where it started and what it has finished.
+# Memory that this process shares with the training: the iteration at which it started, and the last finished one.
 SHARED = mmap.mmap(-1, 8)
 
 
 def shared() -> tuple[int, int]:
-    """The iteration at which training started, and the last one that it finished; -1 for none yet."""
+    """Gives the iteration at which training started, and the last one that it finished; -1 for none yet."""
     start, done = struct.unpack("ii", SHARED[:8])
     return start, done
 
@@ -113,7 +113,7 @@ def start(arguments: list[str], log: Path, prepare: Callable[[], None] = lambda:
 
 
 def session(pid: int) -> list[int]:
-    """The living processes of a session."""
+    """Gives the living processes of a session of the operating system."""
     found = []
     for path in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError):
@@ -135,17 +135,17 @@ def wait(pid: int, seconds: float = 90.0) -> int | None:
 
 
 def looks(path: Path) -> tuple[int, int]:
-    """What tells that a file was written anew."""
+    """Gives values that change when a file is written again."""
     stat = path.stat()
     return stat.st_mtime_ns, stat.st_size
 
 
 def checkpoints(folder: Path, damaged: Mapping[Path, tuple[int, int]]) -> dict[str, int]:
-    """The checkpoints of a folder and the iterations that they hold; raises where one is not whole.
+    """Gives the checkpoints of a folder and their iterations; raises an error if one is not whole.
 
     Args:
         folder: of a run.
-        damaged: those that this campaign has cut, and how they looked then; they are left out until written anew.
+        damaged: files that this campaign has cut, and their state then; they are skipped until they are written again.
     """
     found = {}
     for path in folder.glob("model_*.pth"):
@@ -158,7 +158,7 @@ def checkpoints(folder: Path, damaged: Mapping[Path, tuple[int, int]]) -> dict[s
 
 
 def damage(folder: Path, damaged: dict[Path, tuple[int, int]], randomly: random.Random) -> str:
-    """Does to a folder what a crash of the whole machine may do, notes in `damaged` what it cut, and returns what."""
+    """Damages a folder as a crash of the machine may do, notes in `damaged` which file it cut, and says what it did."""
     newest = max(checkpoints(folder, damaged).items(), key=lambda item: item[1])[0]
     kind = randomly.choice(["no last_checkpoint", "empty last_checkpoint", "newest cut"])
     if kind == "no last_checkpoint":
@@ -173,7 +173,7 @@ def damage(folder: Path, damaged: dict[Path, tuple[int, int]], randomly: random.
 
 
 class Campaign:
-    """One series of kills; `failures` says what was wrong, `summary` what was done."""
+    """One series of kills. `failures` says what was wrong, and `summary` what was done."""
 
     def __init__(self, seed: int, work: Path, damages: bool) -> None:
         self.random = random.Random(seed)

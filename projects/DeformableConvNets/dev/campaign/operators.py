@@ -52,7 +52,7 @@ GRADIENTS = {
 }
 # Errors as a share of the magnitudes that exact.py gives: some units in the last place of the dtype.
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}
-# Below what float16 tells from zero.
+# Values that float16 rounds to zero.
 LEAST = {torch.float64: 1e-300, torch.float32: 1e-35, torch.float16: 1e-6, torch.bfloat16: 1e-35}
 WILD = (float("nan"), float("inf"), float("-inf"), 1e30, -1e30, 1e4, -1e4)
 
@@ -73,7 +73,7 @@ class Case:
     worst: float = 0.0
 
     def describe(self) -> str:
-        """All that a reader of a failure wants to see."""
+        """Describes the case, for whoever reads about a failure."""
         lines = [f"seed {self.seed}: {self.operator}, {self.dtype}, {self.threads} threads, {self.callers} callers"]
         for name, value in self.values.items():
             shown = f"{list(value.shape)}, strides {value.stride()}" if isinstance(value, Tensor) else value
@@ -195,7 +195,7 @@ class Maker:
             if choose.random() < 0.1:
                 corners[2:] = corners[:2]  # a point
             if choose.random() < 0.15:
-                # Of a RoI that is 1e30 pixels long no arithmetic says where its samples fall.
+                # No arithmetic says where the samples of a RoI fall that is 1e30 pixels long.
                 far = [1e4, -1e4] if trusted else []
                 corners[choose.randrange(4)] = choose.choice([*WILD[:3], *far])
             roi[1:] = corners
@@ -215,7 +215,7 @@ class Maker:
             values |= {"group_size": group_size, "sample_per_part": samples, "trans_std": gamma}
             if choose.random() < 0.4:
                 part_size = values["part_size"] = [choose.randint(1, 4) for _ in range(2)]
-            # A RoI of the least size, 0.1 pixels, which no binary number is.
+            # A RoI of the smallest size, 0.1 pixels, which floating point cannot represent.
             trusted = trusted and bool((rois[:, 3:] >= rois[:, 1:3]).all())
         offset = self.offsets(count, 2 * classes, *part_size, spread=choose.choice([0.0, 0.3, 2.0]))
         values["offset"] = offset if choose.random() < 0.8 else None
@@ -231,7 +231,7 @@ def arguments_of(operator: Any, case: Case) -> list[Any]:
 
 
 def expected_of(case: Case) -> exact.Results:
-    """What the other implementation gives for the operands as they were rounded."""
+    """Gives the results of the other implementation, for the operands after rounding to their dtype."""
     values = {
         name: value.resolve_neg().double().numpy() for name, value in case.values.items() if isinstance(value, Tensor)
     }
@@ -245,7 +245,7 @@ def expected_of(case: Case) -> exact.Results:
 
 
 def compare(case: Case, name: str, actual: Tensor, expected: tuple[Any, Any, Any]) -> None:
-    """Notes where a result is further from the exact values than rounding explains."""
+    """Notes where a result differs from the exact values by more than rounding explains."""
     values, sizes, sure = expected
     found = actual.double().numpy()
     if found.shape != values.shape:
@@ -254,7 +254,7 @@ def compare(case: Case, name: str, actual: Tensor, expected: tuple[Any, Any, Any
     error = np.abs(found - values)
     allowed = TOLERANCE[case.dtype] * sizes + LEAST[case.dtype] * (1 + sizes)
     share = np.where(np.isfinite(error), error / allowed, np.inf)
-    # What the dtype cannot hold may be infinite.
+    # Values that are too large for the dtype may be infinite.
     most = torch.finfo(case.dtype).max
     share = np.where((np.abs(values) + allowed >= most) & (found * np.sign(values) >= 0.9 * most), 0, share)
     if sure is not None:
@@ -274,7 +274,7 @@ Run = Callable[[Any, list[Any]], Any]
 
 
 def call(operator: Any, arguments: list[Any]) -> Any:
-    """Runs an operator. The one place where the campaign does, so that tests can break it."""
+    """Runs an operator. The campaign calls operators only here, so that tests can replace one by a wrong one."""
     return operator(*arguments)
 
 
@@ -381,7 +381,7 @@ def run_cases(
 
 
 def capabilities_of_processor() -> list[str]:
-    """The instruction sets that there are kernels for and that this processor has, as DCN_CPU_CAPABILITY names them."""
+    """Gives the instruction sets of this processor that have kernels, by their names in DCN_CPU_CAPABILITY."""
     try:
         flags = set(Path("/proc/cpuinfo").read_text().split())
     except OSError:
@@ -391,7 +391,7 @@ def capabilities_of_processor() -> list[str]:
 
 
 def run_under(capability: str, seeds: str, arguments: argparse.Namespace, seconds: float) -> dict[str, Any]:
-    """Runs cases in a process of their own, since the kernels choose the instruction set once."""
+    """Runs cases in a new process, because the kernels choose the instruction set only once."""
     environment = os.environ | ({} if capability == "best" else {"DCN_CPU_CAPABILITY": capability})
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "part.json"
@@ -399,7 +399,7 @@ def run_under(capability: str, seeds: str, arguments: argparse.Namespace, second
         command += ["--operators", *arguments.operators, "--threads", *map(str, arguments.threads)]
         result = subprocess.run([*command, "--seconds", str(seconds)], env=environment, check=False)
         if not output.exists():
-            # A crash, or a sanitizer's report, which stands above.
+            # A crash, or the report of a sanitizer, which has been printed above.
             what = f"with {capability}, the process ended with {result.returncode}"
             return {"results": {}, "findings": [{"what": what, "replay": shlex.join(command)}], "seconds": 0.0}
         return json.loads(output.read_text())
@@ -413,7 +413,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=float("inf"), help="stop after that time, whatever is left")
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2, 5], help="numbers of threads to choose from")
     parser.add_argument("--operators", nargs="+", choices=OPERATORS, default=list(OPERATORS))
-    parser.add_argument("--capabilities", nargs="+", default=None, help="instruction sets; default: all that there are")
+    parser.add_argument(
+        "--capabilities", nargs="+", default=None, help="instruction sets; default: all that this processor has"
+    )
     parser.add_argument("--replay", type=int, help="run the case of this seed again, and show it")
     parser.add_argument("--output", type=Path, help="where the summary goes, as JSON")
     parser.add_argument("--seeds", help=argparse.SUPPRESS)  # FIRST:END:STEP, of one part
@@ -437,7 +439,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(Maker(first, arguments.threads).make(operator).describe())
     summary = {"results": {}, "findings": [], "seconds": 0.0}
     for index, capability in enumerate(capabilities):
-        # A replayed case runs on each of them, the others are shared out.
+        # A replayed case runs on each instruction set; other cases are divided among them.
         begin, step = (first, 1) if arguments.replay is not None else (first + index, len(capabilities))
         part = run_under(capability, f"{begin}:{end}:{step}", arguments, arguments.seconds / len(capabilities))
         summary["results"] |= part["results"]

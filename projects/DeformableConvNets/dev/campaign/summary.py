@@ -1,5 +1,5 @@
 # Copyright (c) the dcn_d2 authors. SPDX-License-Identifier: Apache-2.0
-"""Makes one file and one screen of what the stages of dev/campaign.sh left.
+"""Summarises the results of all stages of dev/campaign.sh in one file, and on one screen.
 
 python dev/campaign/summary.py FOLDER --size full --seed 0 --output results/campaign.json --stages operators kills
 """
@@ -19,17 +19,17 @@ from typing import Any
 PROJECT = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(PROJECT))
 
-# What stages call what they found, and the text of a finding.
+# The names that stages give to their findings, and to the text of a finding.
 FOUND = ("findings", "mismatches", "faults", "failures")
 TEXTS = ("what", "found", "message")
 SANITIZED = "dev/sanitize.sh --run"
 NOT_HERE = 77  # exit status of a stage that cannot run here
 SHOWN = 10  # findings of a stage on the screen; the file has all
-SHOWN_LINES = 5  # of what a stage printed last
+SHOWN_LINES = 5  # the last lines that a stage has printed
 
 
 def read_stage(folder: Path, name: str) -> dict[str, Any]:
-    """What a stage of that name did: command, status, seconds, cases, findings."""
+    """Gives what a stage did: command, status, seconds, cases, findings."""
     command = _read(folder / f"{name}.command").strip().replace(sys.executable, "python")
     status_line = _read(folder / f"{name}.status").split()
     status, seconds, limit = (int(word) for word in status_line) if len(status_line) == 3 else (None, 0, 0)
@@ -124,7 +124,7 @@ def main(argv: list[str] | None = None) -> int:
         "stages": stages,
     }
     part = args.output.with_name(f".{args.output.name}.part")
-    # What is tried again elsewhere shall not name the places of this machine.
+    # The command must also work elsewhere, so it must not contain paths of this machine.
     text = json.dumps(summary, indent=1, default=str).replace(sys.executable, "python").replace(f"{PROJECT}/", "")
     text = text.replace(f"{tempfile.gettempdir()}/", "TMPDIR/")
     part.write_text(text + "\n")

@@ -14,8 +14,7 @@ from detectron2.utils.file_io import PathManager
 
 from dcn_d2.checkpoint import CorruptCheckpointError, DCNCheckpointer, download, path_handlers, register_path_handlers
 from dcn_d2.checkpoint.files import sha256_of
-from dcn_d2.config import load_config
-from dcn_d2.config_reader import ConfigError
+from dcn_d2.config import ConfigError, load_config
 
 SMALL = {"rpn_head.rpn_cls.weight": torch.rand(3, 8, 1, 1), "rpn_head.rpn_cls.bias": torch.rand(3)}
 

@@ -293,7 +293,7 @@ def test_channels_that_do_not_fit_the_means_are_refused() -> None:
         with pytest.raises(ValueError, match=r"MODEL\.PIXEL_MEAN .*\b1\b"):
             use(cfg)
     cfg.MODEL.PIXEL_MEAN, cfg.MODEL.PIXEL_STD = [1.0] * 3, [1.0] * 2
-    with pytest.raises(ValueError, match=r"MODEL\.PIXEL_STD has 2 values and MODEL\.PIXEL_MEAN 3"):
+    with pytest.raises(ValueError, match="MODEL.PIXEL_STD must have as many values as MODEL.PIXEL_MEAN, 3, got 2"):
         check_input_format(cfg)
     cfg.INPUT.FORMAT = "GREY"
     with pytest.raises(ValueError, match=r"INPUT\.FORMAT is 'GREY'; it may be"):

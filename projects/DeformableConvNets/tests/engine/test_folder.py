@@ -172,7 +172,7 @@ def test_config_of_a_run_that_ended_early_does_not_block(tmp_path: Path) -> None
 )
 def test_overwriting_removed_the_weights_to_start_from(weights: str, tmp_path: Path) -> None:
     weights = weights.format(tmp_path, name=tmp_path.name)
-    with pytest.raises(FileExistsError, match="would remove .*MODEL.WEIGHTS is to be read from"):
+    with pytest.raises(FileExistsError, match="would remove .*MODEL.WEIGHTS names this file"):
         folder.check_keeps(str(tmp_path), weights)
     for other in ("", f"{tmp_path}/r50.pth", f"{tmp_path}/sub/model_final.pth", "http://a/model_final.pth"):
         folder.check_keeps(str(tmp_path), other)

@@ -171,3 +171,19 @@ def test_workers_that_the_signal_has_killed_cost_no_iteration(tmp_path: Path) ->
     saved = torch.load(path)
     assert saved["iteration"] == int(path.stem.removeprefix("model_")) >= 1
     assert json.loads((tmp_path / "metrics.json").read_text().splitlines()[-1])["iteration"] == saved["iteration"]
+
+
+def test_worker_that_the_signal_killed_while_it_handed_over_a_batch_cost_the_checkpoint(tmp_path: Path) -> None:
+    def end_data() -> None:
+        def batches() -> Iterator[Any]:
+            raise EOFError  # what `multiprocessing` raises
+            yield
+
+        trainer.stop._receive(signal.SIGTERM, None)
+        trainer._trainer._data_loader_iter_obj = batches()  # type: ignore[attr-defined]
+        trainer.stop.agreed = lambda: False  # type: ignore[method-assign]
+
+    trainer = stopped_trainer(tmp_path, 2, end_data)
+    with pytest.raises(TrainingStopped):
+        trainer.train()
+    assert torch.load(tmp_path / "model_0000001.pth")["iteration"] == 1

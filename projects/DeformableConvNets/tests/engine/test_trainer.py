@@ -254,7 +254,7 @@ def test_data_sets_that_are_not_measured_as_coco_are_refused(kind: str, tmp_path
     MetadataCatalog.get("odd").set(evaluator_type=kind, thing_classes=["nucleus"])
     try:
         cfg = tiny_config(tmp_path, "DATASETS.TEST", ("odd",))
-        message = f"data set odd is to be evaluated as {kind}, which is not supported yet"
+        message = f"data set odd has the evaluator {kind}, which is not supported yet"
         for refused in (
             lambda: DCNTrainer(cfg),
             lambda: DCNTrainer.test(cfg, nn.Identity()),
@@ -268,7 +268,8 @@ def test_data_sets_that_are_not_measured_as_coco_are_refused(kind: str, tmp_path
             def build_evaluator(cls, cfg: Any, dataset_name: str) -> Any:
                 return None
 
-        Own.check_data(cfg)  # an evaluator of one's own may measure it
+        Own.check(cfg)  # an evaluator of one's own may measure it
+        Own.check_data(cfg)
     finally:
         DatasetCatalog.remove("odd")
         MetadataCatalog.remove("odd")
@@ -326,7 +327,7 @@ def test_keypoints_without_tolerances_failed_after_the_training(tmp_path: Path) 
     cfg = tiny_config(tmp_path, "DATASETS.TEST", ("nuclei_val",), *keypoints)
     message = "TEST.KEYPOINT_OKS_SIGMAS has 0 values, but MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS is 3"
     with pytest.raises(ValueError, match=message):
-        DCNTrainer.check_data(cfg)
+        DCNTrainer.check(cfg)
 
 
 def test_tolerances_of_keypoints_were_ignored(tmp_path: Path) -> None:
@@ -490,3 +491,22 @@ def test_config_of_the_user_in_the_folder_is_kept(resume: bool, tmp_path: Path) 
     with pytest.raises(FileExistsError, match="was not written by a run"):
         train(tmp_path, resume=resume)
     assert (tmp_path / "config.yaml").read_text() == "# mine\n_BASE_: a.yaml\n"
+
+
+def test_resuming_without_the_checkpoints_of_a_run_started_at_0(tmp_path: Path) -> None:
+    train(tmp_path)
+    record = (tmp_path / "metrics.json").read_text()
+    for name in ("model_final.pth", "last_checkpoint"):
+        (tmp_path / name).unlink()
+    with pytest.raises(FileExistsError, match=f"OUTPUT_DIR {tmp_path} .* of 4 iterations, but no checkpoint.*--overwr"):
+        train(tmp_path, resume=True)
+    assert (tmp_path / "metrics.json").read_text() == record
+    trainer = train(tmp_path, overwrite=True)
+    assert trainer.start_iter == 0 and iterations(tmp_path) == [3]
+
+
+def test_run_that_was_killed_before_its_first_checkpoint_begins_again(tmp_path: Path) -> None:
+    (tmp_path / "metrics.json").write_text('{"iteration": 1}\n{"iteration"')
+    assert train(tmp_path, "SOLVER.CHECKPOINT_PERIOD", 3, resume=True).start_iter == 0
+    assert "ended before its first checkpoint: training starts from iteration 0" in (tmp_path / "log.txt").read_text()
+    assert iterations(tmp_path) == [3]

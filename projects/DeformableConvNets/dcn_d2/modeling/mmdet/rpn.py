@@ -15,7 +15,7 @@ from detectron2.structures import Boxes, Instances
 from torch import Tensor
 
 from ...config import with_dcn_keys
-from ...config_checks import check_part
+from ...config.checks import check_part
 from .matcher import MinimumIoUMatcher
 
 

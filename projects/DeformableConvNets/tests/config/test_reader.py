@@ -11,8 +11,8 @@ import pytest
 import yaml
 
 from dcn_d2 import model_zoo
-from dcn_d2.config import load_config
-from dcn_d2.config_reader import ConfigError, read_config_file
+from dcn_d2.config import ConfigError, load_config
+from dcn_d2.config.reader import read_config_file
 
 DETECTRON2_CONFIGS = Path(detectron2.model_zoo.__file__).parent / "configs"
 
@@ -120,17 +120,17 @@ def test_every_config_of_detectron2_is_as_detectron2_reads_it(file: Path) -> Non
 
 def test_a_copy_of_detectron2s_config_is_a_strangers(tmp_path: Path) -> None:
     copy = write(tmp_path / "Base-RetinaNet.yaml", (DETECTRON2_CONFIGS / "Base-RetinaNet.yaml").read_text())
-    with pytest.raises(ConfigError, match="!!python/object/apply:eval is refused.*write out the value"):
+    with pytest.raises(ConfigError, match="!!python/object/apply:eval is refused.*write the value out"):
         load_config(copy)
 
 
 BROKEN = {
-    "a tab": ("MODEL:\n\tMASK_ON: True\n", "a.yaml, line 2: no valid YAML: a tab; YAML is indented with spaces"),
-    "an open bracket": ("SEED: [1\nVERSION: 2\n", r"a.yaml, line 2: no valid YAML: expected ',' or '\]'"),
-    "a list": ("- 1\n- 2\n", "a.yaml holds a list, and no KEY: VALUE lines"),
+    "a tab": ("MODEL:\n\tMASK_ON: True\n", "a.yaml, line 2: not valid YAML: a tab; YAML is indented with spaces"),
+    "an open bracket": ("SEED: [1\nVERSION: 2\n", r"a.yaml, line 2: not valid YAML: expected ',' or '\]'"),
+    "a list": ("- 1\n- 2\n", "a.yaml holds a list, but lines KEY: VALUE were expected"),
     "a word": ("hello\n", "a.yaml holds a single value"),
     "nothing": ("# nothing\n", "a.yaml holds nothing"),
-    "two documents": ("SEED: 1\n---\nSEED: 2\n", "a.yaml, line 2: no valid YAML: but found another document"),
+    "two documents": ("SEED: 1\n---\nSEED: 2\n", "a.yaml, line 2: not valid YAML: but found another document"),
     "a number as a key": ("SEED: 1\n2: 3\n", "a.yaml, line 2: a key must be a name, got '2'"),
     "a truth as a key": ("on: 3\n", "a.yaml, line 1: a key must be a name, got 'on'"),
     "a list as a key": ("? [1]\n: 3\n", "a.yaml, line 1: a key must be a name"),
@@ -138,7 +138,7 @@ BROKEN = {
         "MODEL:\n  MASK_ON: True\nSEED: 1\nMODEL:\n  DEVICE: cpu\n",
         "a.yaml: MODEL stands twice, in lines 1 and 4; only the last would count",
     ),
-    "an unknown alias": ("SEED: *a\n", "a.yaml, line 1: no valid YAML: found undefined alias 'a'"),
+    "an unknown alias": ("SEED: *a\n", "a.yaml, line 1: not valid YAML: found undefined alias 'a'"),
     "itself inside": ("MODEL: &a\n  DCN: *a\n", "a.yaml, line 1: MODEL.DCN contains itself"),
     "a bomb of aliases": (
         "A0: &a0 [1, 1, 1, 1, 1, 1, 1, 1, 1]\n"
@@ -146,14 +146,14 @@ BROKEN = {
         "its aliases grow to more than 100000 values",
     ),
     "a deep nest": ("SEED: " + "[" * 5000 + "]" * 5000, "a.yaml is nested too deeply"),
-    "no date": ("SEED: 2020-13-45\n", "a.yaml is no valid YAML: month must be in 1..12"),
+    "no date": ("SEED: 2020-13-45\n", "a.yaml is not valid YAML: month must be in 1..12"),
     "a date": ("SEED: 2020-01-01\n", "a.yaml, line 1: .*SEED must be a whole number"),
     "no version": ("VERSION: 3\n", "a.yaml, line 1: VERSION must be 1 or 2, got 3"),
     "its own base": ("_BASE_: a.yaml\n", "a.yaml: its _BASE_ .*a.yaml leads back to itself"),
     "an unknown base": ("_BASE_: b.yaml\n", "Config file '.*/b.yaml' does not exist"),
     "a folder as base": ("_BASE_: .\n", "Config file '.*' is a folder"),
     "a number as base": ("SEED: 1\n_BASE_: 3\n", "a.yaml, line 2: _BASE_ must name a file, or a list of files, got 3"),
-    "a tag of nobody": ("SEED: !mine 3\n", "a.yaml, line 1: no valid YAML: could not determine a constructor"),
+    "a tag of nobody": ("SEED: !mine 3\n", "a.yaml, line 1: not valid YAML: could not determine a constructor"),
     "an unknown key": (
         "SEED: 1\nMODEL:\n  DCN:\n    NORM_EVALL: True\n",
         "a.yaml, line 4: Non-existent key: MODEL.DCN.NORM_EVALL; did you mean 'MODEL.DCN.NORM_EVAL'?",
@@ -163,7 +163,7 @@ BROKEN = {
         "a.yaml, line 2: Non-existent key: MODEL.RESNET; did you mean 'MODEL.RESNETS'?",
     ),
     "a wrong type": ("SEED: abc\n", "a.yaml, line 1: Type mismatch: SEED must be a whole number .*, got 'abc'"),
-    "a value for a node": ("MODEL: 3\n", "a.yaml, line 1: Type mismatch: MODEL is no value but a node"),
+    "a value for a node": ("MODEL: 3\n", "a.yaml, line 1: Type mismatch: MODEL is a node"),
     "a node for a value": ("SEED:\n  A: 1\n", "a.yaml, line 1: Type mismatch: SEED must be a whole number"),
     "a value out of range": ("SEED: -7\n", "a.yaml, line 1: SEED must be a whole number of at least -1"),
 }
@@ -183,10 +183,10 @@ def test_files_that_are_none_are_told_in_one_line(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="is a folder"):
         load_config(str(tmp_path))
     (tmp_path / "a.yaml").write_bytes(b"\xff\xfe\x00\x81")
-    with pytest.raises(ConfigError, match="a.yaml is no text file"):
+    with pytest.raises(ConfigError, match="a.yaml is not a text file"):
         load_config(str(tmp_path / "a.yaml"))
     (tmp_path / "a.yaml").write_bytes(b"SEED: \x00\x01")
-    with pytest.raises(ConfigError, match="a.yaml: no valid YAML"):
+    with pytest.raises(ConfigError, match="a.yaml: not valid YAML"):
         load_config(str(tmp_path / "a.yaml"))
 
 
@@ -258,13 +258,13 @@ OPTIONS = {
     "no word for a truth": (["MODEL.DCN.NORM_EVAL", "maybe"], "MODEL.DCN.NORM_EVAL must be True or False, got 'maybe'"),
     "no point": (
         ["SOLVER.OFFSET_LR_FACTOR", "1"],
-        "SOLVER.OFFSET_LR_FACTOR must be written with a point, as 1.0, got 1",
+        "SOLVER.OFFSET_LR_FACTOR must be written with a decimal point, 1.0, got 1",
     ),
     "a number for a string": (
         ["OUTPUT_DIR", "5"],
         """OUTPUT_DIR must be a string, got 5 .quotes make it one: "'5'".""",
     ),
-    "a node": (["MODEL", "5"], "MODEL is no value but a node with the keys LOAD_PROPOSALS, "),
+    "a node": (["MODEL", "5"], "MODEL is a node with the keys LOAD_PROPOSALS, "),
     "nothing": (["MODEL.DCN.NORM_EVAL", "None"], "MODEL.DCN.NORM_EVAL must be True or False, got None"),
     "no hashable": (["SEED", "{[]: 1}"], "SEED must be a whole number"),
     "a deep nest": (["SEED", "(" * 10000], "SEED must be a whole number"),

@@ -1,5 +1,5 @@
 # Copyright (c) the dcn_d2 authors. SPDX-License-Identifier: Apache-2.0
-"""Reads a config's YAML files as data: no tag of theirs can run code, and every error names file and line."""
+"""Reads the YAML files of a config as data: their tags cannot run code, and every error names file and line."""
 
 from __future__ import annotations
 
@@ -11,16 +11,14 @@ import yaml
 from detectron2.utils.file_io import PathManager
 from fvcore.common.config import BASE_KEY
 
-MAX_VALUES = 100_000  # of one file, aliases written out; Detectron2's default config has about 300
+from .messages import ConfigError
+
+MAX_VALUES = 100_000  # of one file, with each alias counted in full; Detectron2's default config has about 300
 _PYTHON_TAG = "tag:yaml.org,2002:python/"
 
 
-class ConfigError(ValueError):
-    """A config cannot be read, or has values that it cannot have; the message names file or key, value and choices."""
-
-
 class _DataLoader(yaml.SafeLoader):
-    """PyYAML's safe loader, which also reads !!python/tuple: that is data too, and stands in many dumped configs."""
+    """PyYAML's safe loader, which also reads !!python/tuple: it is data too, and many dumped configs have it."""
 
 
 def _construct_tuple(loader: yaml.SafeLoader, node: yaml.SequenceNode) -> tuple[Any, ...]:
@@ -33,20 +31,23 @@ _DataLoader.add_constructor(f"{_PYTHON_TAG}tuple", _construct_tuple)
 def read_config_file(file: str, including: tuple[str, ...] = ()) -> tuple[dict[str, Any], dict[str, str]]:
     """Reads a YAML and the files that its _BASE_ names, as Detectron2 does, but safely.
 
-    Files that Detectron2 has installed, such as Base-RetinaNet.yaml, may hold tags that run code: so does its code.
+    Files that were installed with Detectron2, for example Base-RetinaNet.yaml, may hold tags that run code: whoever
+    uses Detectron2 trusts it already.
 
     Args:
         file: a path, or an address that Detectron2's PathManager knows.
-        including: the files whose _BASE_ led here.
+        including: the files that led here, each by its _BASE_.
 
     Returns:
         The values of all files, and for each key ("MODEL.DEVICE") the file and line that set it.
 
     Raises:
-        ConfigError: it cannot be read.
+        ConfigError: a file cannot be read; the message names it.
     """
     if file.endswith(".py"):
-        raise ConfigError(f"{file} is a program (a lazy config of Detectron2), which would be run: give a YAML file")
+        raise ConfigError(
+            f"{file} is a program (a lazy config of Detectron2), and reading it would run it: give a YAML file"
+        )
     identity = file if "://" in file else str(Path(file).resolve())
     if identity in including:
         raise ConfigError(f"{including[-1]}: its _BASE_ {file} leads back to itself")
@@ -73,15 +74,15 @@ def _resolve(base: str, file: str) -> str:
     if base.startswith(("/", "https://", "http://")):
         return base
     if file.startswith(("https://", "http://")):
-        return urljoin(file, base)  # which takes ".." away
+        return urljoin(file, base)  # it also resolves ".."
     return f"{file.rpartition('/')[0] or '.'}/{base}"
 
 
 def _local_copy(file: str) -> str:
-    """Fetches what http:// and https:// name: into the cache only, and with a time-out, which iopath's way has not."""
+    """Gives the path of a file, which is fetched if it is an address of the web: iopath does that without time-out."""
     from iopath.common.file_io import get_cache_dir
 
-    from .checkpoint import download
+    from ..checkpoint import download
 
     if not file.startswith(download.SCHEMES):
         return file
@@ -100,7 +101,7 @@ def _read_one_file(file: str) -> tuple[dict[str, Any], dict[str, int]]:
         with PathManager.open(local, "r") as stream:
             text = stream.read()
     except UnicodeDecodeError as error:
-        raise ConfigError(f"{file} is no text file: {error}") from error
+        raise ConfigError(f"{file} is not a text file: {error}") from error
     loader: Any = None
     try:
         trusted = _is_installed_by_detectron2(file)
@@ -110,14 +111,14 @@ def _read_one_file(file: str) -> tuple[dict[str, Any], dict[str, int]]:
             lines.note(node)
         if not isinstance(node, yaml.MappingNode):
             found = {yaml.SequenceNode: "a list", yaml.ScalarNode: "a single value", type(None): "nothing"}[type(node)]
-            raise ConfigError(f"{file} holds {found}, and no KEY: VALUE lines")
+            raise ConfigError(f"{file} holds {found}, but lines KEY: VALUE were expected")
         return loader.construct_document(node), lines.of_keys
     except yaml.YAMLError as error:
         raise ConfigError(_explain(error, file)) from error
     except RecursionError as error:
         raise ConfigError(f"{file} is nested too deeply to be a config") from error
-    except (AttributeError, TypeError, ValueError) as error:  # such as a date that does not exist
-        raise error if isinstance(error, ConfigError) else ConfigError(f"{file} is no valid YAML: {error}") from error
+    except (AttributeError, TypeError, ValueError) as error:  # for example a date that does not exist
+        raise error if isinstance(error, ConfigError) else ConfigError(f"{file} is not valid YAML: {error}") from error
     finally:
         if loader is not None:
             loader.dispose()
@@ -130,11 +131,11 @@ def _is_installed_by_detectron2(file: str) -> bool:
 
 
 class _Lines:
-    """Notes the line of each key of a file, and refuses what PyYAML takes silently, never ends, or would run.
+    """Notes the line of each key of a file, and refuses keys that stand twice, endless values, and code.
 
     Args:
         file: for messages.
-        trusted: tags that run code are let through.
+        trusted: tags that run code are allowed.
     """
 
     def __init__(self, file: str, trusted: bool) -> None:
@@ -143,7 +144,13 @@ class _Lines:
         self._values = 0
 
     def note(self, node: yaml.Node, path: tuple[str, ...] = (), above: tuple[int, ...] = ()) -> None:
-        """Notes the keys of a node and of all below it; `above` are those around it."""
+        """Notes the keys of a node and of all nodes below it.
+
+        Args:
+            node: as PyYAML parsed it.
+            path: the keys that lead to it.
+            above: the ids of the nodes that contain it.
+        """
         place = f"{self.file}, line {node.start_mark.line + 1}"
         self._values += 1
         if self._values > MAX_VALUES:
@@ -155,7 +162,7 @@ class _Lines:
                 return
             tag = node.tag.removeprefix(_PYTHON_TAG)
             raise ConfigError(
-                f"{place}: the tag !!python/{tag} is refused, it could run code; write out the value that it stands for"
+                f"{place}: the tag !!python/{tag} is refused, because it could run code: write the value out"
             )
         if isinstance(node, yaml.SequenceNode):
             for child in node.value:
@@ -171,7 +178,7 @@ class _Lines:
                 self.note(child, path, above)
                 continue
             if key_node.tag != "tag:yaml.org,2002:str":
-                self.note(key_node, path, above)  # which has a better message if the key is code
+                self.note(key_node, path, above)  # its message is better if the key is code
                 raise ConfigError(f"{self.file}, line {line}: a key must be a name, got {key_node.value!r}")
             key = key_node.value
             full = ".".join((*path, key))
@@ -188,11 +195,11 @@ def _explain(error: yaml.YAMLError, file: str) -> str:
     place = f"{file}, line {mark.line + 1}" if mark is not None else file
     if "'\\t'" in problem:
         problem = "a tab; YAML is indented with spaces"
-    return f"{place}: no valid YAML: {' '.join(problem.split())}"
+    return f"{place}: not valid YAML: {' '.join(problem.split())}"
 
 
 def _merge(values: dict[str, Any], origins: dict[str, str], into: dict[str, Any], into_origins: dict[str, str]) -> None:
-    """Merges `values` into `into`, node by node."""
+    """Merges the values of a file, and where they stand, into those of the files that were read before."""
     _merge_nodes(values, into, (), origins, into_origins)
     into_origins.update(origins)
 
@@ -210,7 +217,7 @@ def _merge_nodes(
             one, other = ("keys below it", "a value")[:: 1 if isinstance(value, dict) else -1]
             raise ConfigError(f"{origins.get(full, full)}: {full} has {one}, but {other} in {into_origins.get(full)}")
         if isinstance(value, dict):
-            # Into a node of its own: what an alias shares must not change in both places.
+            # The node must be a new one: an alias may share the old one, which would then change in both places.
             _merge_nodes(value, into.setdefault(key, {}), (*path, key), origins, into_origins)
         else:
             into[key] = value
