@@ -114,9 +114,8 @@ def find_circle(graph: Graph, in_functions: bool = False) -> list[str]:
 
 
 def room_of(module: str) -> str:
-    """Gives the room of a module of dcn_d2; config_checks.py and others of the kind belong to config."""
-    room = (module.split(".") + [""])[1]
-    return "config" if room.startswith("config") else room
+    """Gives the room of a module of dcn_d2: the package or module right below dcn_d2."""
+    return (module.split(".") + [""])[1]
 
 
 def find_wrong_arrows(graph: Graph, allowed: Mapping[str, set[str]], in_functions: Mapping[str, set[str]]) -> list[str]:
@@ -160,9 +159,9 @@ SMALL = {
     "dcn_d2/ops/__init__.py": "from .conv import conv\n",
     "dcn_d2/ops/conv.py": "import torch\n",
     "dcn_d2/layers/__init__.py": "from ..ops import conv\n",
-    "dcn_d2/config_checks.py": "def check():\n    from .modeling import backbone\n",
+    "dcn_d2/config/checks.py": "def check():\n    from ..modeling import backbone\n",
     "dcn_d2/modeling/__init__.py": "from . import backbone\n",
-    "dcn_d2/modeling/backbone.py": "from ..layers import Conv\nfrom ..config_checks import check\n",
+    "dcn_d2/modeling/backbone.py": "from ..layers import Conv\nfrom ..config.checks import check\n",
 }
 SMALL_ALLOWED = {room: ALLOWED[room] for room in ("", "ops", "layers", "config", "modeling")}
 
@@ -203,9 +202,9 @@ def test_the_checker_notices_other_wrong_arrows(tmp_path: Path) -> None:
         "dcn_d2.layers.x, line 1: layers may not import train_net"
     ]
     # What is allowed in functions is not allowed at the top.
-    wrong, circle = check_small(tmp_path, dcn_d2__config_checks="from .modeling import backbone\n")
-    assert wrong[0] == "dcn_d2.config_checks, line 1: config may not import dcn_d2.modeling.backbone"
-    assert sorted(circle[1:]) == ["dcn_d2.config_checks", "dcn_d2.modeling.backbone"]
+    wrong, circle = check_small(tmp_path, dcn_d2__config__checks="from ..modeling import backbone\n")
+    assert wrong[0] == "dcn_d2.config.checks, line 1: config may not import dcn_d2.modeling.backbone"
+    assert sorted(circle[1:]) == ["dcn_d2.config.checks", "dcn_d2.modeling.backbone"]
 
 
 CIRCLE = {"dcn_d2__ops__a": "from .b import x\n", "dcn_d2__ops__b": "from . import c\n"}
