@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import os
+import secrets
+import zlib
 from pathlib import Path
 
 import hypothesis
@@ -14,6 +16,21 @@ import pytest
 hypothesis.settings.register_profile("default", deadline=None)
 hypothesis.settings.register_profile("ci", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "default")
+
+
+@pytest.fixture
+def seed(request: pytest.FixtureRequest) -> int:
+    """The seed of a test's random numbers; pytest shows it where the test fails.
+
+    It follows from the test's name, so that each run is like the last one. `DCN_TEST_SEED=random` draws another one for
+    each test, and `DCN_TEST_SEED=1234` repeats such a test.
+    """
+    wanted = os.environ.get("DCN_TEST_SEED", "")
+    number = zlib.crc32(request.node.nodeid.encode())
+    if wanted:
+        number = secrets.randbits(32) if wanted == "random" else int(wanted)
+    print(f"DCN_TEST_SEED={number}")
+    return number
 
 
 @pytest.fixture(scope="session")

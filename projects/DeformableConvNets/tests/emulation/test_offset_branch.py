@@ -12,7 +12,8 @@ from torch import Tensor
 
 from dcn_d2.layers import split_offset_and_mask
 from dcn_d2.ops import reference
-from tests.ops.samples import CONV_SAMPLES, EMPTY_BATCH, ConvSample, by_name, turned_columns
+from tests.ops.layouts import turned_columns
+from tests.ops.samples import CONV_SAMPLES, EMPTY_BATCH, ConvSample, by_name
 
 from .emulator import GREEDY_WARP, ROUND_ROBIN, SANITIZED, emulate
 from .test_cuda_kernels import conv_values
