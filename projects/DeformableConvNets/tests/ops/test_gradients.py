@@ -8,16 +8,11 @@ import torch
 from torch import Tensor
 
 from .checks import compiled, output_gradient, results
-from .paths import CPU, CUDA, GROUPED, TILED, Case, parametrize_cases
-from .samples import CONV_SAMPLES, GROUPED_SAMPLES, MODULATED_SAMPLES, PSROI_SAMPLES, ROI_SAMPLES, ConvSample, RoiSample
+from .paths import ALL_SAMPLES, CPU, CUDA, GROUPED, TILED, Case, parametrize_cases
+from .samples import CONV_SAMPLES, GROUPED_SAMPLES, MODULATED_SAMPLES, ConvSample, RoiSample
 
 MODULATED = [sample for sample in MODULATED_SAMPLES if sample.name in ("modulated", "groups_across_deform_groups")]
-SAMPLES = {
-    "deform_conv2d": CONV_SAMPLES,
-    "modulated_deform_conv2d": [*MODULATED, MODULATED_SAMPLES[-1]],
-    "deform_roi_pool": ROI_SAMPLES,
-    "deform_psroi_pool": PSROI_SAMPLES,
-}
+SAMPLES = ALL_SAMPLES | {"modulated_deform_conv2d": [*MODULATED, MODULATED_SAMPLES[-1]]}
 
 
 @pytest.mark.unsanitized

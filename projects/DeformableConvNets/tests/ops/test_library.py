@@ -1,8 +1,7 @@
 # Copyright (c) the dcn_d2 authors. SPDX-License-Identifier: Apache-2.0
-"""The library around the operators: fallback, instruction sets, threads."""
+"""The library around the operators: what happens without it, and that it is built with threads."""
 
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -14,7 +13,6 @@ import torch
 import dcn_d2.ops
 from dcn_d2.ops import _library
 
-TESTS = Path(__file__).parent
 pytestmark = pytest.mark.unsanitized
 
 
@@ -117,64 +115,6 @@ def test_the_library_that_is_missing_is_named(library_without_its_cuda: Path) ->
     found = run_python(code, DCN_LIBRARY="")
     assert f"the compiled library {library_without_its_cuda} does not load: libtorch_cuda_that_is_gone.so" in found
     assert "Build it again for this PyTorch" in found
-
-
-CAPABILITIES = ["default", "avx2", "avx512", "amx"]
-# What Linux calls the instructions that each set needs, on top of the sets before.
-INSTRUCTIONS = {
-    "default": set(),
-    "avx2": {"avx2", "fma"},
-    "avx512": {"avx512f", "avx512bw", "avx512dq", "avx512vl"},
-    "amx": {"amx_tile", "amx_bf16", "avx512_bf16"},
-}
-
-
-def need_instructions(capability: str) -> None:
-    """Skips where the processor lacks what this instruction set needs."""
-    info = Path("/proc/cpuinfo")
-    if not info.exists():
-        pytest.skip("needs Linux's /proc/cpuinfo to know what the processor has")
-    needed = set().union(*(INSTRUCTIONS[name] for name in CAPABILITIES[: CAPABILITIES.index(capability) + 1]))
-    missing = needed - set(info.read_text().split())
-    if missing:
-        pytest.skip(f"the processor has no {capability}: {', '.join(sorted(missing))} missing")
-
-
-CHOSEN = "import torch, dcn_d2.ops; print(torch.ops.dcn_d2.capability())"
-
-
-@pytest.mark.parametrize("capability", CAPABILITIES)
-def test_the_instruction_set_that_was_asked_for_is_used(capability: str) -> None:
-    need_instructions(capability)
-    assert run_python(CHOSEN, DCN_CPU_CAPABILITY=capability).strip() == capability
-
-
-def test_the_best_instruction_set_is_used() -> None:
-    """Matrix tiles, for example: their path is several times as fast as the one without."""
-    if "DCN_CPU_CAPABILITY" in os.environ:
-        pytest.skip("DCN_CPU_CAPABILITY names an instruction set")
-    chosen = torch.ops.dcn_d2.capability()
-    assert chosen in CAPABILITIES
-    for better in CAPABILITIES[CAPABILITIES.index(chosen) + 1 :]:
-        with pytest.raises(pytest.skip.Exception, match=f"no {better}"):
-            need_instructions(better)
-
-
-@pytest.mark.parametrize("capability", CAPABILITIES[:-1])
-def test_every_instruction_set(capability: str) -> None:
-    """The best one is what all other tests run on."""
-    need_instructions(capability)
-    result = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist"]
-        + ["-m", "instruction_set and not gpu", str(TESTS)],
-        env=os.environ | {"DCN_CPU_CAPABILITY": capability},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert result.returncode == 0, result.stdout
-    passed = re.search(r"(\d+) passed", result.stdout)
-    assert passed is not None and int(passed[1]) > 450, result.stdout
 
 
 def test_work_is_spread_over_all_threads() -> None:

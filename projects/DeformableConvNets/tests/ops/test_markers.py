@@ -127,6 +127,8 @@ def test_memory_checkers_run_every_operator(selected: dict[str, set[str]]) -> No
 
 def test_every_path_of_the_cpu_runs_on_every_instruction_set(selected: dict[str, set[str]]) -> None:
     tests = selected["instruction sets"]
+    (which,) = [test for test in tests if test.startswith("test_instruction_sets.py")]
+    assert which.endswith("::test_the_best_instruction_set_is_used_up_to_the_one_asked_for")
     for path in PATHS:
         for operator in path.samples if path.device == "cpu" else ():
             for function in ("test_values.py::test_equals_reference", "test_threads.py::test_any_number_of_threads"):

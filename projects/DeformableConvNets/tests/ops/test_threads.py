@@ -60,7 +60,7 @@ CPU_CASES = [
 ]
 
 
-def repeated(run: Callable[[], Any], times: int = 3) -> list[Any]:
+def repeated(run: Callable[[], Any], times: int = 2) -> list[Any]:
     """What a function gives, again and again, as it is and under `torch.use_deterministic_algorithms`."""
     found = [run() for _ in range(times)]
     torch.use_deterministic_algorithms(True)  # new memory is NaN then: what was never written shows as well
