@@ -43,8 +43,9 @@ def test_any_number_of_threads(case: Case, threads: int) -> None:
         case.check()
 
 
+# Three images and more: a sum of only two threads' shares is the same in either order.
 BITS = ConvSample("bits", batch=3, channels=32, size=(20, 20))
-CLOSE = ConvSample("close", channels=32, out_channels=16, size=(23, 29), deform_groups=2, spread=4.0)
+CLOSE = ConvSample("close", batch=3, channels=32, out_channels=16, size=(23, 29), deform_groups=2, spread=4.0)
 # Many RoIs on the same pixels.
 CROWD = RoiSample("crowd", channels=70, rois=tuple((k % 2, 2.0 + k, 3.0 + k / 2, 30.0 + k, 40.0 - k) for k in range(9)))
 SEVERAL_DTYPES = [
