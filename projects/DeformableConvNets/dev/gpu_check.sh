@@ -125,7 +125,7 @@ run_tests() {
   shift
   passed=$(mktemp)
   # hydra, which Detectron2 needs, brings a plugin for pytest that fails where one of its own packages is missing.
-  "$@" -q -p no:cacheprovider -p no:hydra_pytest -m 'not slow' -k "$selected" tests/ops 2>&1 | tee "$passed" || { rm "$passed"; return 1; }
+  "$@" -q -p no:cacheprovider -p no:hydra_pytest -m "not slow and $selected" tests/ops 2>&1 | tee "$passed" || { rm "$passed"; return 1; }
   grep -Eq '[1-9][0-9]* passed' "$passed" || { rm "$passed"; echo "no test ran on the GPU"; return 1; }
   rm "$passed"
 }
@@ -141,23 +141,23 @@ workers() {
 # the GPU from everything that its process would run later. Every launch is waited for.
 kernels() {
   local kind failed=0 names=() jobs=()
-  for kind in float64 float32 tf32 bfloat16 'float16 and not bfloat16'; do
+  for kind in float64 float32 tf32 bfloat16 float16; do
     names+=("$kind")
-    CUDA_LAUNCH_BLOCKING=1 run_tests "one_by_one and $kind" "$python" -m pytest --tb=short >"$work/kernels_${kind%% *}.log" 2>&1 &
+    CUDA_LAUNCH_BLOCKING=1 run_tests "one_kernel(arithmetic='$kind')" "$python" -m pytest --tb=short >"$work/kernels_$kind.log" 2>&1 &
     jobs+=($!)
   done
   for kind in "${!jobs[@]}"; do
     wait "${jobs[kind]}" || failed=1
     printf -- '--- %s\n' "${names[kind]}"
-    cat "$work/kernels_${names[kind]%% *}.log"
+    cat "$work/kernels_${names[kind]}.log"
   done
   return "$failed"
 }
 
-# The ids of tests that run on several devices have the device; names with "cuda" run on the GPU only.
+# pyproject.toml says what the markers mean.
 # shellcheck disable=SC2046
-tests() { run_tests 'cuda and not determin' "$python" -m pytest $(workers); }
-determinism() { run_tests 'cuda and determin' "$python" -m pytest; }
+tests() { run_tests 'gpu and not determinism' "$python" -m pytest $(workers); }
+determinism() { run_tests 'gpu and determinism' "$python" -m pytest; }
 
 conv2d() {
   local dtype=$1
@@ -241,8 +241,7 @@ sanitize() {
   local tool
   tool=$(find_tool compute-sanitizer)
   [ "$tool" ] || { echo "compute-sanitizer was not found (PATH, /usr/local/cuda/bin)"; return 77; }
-  PYTORCH_NO_CUDA_MEMORY_CACHING=1 run_tests \
-    'cuda and equals_reference and (uneven or tensor_cores or roi_pools and modulated)' \
+  PYTORCH_NO_CUDA_MEMORY_CACHING=1 run_tests 'gpu and memcheck' \
     "$tool" --tool "$1" --error-exitcode 9 --target-processes all --report-api-errors no "$python" -m pytest $(workers)
 }
 memcheck() { sanitize memcheck; }

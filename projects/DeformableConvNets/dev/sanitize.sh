@@ -72,10 +72,7 @@ for name in avx2 avx512f amx_bf16; do
 done
 if [[ -n ${DCN_CPU_CAPABILITY:-} ]]; then capabilities=("$DCN_CPU_CAPABILITY"); fi
 
-# Left out: what tests torch more than the kernels, and what starts processes of its own.
-selection='not gradcheck and not opcheck and not torchvision and not compiles and not fake and not test_library
-  and not cuda and not test_sampling and not inductor and not compiled_graph and not instruction_set'
-run=("$python" -m pytest -q -x -p no:cacheprovider -p no:xdist --capture=sys tests/ops -k "${selection//$'\n'/ }")
+run=("$python" -m pytest -q -x -p no:cacheprovider -p no:xdist --capture=sys tests/ops -m 'not gpu and not unsanitized')
 for capability in "${capabilities[@]}"; do
   echo "==> $capability"
   # pytest must not catch what a sanitizer prints before it stops.

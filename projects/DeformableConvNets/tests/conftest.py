@@ -4,7 +4,10 @@
 from __future__ import annotations
 
 import os
+import secrets
+import signal
 import subprocess
+import zlib
 from pathlib import Path
 
 import hypothesis
@@ -20,9 +23,27 @@ hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "default")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Ignores the warnings that the scripts ignore."""
+    """Ignores the warnings that the scripts ignore, and lets Ctrl-C reach the tests and the processes that they start."""
     for message in MESSAGES:
         config.addinivalue_line("filterwarnings", f"ignore:{message}")
+    # A shell script starts its background jobs with SIGINT ignored, and their children inherit it.
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture
+def seed(request: pytest.FixtureRequest) -> int:
+    """The seed of a test's random numbers; pytest shows it where the test fails.
+
+    It follows from the test's name, so that each run is like the last one. `DCN_TEST_SEED=random` draws another one for
+    each test, and `DCN_TEST_SEED=1234` repeats such a test.
+    """
+    wanted = os.environ.get("DCN_TEST_SEED", "")
+    number = zlib.crc32(request.node.nodeid.encode())
+    if wanted:
+        number = secrets.randbits(32) if wanted == "random" else int(wanted)
+    print(f"DCN_TEST_SEED={number}")
+    return number
 
 
 @pytest.fixture(scope="session")

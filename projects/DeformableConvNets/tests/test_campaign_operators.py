@@ -17,7 +17,8 @@ from torch import Tensor
 
 from dcn_d2.ops import reference
 from dev.campaign import exact, operators
-from tests.ops.samples import CONV_SAMPLES, PSROI_SAMPLES, ROI_SAMPLES, RoiSample, by_name, gradients
+from tests.ops.checks import gradients
+from tests.ops.samples import CONV_SAMPLES, PSROI_SAMPLES, ROI_SAMPLES, RoiSample, by_name
 
 
 def test_the_operators_agree_with_another_implementation() -> None:

@@ -138,7 +138,7 @@ def test_every_stage_of_a_mode_runs_and_leaves_its_output_in_one_archive(
     if mode == "first":
         (measured,) = [call for call in run.calls if "benchmarks.deform_conv2d" in call]
         assert "--dtype bfloat16" in measured and "--peers none" in measured and "rotated" not in measured
-        assert sum("one_by_one" in call for call in run.calls) == 5
+        assert sum("one_kernel(arithmetic=" in call for call in run.calls) == 5
 
 
 def test_it_runs_when_called_by_a_relative_path_from_the_repositorys_root(tree: Path) -> None:
@@ -282,7 +282,7 @@ def test_ctrl_c_stops_the_running_stage_and_the_run(tree: Path, tmp_path: Path, 
 
 
 def test_a_stage_that_fails_does_not_stop_the_others(tree: Path) -> None:
-    run = Run(tree, "full", FAIL="not determin|train_net")
+    run = Run(tree, "full", FAIL="not determinism|train_net")
     assert run.status == 1
     assert run.verdicts() == dict.fromkeys(FULL, "PASS") | dict.fromkeys(("tests", "training"), "FAIL")
     assert re.search(r"FAIL tests \(\d+ s, exit status 1\)", run.summary)

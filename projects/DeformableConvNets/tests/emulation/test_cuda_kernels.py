@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 
 from dcn_d2.ops import reference
+from tests.ops import checks
+from tests.ops.checks import assert_same
 from tests.ops.samples import (
     CONV_SAMPLES,
     EMPTY_BATCH,
@@ -22,7 +24,6 @@ from tests.ops.samples import (
     ROI_SAMPLES,
     ConvSample,
     RoiSample,
-    assert_same,
     by_name,
 )
 
@@ -38,9 +39,9 @@ from .emulator import (
     emulate,
 )
 
-TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 4e-3, torch.bfloat16: 3e-2}
+TOLERANCE = checks.TOLERANCE | {torch.float16: 4e-3}
 
-# The samples of all operators' tests, and such as cross the borders of the kernels' tiles and warps.
+# The samples of all operators' tests, and samples that cross the borders of the kernels' tiles and warps.
 EMULATED_CONV_SAMPLES = [
     *(sample for sample in CONV_SAMPLES if sample.name != "many_positions"),
     EMPTY_BATCH,
@@ -267,6 +268,7 @@ def removal_is_noticed(configure: Any, operator: str, values: dict[str, Any], fi
     return noticed
 
 
+@pytest.mark.unsanitized
 @pytest.mark.parametrize("line", barriers("deform_conv2d/simt/kernels.cuh"))
 def test_a_removed_barrier_is_noticed(configure: Any, line: int) -> None:
     """The emulator finds each of the kernels' barriers missing, so it would find one that was forgotten."""
@@ -276,6 +278,7 @@ def test_a_removed_barrier_is_noticed(configure: Any, line: int) -> None:
     )
 
 
+@pytest.mark.unsanitized
 @pytest.mark.parametrize(
     ("file", "line"),
     [(file, line) for file in ("memory_format.cuh", "roi_pool/kernels.cuh") for line in barriers(file)],
@@ -290,6 +293,7 @@ def test_a_removed_barrier_of_pooling_is_noticed(configure: Any, file: str, line
 
 
 @pytest.mark.slow
+@pytest.mark.unsanitized
 @pytest.mark.skipif(SANITIZED in os.environ, reason="runs in this process")
 def test_under_sanitizers(tmp_path: Path) -> None:
     """Repeats the tests of this file under the address and the undefined behaviour sanitizers."""
@@ -310,7 +314,7 @@ def test_under_sanitizers(tmp_path: Path) -> None:
     }
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "--capture=sys"]
     result = subprocess.run(
-        [*command, str(HERE), "-k", "not barrier and not sanitizers"],
+        [*command, str(HERE), "-m", "not unsanitized"],
         cwd=PROJECT,
         env=environment,
         capture_output=True,

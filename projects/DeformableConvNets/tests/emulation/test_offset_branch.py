@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from dcn_d2.ops import reference, split_offset_and_mask
-from tests.ops.samples import CONV_SAMPLES, EMPTY_BATCH, ConvSample, by_name, turned_columns
+from tests.ops.layouts import turned_columns
+from tests.ops.samples import CONV_SAMPLES, EMPTY_BATCH, ConvSample, by_name
 
 from .emulator import GREEDY_WARP, ROUND_ROBIN, SANITIZED, emulate
 from .test_cuda_kernels import conv_values

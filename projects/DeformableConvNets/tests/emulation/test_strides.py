@@ -9,20 +9,17 @@ from typing import Any
 import pytest
 import torch
 
-from tests.ops.layouts import as_tuple, describe, promised
-from tests.ops.samples import ConvSample, RoiSample
-from tests.ops.test_strides import SAMPLES, calls
+from tests.ops.layouts import as_tuple, calls, describe, promised
+from tests.ops.samples import STRIDE_SAMPLES, RoiSample, Sample
 
 from .emulator import COMPILED, ROUND_ROBIN, emulate
 
 
 @pytest.mark.parametrize(
-    ("name", "sample"), [pytest.param(name, sample, id=f"{name}-{sample.name}") for name, sample in SAMPLES]
+    ("name", "sample"), [pytest.param(name, sample, id=f"{name}-{sample.name}") for name, sample in STRIDE_SAMPLES]
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_results_have_the_promised_strides(
-    configure: Any, name: str, sample: ConvSample | RoiSample, dtype: torch.dtype
-) -> None:
+def test_results_have_the_promised_strides(configure: Any, name: str, sample: Sample, dtype: torch.dtype) -> None:
     configure(ROUND_ROBIN)
     for seed, layout in enumerate(["channels_last", "some_channels", "expanded", "odd_strides_of_ones", None]):
         for operator, arguments in calls(name, sample, dtype, "cpu", random.Random(seed), layout):

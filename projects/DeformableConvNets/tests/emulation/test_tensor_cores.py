@@ -229,6 +229,7 @@ def test_samples_that_all_read_the_same_pixels(
     assert torch.equal(emulate("deform_conv2d", values)["input"], found["input"])
 
 
+@pytest.mark.unsanitized
 @pytest.mark.parametrize("line", barriers_of("deform_conv2d/sampling/sample_lists.cuh"))
 def test_a_removed_barrier_of_lists_is_noticed(configure: Any, line: int) -> None:
     sample = ConvSample("one_place", channels=8, out_channels=8, size=(20, 20), batch=1, kernel=(1, 2), padding=(0, 1))
@@ -265,6 +266,7 @@ def changes_something(run: Callable[[], bool]) -> bool:
     return os.waitpid(pid, 0)[1] != 0
 
 
+@pytest.mark.unsanitized
 @pytest.mark.parametrize(("file", "line"), barriers())
 def test_a_removed_barrier_is_noticed(configure: Any, device: Any, file: str, line: int) -> None:
     """The emulator finds each of the kernels' barriers missing, so it would find one that was forgotten."""

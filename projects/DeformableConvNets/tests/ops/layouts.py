@@ -4,12 +4,14 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+
+from .samples import Sample, operands_of
 
 
 def _permuted(tensor: Tensor, order: Sequence[int]) -> Tensor:
@@ -110,6 +112,19 @@ def arrange(operands: dict[str, Any], choose: random.Random, layout: str | None 
     }
 
 
+def turned_columns(tensor: Tensor) -> Tensor:
+    """A tensor of one column, in memory a row: contiguous, with another stride for columns than for rows."""
+    row = tensor.transpose(2, 3)
+    turned = torch.empty_like(row, memory_format=torch.contiguous_format).copy_(row).transpose(2, 3)
+    assert turned.is_contiguous() and turned.stride(3) != turned.stride(2)
+    return turned
+
+
+def off_by_one_element(tensor: Tensor) -> Tensor:
+    """The same values and strides, where memory is aligned to no more than an element."""
+    return tensor.new_empty(tensor.numel() + 1).as_strided(tensor.shape, tensor.stride(), 1).copy_(tensor)
+
+
 def describe(tensor: Tensor) -> tuple[list[int], tuple[int, ...], torch.dtype]:
     """What a fake kernel promises of a result."""
     return list(tensor.shape), tensor.stride(), tensor.dtype
@@ -124,3 +139,26 @@ def promised(operator: Callable[..., Any], arguments: Sequence[Any]) -> list[tup
     with FakeTensorMode() as mode:
         fake = [mode.from_tensor(value) if isinstance(value, Tensor) else value for value in arguments]
         return [describe(result) for result in as_tuple(operator(*fake))]
+
+
+def arguments_of(operator: str, values: dict[str, Any]) -> list[Any]:
+    """All arguments of an operator in order; those not given have their defaults."""
+    schema = getattr(torch.ops.dcn_d2, operator).default._schema
+    return [values.get(argument.name, argument.default_value) for argument in schema.arguments]
+
+
+def calls(
+    operator: str, sample: Sample, dtype: torch.dtype, device: str, choose: random.Random, layout: str | None
+) -> Iterator[tuple[Any, list[Any]]]:
+    """The operator and its backward, each with its arguments."""
+    values = arrange(operands_of(operator, sample, dtype, device) | sample.arguments, choose, layout)
+    forward = getattr(torch.ops.dcn_d2, operator).default
+    arguments = arguments_of(operator, values)
+    yield forward, arguments
+    shape = promised(forward, arguments)[0][0]
+    grad = arrange({"grad": torch.randn(shape).to(device, dtype)}, choose, layout)
+    named = dict(zip((argument.name for argument in forward._schema.arguments), arguments))
+    for needed in (True, False):
+        wanted = {"need_input": True, "need_offset": needed, "need_weight": needed, "deterministic": False}
+        backward = getattr(torch.ops.dcn_d2, f"{operator}_backward").default
+        yield backward, arguments_of(f"{operator}_backward", named | grad | wanted)

@@ -1,32 +1,13 @@
 # Copyright (c) the dcn_d2 authors. SPDX-License-Identifier: Apache-2.0
-"""Inputs for the operators' tests: samples are data, the checks in the test files are generic."""
+"""What the operators' tests compute: sizes of calls as data, and random operands of these sizes."""
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-import pytest
 import torch
 from torch import Tensor
-
-DEVICES = [
-    "cpu",
-    pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU is visible to torch")),
-]
-
-
-@contextlib.contextmanager
-def number_of_threads(count: int) -> Iterator[None]:
-    """Sets the number of threads of the process, which other tests use too, and sets it back."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 @dataclass(frozen=True)
@@ -51,6 +32,11 @@ class ConvSample:
     @property
     def geometry(self) -> dict[str, Any]:
         return {"stride": self.stride, "padding": self.padding, "dilation": self.dilation}
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """What the call takes besides tensors."""
+        return self.geometry
 
     @property
     def out_size(self) -> list[int]:
@@ -94,7 +80,7 @@ CONV_SAMPLES = [
     ConvSample("no_spread", spread=0.0),
     ConvSample("one_row", size=(1, 13), batch=3, out_channels=1),
     ConvSample("many_positions", size=(37, 41), batch=1, channels=2, out_channels=2),
-    # Of which CUDA computes every dtype but float64 on tensor cores.
+    # CUDA computes these on tensor cores, in every dtype except float64.
     ConvSample("tensor_cores", channels=16, out_channels=24, deform_groups=2, size=(9, 13)),
     ConvSample("tensor_cores_grouped", channels=32, out_channels=32, groups=8, size=(6, 11), stride=(2, 1)),
 ]
@@ -124,6 +110,7 @@ class RoiSample:
 
     @property
     def arguments(self) -> dict[str, Any]:
+        """What the call takes besides tensors."""
         return {"output_size": self.output_size, "spatial_scale": self.spatial_scale} | self.geometry
 
     def tensors(self, dtype: torch.dtype = torch.float64, device: str = "cpu", seed: int = 0) -> dict[str, Any]:
@@ -181,45 +168,129 @@ PSROI_SAMPLES = [
 ]
 
 
-def by_name(sample: ConvSample | RoiSample) -> str:
+Sample = ConvSample | RoiSample
+CONVOLUTIONS = ("deform_conv2d", "modulated_deform_conv2d")
+POOLINGS = ("deform_roi_pool", "deform_psroi_pool")
+OPERATORS = (*CONVOLUTIONS, *POOLINGS)
+
+
+def grouped(name: str, group_channels: int, groups: int, **changes: Any) -> ConvSample:
+    """A convolution with as many output channels as input channels, in every group."""
+    channels = group_channels * groups
+    return ConvSample(name, channels=channels, out_channels=channels, groups=groups, **changes)
+
+
+# The CPU has a path for many small groups with as many outputs as inputs: these are such shapes, and their neighbours.
+# A vector holds 2 to 16 channels: each size of group is less than one, one, or several of them somewhere.
+GROUPED_SAMPLES = [
+    grouped("depthwise", 1, 48),
+    grouped("2_channels", 2, 24, kernel=(3, 2), stride=(2, 1), padding=(1, 2), dilation=(1, 2)),
+    grouped("4_channels", 4, 12, deform_groups=3),
+    grouped("8_channels", 8, 4, mask=False, bias=False),
+    grouped("16_channels", 16, 5, stride=(2, 2), size=(11, 13)),
+    grouped("32_channels", 32, 2, deform_groups=2),
+    grouped("64_channels", 64, 2, batch=1),
+    grouped("rest_of_a_vector", 4, 5),
+    grouped("deform_groups_cut_vectors", 4, 12, deform_groups=12),
+    grouped("deform_groups_cut_groups", 16, 2, deform_groups=8),
+    grouped("3_channels", 3, 16),
+    ConvSample("other_outputs", channels=32, out_channels=64, groups=8),
+    grouped("many_positions", 4, 8, size=(23, 29), batch=3),
+    grouped("one_position", 8, 4, size=(1, 1)),
+    grouped("no_spread", 8, 4, spread=0.0),
+    grouped("leaves_the_image", 4, 8, spread=30.0),
+]
+
+# The CPU has a path for bfloat16 where the processor has matrix tiles. Tiles are 16 rows of 32 values, and pairs of
+# them are multiplied at a time: these are shapes that fill tiles, and shapes that do not.
+TILED_SAMPLES = [
+    ConvSample("one_channel", channels=1, out_channels=1),
+    ConvSample("less_than_a_tile", channels=7, out_channels=5),
+    ConvSample("one_tile", channels=32, out_channels=16),
+    ConvSample("rest_of_a_block", channels=33, out_channels=17),
+    ConvSample("odd_rest", channels=47, out_channels=31, batch=1),
+    ConvSample("three_tiles", channels=96, out_channels=48),
+    ConvSample("three_panels", channels=64, out_channels=81, size=(5, 6)),
+    ConvSample("one_position", channels=40, out_channels=24, size=(1, 1)),
+    ConvSample("odd_positions", channels=40, out_channels=24, size=(5, 9)),
+    ConvSample("several_tiles_of_positions", channels=16, out_channels=16, size=(29, 37)),
+    ConvSample("several_segments", channels=160, out_channels=200, size=(6, 7)),
+    ConvSample("deform_groups", channels=72, out_channels=40, deform_groups=3),
+    ConvSample("deform_groups_cut_blocks", channels=80, out_channels=20, deform_groups=20),
+    ConvSample("groups", channels=96, out_channels=60, groups=2),
+    ConvSample("groups_across_deform_groups", channels=120, out_channels=30, groups=3, deform_groups=5),
+    ConvSample("strided", channels=48, out_channels=48, stride=(2, 3), padding=(0, 2), size=(13, 17)),
+    ConvSample("large_kernel", channels=34, out_channels=18, kernel=(5, 4), dilation=(2, 1), padding=(4, 2)),
+    ConvSample("pointwise", channels=64, out_channels=64, kernel=(1, 1), padding=(0, 0), mask=False, bias=False),
+    ConvSample("no_mask", channels=64, out_channels=32, mask=False),
+    ConvSample("leaves_the_image", channels=36, out_channels=20, spread=30.0),
+]
+
+# The last one has a path of its own on the CPU, as GROUPED_SAMPLES have.
+MODULATED_SAMPLES = [
+    *(sample for sample in CONV_SAMPLES if sample.mask),
+    grouped("resnext", 4, 8, deform_groups=2),
+]
+
+# Sizes of one and of zero, where strides have no one meaning.
+STRIDE_CONVOLUTIONS = [
+    ConvSample("usual", channels=4),
+    ConvSample("one_image", batch=1, channels=8, out_channels=8),
+    ConvSample("one_channel", channels=1, out_channels=1),
+    ConvSample("one_channel_to_many", channels=1, out_channels=5, batch=1),
+    ConvSample("one_pixel", size=(1, 1)),
+    ConvSample("one_row", size=(1, 6), batch=1),
+    ConvSample("one_column", size=(6, 1)),
+    ConvSample("pointwise", kernel=(1, 1), padding=(0, 0)),
+    ConvSample("one_output", size=(3, 3), padding=(0, 0)),
+    ConvSample("empty_batch", batch=0),
+    ConvSample("no_outputs", out_channels=0),
+    ConvSample("grouped", channels=32, out_channels=32, groups=8),
+    ConvSample("depthwise", channels=6, out_channels=6, groups=6, deform_groups=6),
+]
+STRIDE_POOLINGS = [
+    RoiSample("usual"),
+    RoiSample("one_image", batch=1, rois=((0, 2.3, 3.1, 40.7, 33.9),)),
+    RoiSample("one_channel", channels=1),
+    RoiSample("one_pixel", size=(1, 1)),
+    RoiSample("one_bin", output_size=(1, 1)),
+    RoiSample("no_rois", rois=()),
+    RoiSample("no_channels", channels=0),
+]
+STRIDE_SAMPLES: list[tuple[str, Sample]] = [
+    *(
+        (name, sample)
+        for name in CONVOLUTIONS
+        for sample in STRIDE_CONVOLUTIONS
+        if name == "deform_conv2d" or sample.mask
+    ),
+    *((name, sample) for name in POOLINGS for sample in STRIDE_POOLINGS),
+    (
+        "deform_psroi_pool",
+        RoiSample("cells", input_channels=12, geometry={"group_size": 2, "part_size": [2, 1]}, offset_shape=(2, 2, 1)),
+    ),
+]
+
+
+def by_name(sample: Sample) -> str:
     return sample.name
 
 
-def turned_columns(tensor: Tensor) -> Tensor:
-    """A tensor of one column, in memory a row: contiguous, with another stride for columns than for rows."""
-    row = tensor.transpose(2, 3)
-    turned = torch.empty_like(row, memory_format=torch.contiguous_format).copy_(row).transpose(2, 3)
-    assert turned.is_contiguous() and turned.stride(3) != turned.stride(2)
-    return turned
+def operands_of(
+    operator: str, sample: Sample, dtype: torch.dtype = torch.float64, device: str = "cpu", seed: int = 0
+) -> dict[str, Any]:
+    """The sample's tensors by the names of this operator's arguments."""
+    operands = sample.tensors(dtype, device, seed)
+    if operator == "modulated_deform_conv2d":
+        logits = operands.pop("mask").double().logit().to(dtype)
+        operands["offset_and_mask"] = torch.cat([operands.pop("offset"), logits], dim=1)
+    return operands
 
 
-def shifted(tensor: Tensor) -> Tensor:
-    """The same values and strides, where memory is aligned to no more than an element."""
-    return tensor.new_empty(tensor.numel() + 1).as_strided(tensor.shape, tensor.stride(), 1).copy_(tensor)
+def on_a_grid(operands: dict[str, Any], steps: int = 64) -> dict[str, Any]:
+    """The operands with offsets half-way between the numbers n / `steps`, which dtypes of enough bits hold exactly.
 
-
-def gradients(function: Callable[..., Tensor], operands: dict[str, Any], seed: int = 1) -> dict[str, Tensor]:
-    """Output, and the gradient of every floating operand but `rois`, for a fixed random output gradient."""
-    leaves = {
-        name: t.detach().clone(memory_format=torch.preserve_format).requires_grad_(name != "rois")
-        if isinstance(t, Tensor)
-        else t
-        for name, t in operands.items()
-    }
-    output = function(**leaves)
-    wanted = {name: t for name, t in leaves.items() if isinstance(t, Tensor) and t.requires_grad}
-    grad = torch.randn(output.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    found = torch.autograd.grad(
-        output, list(wanted.values()), grad.to(output), allow_unused=True, materialize_grads=True
-    )
-    return {"output": output.detach()} | dict(zip(wanted, found))
-
-
-def assert_same(actual: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float) -> None:
-    """Compares output and gradients by name, relative to the largest expected value of each."""
-    assert actual.keys() == expected.keys()
-    for name, value in expected.items():
-        scale = max(float(value.abs().max()) if value.numel() else 0.0, 1.0)
-        torch.testing.assert_close(
-            actual[name].to(value), value, rtol=0, atol=tolerance * scale, msg=lambda text: f"{name}: {text}"
-        )
+    No such offset is a whole number. At whole numbers the gradient jumps: a position that is rounded to the other side
+    of a pixel has another derivative.
+    """
+    return operands | {"offset": ((operands["offset"] * steps).floor() + 0.5) / steps}

@@ -14,9 +14,10 @@ import dcn_d2.ops
 from dcn_d2.layers import ModulatedDeformConvPack
 from dcn_d2.ops import deform_conv2d, deform_psroi_pool, deform_roi_pool, reference
 
-from .samples import CONV_SAMPLES, ConvSample, RoiSample, assert_same, by_name
+from .checks import TOLERANCE, assert_same, in_float64
+from .samples import CONV_SAMPLES, ConvSample, RoiSample, by_name
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU is visible to torch")
+pytestmark = pytest.mark.gpu
 
 
 def need_memory(gigabytes: int) -> None:
@@ -41,15 +42,17 @@ def run(sample: ConvSample | RoiSample, operands: dict[str, Tensor]) -> list[Ten
     return [output, *torch.autograd.grad(output.sum(), [t for t in leaves.values() if t.requires_grad])]
 
 
-# Float32 in the two ways that CUDA has for it.
-ARITHMETIC = {"float64": 1e-10, "float32": 1e-4, "tf32": 5e-3, "bfloat16": 3e-2, "float16": 1e-2}
+# CUDA has two ways of computing in float32.
+ARITHMETIC = {str(dtype).removeprefix("torch."): value for dtype, value in TOLERANCE.items()} | {"tf32": 5e-3}
 ONE_BY_ONE = [
     *(("deform_conv2d", wanted) for wanted in ("output", "input", "offset", "weight")),
     *((name, wanted) for name in ("deform_roi_pool", "deform_psroi_pool") for wanted in ("output", "input", "offset")),
 ]
 
 
-@pytest.mark.parametrize("arithmetic", ARITHMETIC)
+@pytest.mark.parametrize(
+    "arithmetic", [pytest.param(name, marks=pytest.mark.one_kernel(arithmetic=name)) for name in ARITHMETIC]
+)
 @pytest.mark.parametrize(("name", "wanted"), ONE_BY_ONE)
 def test_kernels_one_by_one(name: str, wanted: str, arithmetic: str, device: str = "cuda") -> None:
     """As few kernels as there can be: what to look at first where other tests fail."""
@@ -63,7 +66,7 @@ def test_kernels_one_by_one(name: str, wanted: str, arithmetic: str, device: str
         sample = RoiSample("vectors", channels=24)
         arguments = sample.arguments
     operands: dict[str, Tensor] = sample.tensors(dtype, device)
-    exact = {key: t.double() for key, t in operands.items()}
+    exact = in_float64(operands)
 
     def run(operator: Any, values: dict[str, Tensor]) -> dict[str, Tensor]:
         if wanted == "output":
@@ -179,6 +182,7 @@ def deterministic() -> Iterator[None]:
     torch.use_deterministic_algorithms(False)
 
 
+@pytest.mark.determinism
 @pytest.mark.usefixtures("deterministic")
 @pytest.mark.parametrize("operator", [deform_roi_pool, deform_psroi_pool])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)

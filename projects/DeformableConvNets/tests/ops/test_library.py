@@ -1,5 +1,5 @@
 # Copyright (c) the dcn_d2 authors. SPDX-License-Identifier: Apache-2.0
-"""The library around the operators: fallback, instruction sets, threads."""
+"""The library around the operators: what happens without it, and that it is built with threads."""
 
 import os
 import shutil
@@ -13,7 +13,7 @@ import torch
 import dcn_d2.ops
 from dcn_d2.ops import _library
 
-TESTS = Path(__file__).parent
+pytestmark = pytest.mark.unsanitized
 
 
 def run_python(code: str, **environment: str) -> str:
@@ -115,35 +115,6 @@ def test_the_library_that_is_missing_is_named(library_without_its_cuda: Path) ->
     found = run_python(code, DCN_LIBRARY="")
     assert f"the compiled library {library_without_its_cuda} does not load: libtorch_cuda_that_is_gone.so" in found
     assert "Build it again for this PyTorch" in found
-
-
-@pytest.mark.parametrize("capability", ["default", "avx2", "avx512"])
-def test_every_instruction_set(capability: str) -> None:
-    operators = ("deform_conv2d", "modulated_deform_conv2d", "deform_roi_pool", "deform_psroi_pool")
-    tests = [str(TESTS / f"test_{name}.py") for name in (*operators, "grouped", "bfloat16")]
-    of_cpu = "(cpu or test_grouped or test_bfloat16)"
-    result = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", *tests]
-        + ["-k", f"equals_reference and {of_cpu} or any_number_of_threads or wild and test_grouped"],
-        env=os.environ | {"DCN_CPU_CAPABILITY": capability},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert result.returncode == 0, result.stdout
-
-
-def test_unknown_instruction_set_is_refused() -> None:
-    code = """
-import torch
-from dcn_d2.ops import deform_conv2d
-try:
-    deform_conv2d(torch.zeros(1, 1, 2, 2), torch.zeros(1, 2, 2, 2), torch.zeros(1, 1, 1, 1))
-except RuntimeError as error:
-    print(error)
-"""
-    message = "DCN_CPU_CAPABILITY must be default, avx2, avx512 or amx, got sse9"
-    assert message in run_python(code, DCN_CPU_CAPABILITY="sse9")
 
 
 def test_work_is_spread_over_all_threads() -> None:

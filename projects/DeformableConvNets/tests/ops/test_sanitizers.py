@@ -2,6 +2,7 @@
 """The operators' tests under the address and the undefined behaviour sanitizers."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -47,4 +48,7 @@ else:
 def test_a_read_past_the_end_is_noticed(operator: str, memory_format: str) -> None:
     result = subprocess.run([sys.executable, "-c", SHRUNK, operator, memory_format], capture_output=True, text=True)
     assert result.returncode != 0
-    assert "heap-buffer-overflow" in result.stderr and "_impl.h" in result.stderr, result.stderr
+    assert "heap-buffer-overflow" in result.stderr, result.stderr
+    # The read itself, frame 0, is in our library: not in torch, nor in a function that the sanitizer wraps.
+    first = re.search(r"^ *#0 .*$", result.stderr, re.M)
+    assert first is not None and re.search(r" in dcn::cpu::|[ /]csrc/cpu/", first[0]), result.stderr

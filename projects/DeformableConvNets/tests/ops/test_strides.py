@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import random
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,95 +18,20 @@ from torch import Tensor, nn
 import dcn_d2.ops
 from dcn_d2.ops import deform_conv2d
 
-from .layouts import LAYOUTS, arrange, as_tuple, describe, promised
-from .samples import DEVICES, ConvSample, RoiSample
+from .layouts import LAYOUTS, as_tuple, calls, describe, promised
+from .paths import DEVICES
+from .samples import STRIDE_SAMPLES, Sample
 
-CONVOLUTIONS = [
-    ConvSample("usual", channels=4),
-    ConvSample("one_image", batch=1, channels=8, out_channels=8),
-    ConvSample("one_channel", channels=1, out_channels=1),
-    ConvSample("one_channel_to_many", channels=1, out_channels=5, batch=1),
-    ConvSample("one_pixel", size=(1, 1)),
-    ConvSample("one_row", size=(1, 6), batch=1),
-    ConvSample("one_column", size=(6, 1)),
-    ConvSample("pointwise", kernel=(1, 1), padding=(0, 0)),
-    ConvSample("one_output", size=(3, 3), padding=(0, 0)),
-    ConvSample("empty_batch", batch=0),
-    ConvSample("no_outputs", out_channels=0),
-    ConvSample("grouped", channels=32, out_channels=32, groups=8),
-    ConvSample("depthwise", channels=6, out_channels=6, groups=6, deform_groups=6),
-]
-POOLINGS = [
-    RoiSample("usual"),
-    RoiSample("one_image", batch=1, rois=((0, 2.3, 3.1, 40.7, 33.9),)),
-    RoiSample("one_channel", channels=1),
-    RoiSample("one_pixel", size=(1, 1)),
-    RoiSample("one_bin", output_size=(1, 1)),
-    RoiSample("no_rois", rois=()),
-    RoiSample("no_channels", channels=0),
-]
-SAMPLES: list[tuple[str, ConvSample | RoiSample]] = [
-    *(
-        (name, sample)
-        for name in ("deform_conv2d", "modulated_deform_conv2d")
-        for sample in CONVOLUTIONS
-        if name == "deform_conv2d" or sample.mask
-    ),
-    *((name, sample) for name in ("deform_roi_pool", "deform_psroi_pool") for sample in POOLINGS),
-    (
-        "deform_psroi_pool",
-        RoiSample("cells", input_channels=12, geometry={"group_size": 2, "part_size": [2, 1]}, offset_shape=(2, 2, 1)),
-    ),
-]
 parametrize_samples = pytest.mark.parametrize(
-    ("name", "sample"), [pytest.param(name, sample, id=f"{name}-{sample.name}") for name, sample in SAMPLES]
+    ("name", "sample"), [pytest.param(name, sample, id=f"{name}-{sample.name}") for name, sample in STRIDE_SAMPLES]
 )
 parametrize_devices = pytest.mark.parametrize("device", DEVICES)
-
-
-def operands_of(name: str, sample: ConvSample | RoiSample, dtype: torch.dtype, device: str) -> dict[str, Any]:
-    """Operands and geometry by the names of the operator's schema."""
-    operands: dict[str, Any] = sample.tensors(dtype, device)
-    if isinstance(sample, RoiSample):
-        return operands | sample.arguments
-    if name == "modulated_deform_conv2d":
-        logits = operands.pop("mask").float().logit().to(dtype)
-        operands["offset_and_mask"] = torch.cat([operands.pop("offset"), logits], dim=1)
-    return operands | sample.geometry
-
-
-def arguments_of(name: str, values: dict[str, Any]) -> list[Any]:
-    schema = getattr(torch.ops.dcn_d2, name).default._schema
-    return [values.get(argument.name, argument.default_value) for argument in schema.arguments]
-
-
-def calls(
-    name: str,
-    sample: ConvSample | RoiSample,
-    dtype: torch.dtype,
-    device: str,
-    choose: random.Random,
-    layout: str | None,
-) -> Iterator[tuple[Any, list[Any]]]:
-    """The operator and its backward, each with its arguments."""
-    values = arrange(operands_of(name, sample, dtype, device), choose, layout)
-    forward = getattr(torch.ops.dcn_d2, name).default
-    yield forward, arguments_of(name, values)
-    shape = promised(forward, arguments_of(name, values))[0][0]
-    grad = arrange({"grad": torch.randn(shape).to(device, dtype)}, choose, layout)
-    defaults = dict(zip((a.name for a in forward._schema.arguments), arguments_of(name, values)))
-    for needed in (True, False):
-        wanted = {"need_input": True, "need_offset": needed, "need_weight": needed, "deterministic": False}
-        backward = getattr(torch.ops.dcn_d2, f"{name}_backward").default
-        yield backward, arguments_of(f"{name}_backward", defaults | grad | wanted)
 
 
 @parametrize_devices
 @parametrize_samples
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)
-def test_results_have_the_promised_strides(
-    name: str, sample: ConvSample | RoiSample, dtype: torch.dtype, device: str
-) -> None:
+def test_results_have_the_promised_strides(name: str, sample: Sample, dtype: torch.dtype, device: str) -> None:
     for seed, layout in enumerate([*LAYOUTS, None, None, None]):
         for operator, arguments in calls(name, sample, dtype, device, random.Random(seed), layout):
             expected = promised(operator, arguments)
@@ -117,7 +41,7 @@ def test_results_have_the_promised_strides(
 
 @pytest.mark.filterwarnings("ignore:dcn_d2")
 @parametrize_samples
-def test_the_reference_has_the_promised_strides(name: str, sample: ConvSample | RoiSample) -> None:
+def test_the_reference_has_the_promised_strides(name: str, sample: Sample) -> None:
     in_python = torch._C.DispatchKey.CompositeExplicitAutograd
     for seed, layout in enumerate(["channels_last", "some_channels", "expanded", "permuted", None]):
         for operator, arguments in calls(name, sample, torch.float32, "cpu", random.Random(seed), layout):
@@ -131,16 +55,17 @@ def test_the_reference_has_the_promised_strides(name: str, sample: ConvSample | 
 OPCHECKED = ["channels_last", "some_channels", "cut_out", "expanded", "permuted", "negative_bit", "odd_strides_of_ones"]
 
 
+@pytest.mark.unsanitized
 @pytest.mark.parametrize("layout", OPCHECKED)
 @pytest.mark.parametrize(
     ("name", "sample"),
     [
         pytest.param(name, sample, id=f"{name}-{sample.name}")
-        for name, sample in SAMPLES
+        for name, sample in STRIDE_SAMPLES
         if sample.name in ("usual", "one_image", "one_channel", "cells")
     ],
 )
-def test_opcheck_of_any_layout(name: str, sample: ConvSample | RoiSample, layout: str) -> None:
+def test_opcheck_of_any_layout(name: str, sample: Sample, layout: str) -> None:
     for operator, arguments in calls(name, sample, torch.float64, "cpu", random.Random(1), layout):
         if not operator._schema.name.endswith("_backward"):
             arguments = [
@@ -216,6 +141,7 @@ def train_step(function: Any, model: nn.Module, x: Tensor) -> list[Tensor]:
 
 
 @pytest.mark.slow
+@pytest.mark.unsanitized
 @pytest.mark.parametrize(
     ("layout", "dynamic"), [*((layout, False) for layout in COMPILED_LAYOUTS), ("some_channels", True)]
 )
@@ -230,6 +156,7 @@ def test_inductor_computes_what_eager_does(layout: str, dynamic: bool) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.unsanitized
 @pytest.mark.parametrize("layout", ["permuted_image", "some_channels", "channels_last"])
 def test_aotinductor_computes_what_eager_does(layout: str, tmp_path: Path) -> None:
     """AOTInductor checks no strides: a broken promise gave wrong numbers without a message."""
@@ -242,6 +169,7 @@ def test_aotinductor_computes_what_eager_does(layout: str, tmp_path: Path) -> No
 
 
 @pytest.mark.slow
+@pytest.mark.unsanitized
 def test_one_compiled_graph_serves_every_size() -> None:
     """The rule of memory formats asks about sizes and strides, which must not tie the graph to those of the first."""
     torch._dynamo.reset()
