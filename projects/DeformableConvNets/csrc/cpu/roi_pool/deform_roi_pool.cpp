@@ -2,6 +2,7 @@
 // deform_roi_pool on CPU. The work is in roi_pool.h; here is where a bin samples.
 #include "deform_roi_pool.h"
 
+#include "cpu/roi_pool/backward.h"
 #include "cpu/roi_pool/forward.h"
 
 namespace dcn::cpu {
