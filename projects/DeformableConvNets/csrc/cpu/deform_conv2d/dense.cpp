@@ -214,8 +214,15 @@ class BackwardTask {
       return kernels<T>().gather(channels, samples, s.taps(), columns_.get(), width, segment.count);
     }
     T* grad_image = gradients_.input ? gradients_.input + operands_.image_begin(n) + segment.begin : nullptr;
-    kernels<T>().backward(channels, samples, s.taps(), columns_.get(), width, segment.count, grad_image,
-                          gradients_.offset ? dots_.get() : nullptr, tile_, trash_.data());
+    ColumnsBackward<T> pass{};
+    pass.columns = columns_.get();
+    pass.column_stride = width;
+    pass.tap_stride = segment.count;
+    pass.grad_image = grad_image;
+    pass.trash = trash_.data();
+    if (gradients_.offset) pass.dots = dots_.get();
+    pass.dot_stride = tile_;
+    kernels<T>().backward(channels, samples, s.taps(), pass);
     for (int64_t tap = 0; gradients_.offset && tap < s.taps(); ++tap) {
       const T* first = dots_.get() + tap * 4 * tile_;
       const T* const dots[4] = {first, first + tile_, first + 2 * tile_, first + 3 * tile_};

@@ -173,9 +173,9 @@ class GroupedBackwardTask {
       T* grad_image = gradients_.input ? gradients_.input + operands_.image_begin(n) : nullptr;
       const GroupedSamples<T> samples = samples_.locate(group, c, grad_image);
       const int64_t from = (c - begin_) * weight_row();
-      kernels<T>().grouped_backward(samples, {end - c, sizes_.group_channels(), weight_.get() + from},
-                                    grad + c - begin_, grad_stride, grad_weight_.get() + from, dots_.get(),
-                                    memory_.get());
+      kernels<T>().grouped_tile_backward(samples, {end - c, sizes_.group_channels(), weight_.get() + from},
+                                         grad + c - begin_, grad_stride, grad_weight_.get() + from, dots_.get(),
+                                         memory_.get());
       if (gradients_.offset) add_offset_gradients(n, group, first);
       c = end;
     }
@@ -240,7 +240,7 @@ Tensor grouped_forward(const DeformConv2dSizes& s, const Tensor& input, const Mo
         const GroupedSamples<T> samples = buffer.locate(group, c);
         const GroupedChannels<T> some{deform_channels, s.group_channels(),
                                       packed.get() + c * s.group_channels() * s.taps()};
-        kernels<T>().grouped_forward(samples, some, bias_data ? bias_data + c : nullptr, to + c, channels);
+        kernels<T>().grouped_tile_forward(samples, some, bias_data ? bias_data + c : nullptr, to + c, channels);
       }
       if (!channels_last) {
         kernels<T>().transpose(to, channels, count, channels, out + n * channels * positions + begin, positions);

@@ -1,5 +1,5 @@
 // Copyright (c) the dcn_d2 authors. SPDX-License-Identifier: Apache-2.0
-// Vectors of an instruction set, for the other *_impl.h, and transposition with them.
+// Vectors of an instruction set, for the other *_impl.h: loads, stores, sums, and transposition with them.
 
 namespace dcn::cpu::DCN_ISA {
 namespace {
@@ -44,7 +44,19 @@ template <typename T>
   __builtin_memcpy(to, &vector, sizeof(vector));
 }
 
-// Halves of a's and b's values, in turns: from their first halves (kHigh 0) or their second ones (1).
+// The sum of a vector's values, by halves.
+template <typename T>
+[[gnu::always_inline]] inline T lane_sum(const Vector<T>& vector) {
+  T values[kLanes<T>];
+  __builtin_memcpy(values, &vector, sizeof(vector));
+#pragma GCC unroll 4
+  for (int64_t half = kLanes<T> / 2; half > 0; half /= 2) {
+    for (int64_t i = 0; i < half; ++i) values[i] += values[i + half];
+  }
+  return values[0];
+}
+
+// Values of a and b alternately: those of their first halves (kHigh 0) or of their second ones (kHigh 1).
 template <typename T, int kHigh, size_t... kIndex>
 [[gnu::always_inline]] inline Vector<T> interleave(const Vector<T>& a, const Vector<T>& b,
                                                    std::index_sequence<kIndex...>) {
