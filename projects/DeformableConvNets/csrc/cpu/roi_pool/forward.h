@@ -136,7 +136,7 @@ void pool_contiguous(const RoiPoolOperands<T>& operands, const Geometry& geometr
   });
 }
 
-// `geometry` is all that an operator adds; see roi_bins.h.
+// `geometry` is all that an operator adds; see roi_pool_sizes.h.
 template <typename T, typename Geometry>
 Tensor roi_pool_forward(const char* op, const RoiPoolSizes& s, const Tensor& input, const Tensor& rois,
                         const std::optional<Tensor>& offset, const std::optional<Tensor>& mask,
@@ -306,7 +306,8 @@ void add_shift_gradients(const RoiPoolBackward<T>& pass, const Geometry& geometr
           for (int k = 0; k < 3; ++k) sums[k] += pass.sums_of(part, r, block)[3 * b + k];
         }
         if (grad_offset) {
-          T* out = grad_offset + pass.operands.rows.offset_index(r, block, geometry.part(b / s.out_w, b % s.out_w));
+          T* out =
+              grad_offset + pass.operands.rows.offset_index(r, block, geometry.offset_cell(b / s.out_w, b % s.out_w));
           out[0] += sums[0] * shifts[b].unit_x * bins[b].scale;
           out[s.parts] += sums[1] * shifts[b].unit_y * bins[b].scale;
         }

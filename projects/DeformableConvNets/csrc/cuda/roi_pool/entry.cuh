@@ -1,13 +1,6 @@
 // Copyright (c) the dcn_d2 authors. SPDX-License-Identifier: Apache-2.0
-// RoI pooling on CUDA, for every operator whose bins sample an axis-aligned grid: the entry points' common part.
-//
-// An operator adds a struct Bins<A> that says where a bin samples:
-//   part(h, w) is the index of the bin's offset in a plane of the offset tensor, and own_parts() whether no two bins
-//     have the same and it is the bin's own index;
-//   cell(h, w) is which of the groups of input channels it reads;
-//   axis(roi, column, bin, offset) is one axis of the bins of one row of rois: of the bin's column if `column`, else of
-//     its row. It has samples [begin, end) and sample(k), the AxisSample of one; `average`, the factor of their sum;
-//     and `unit`, the pixels that an offset of 1 moves them by, finite if any sample is on the map.
+// RoI pooling on CUDA: what the entry points of all such operators do. Where bins sample is the operator's geometry:
+// roi_pool_sizes.h says what that is.
 #pragma once
 
 #include "cuda/roi_pool/kernels.cuh"
@@ -47,24 +40,25 @@ struct DenseRoiPoolOperands {
 
 inline int64_t roi_pool_blocks(const RoiPoolSizes& s) { return std::min(bin_tiles(s), kMaxBlocks); }
 
-template <typename T, template <typename> class Bins>
-Tensor roi_pool_forward(const RoiPoolSizes& s, const Bins<Accumulate<T>>& bins, const Tensor& input, const Tensor& rois,
-                        const std::optional<Tensor>& offset, const std::optional<Tensor>& mask) {
+template <typename T, template <typename> class Geometry>
+Tensor roi_pool_forward(const RoiPoolSizes& s, const Geometry<Accumulate<T>>& geometry, const Tensor& input,
+                        const Tensor& rois, const std::optional<Tensor>& offset, const std::optional<Tensor>& mask) {
   const DeviceScope device(input);
   Tensor output = empty_4d(input, {s.rois, s.channels, s.out_h, s.out_w}, input.scalar_type(), false);
   if (output.numel() == 0) return output;
   const DenseRoiPoolOperands<T> operands(s, input, rois, offset, mask, device.stream());
   constexpr int kVector = 16 / sizeof(T);
-  const auto kernel = operands.has_vectors(kVector) ? roi_pool_kernel<T, Bins, kVector> : roi_pool_kernel<T, Bins, 1>;
-  DCN_LAUNCH(kernel, roi_pool_blocks(s), kRoiThreads, device.stream(), operands.pointers, bins,
+  const auto kernel =
+      operands.has_vectors(kVector) ? roi_pool_kernel<T, Geometry, kVector> : roi_pool_kernel<T, Geometry, 1>;
+  DCN_LAUNCH(kernel, roi_pool_blocks(s), kRoiThreads, device.stream(), operands.pointers, geometry,
              output.mutable_data_ptr<T>());
   return output;
 }
 
 // Gradients of input, offset and mask; empty where not needed. `deterministic` sums the input's in fixed point; those
 // of offset and mask have a fixed order in any case.
-template <typename T, template <typename> class Bins>
-std::tuple<Tensor, Tensor, Tensor> roi_pool_backward(const RoiPoolSizes& s, const Bins<Accumulate<T>>& bins,
+template <typename T, template <typename> class Geometry>
+std::tuple<Tensor, Tensor, Tensor> roi_pool_backward(const RoiPoolSizes& s, const Geometry<Accumulate<T>>& geometry,
                                                      const Tensor& grad, const Tensor& input, const Tensor& rois,
                                                      const std::optional<Tensor>& offset,
                                                      const std::optional<Tensor>& mask, bool need_input,
@@ -114,7 +108,7 @@ std::tuple<Tensor, Tensor, Tensor> roi_pool_backward(const RoiPoolSizes& s, cons
       gradients.images.values = sums.mutable_data_ptr<A>();
     }
   }
-  T* shared_offsets = bins.own_parts() ? nullptr : offset_data;
+  T* shared_offsets = geometry.own_offsets() ? nullptr : offset_data;
   T* shared_masks = s.blocks == 1 ? nullptr : mask_data;
   if (!shared_offsets) gradients.offsets = offset_data;
   if (!shared_masks) gradients.masks = mask_data;
@@ -125,14 +119,15 @@ std::tuple<Tensor, Tensor, Tensor> roi_pool_backward(const RoiPoolSizes& s, cons
 
   // Four values of the sums are what one instruction adds.
   constexpr int kVector = sizeof(T) == 8 ? 2 : 4;
-  const auto kernel =
-      operands.has_vectors(kVector) ? roi_pool_gradient_kernel<T, Bins, kVector> : roi_pool_gradient_kernel<T, Bins, 1>;
-  DCN_LAUNCH(kernel, roi_pool_blocks(s), kRoiThreads, device.stream(), operands.pointers, bins, grad_values, gradients);
+  const auto kernel = operands.has_vectors(kVector) ? roi_pool_gradient_kernel<T, Geometry, kVector>
+                                                    : roi_pool_gradient_kernel<T, Geometry, 1>;
+  DCN_LAUNCH(kernel, roi_pool_blocks(s), kRoiThreads, device.stream(), operands.pointers, geometry, grad_values,
+             gradients);
   if (shared_offsets || shared_masks) {
     const int64_t sums_of_bins = std::max(s.rois * s.blocks * 2 * s.parts, s.rois * s.bins());
-    const auto sum_bins = sum_bins_kernel<T, Bins>;
+    const auto sum_bins = sum_bins_kernel<T, Geometry>;
     DCN_LAUNCH(sum_bins, std::min(divide_up(sums_of_bins, kRoiThreads), kMaxBlocks), kRoiThreads, device.stream(), s,
-               bins, by_bin.const_data_ptr<A>(), shared_offsets, shared_masks);
+               geometry, by_bin.const_data_ptr<A>(), shared_offsets, shared_masks);
   }
   if (!need_input) return {empty_result(grad), grad_offset, grad_mask};
   if (deterministic) {

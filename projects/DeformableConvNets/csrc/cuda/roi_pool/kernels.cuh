@@ -19,9 +19,9 @@ constexpr int kPoolGradientBlocks = sizeof(T) == 8 ? 3 : 4;
 
 // `output` is (rois, channels, bins). A tile of it goes through shared memory, so that a channel's bins are written
 // together.
-template <typename T, template <typename> class Bins, int kVector>
+template <typename T, template <typename> class Geometry, int kVector>
 __global__ void __launch_bounds__(kRoiThreads, kPoolBlocks<T>)
-    roi_pool_kernel(const RoiPoolOperands<T> operands, const Bins<Accumulate<T>> bins, T* output) {
+    roi_pool_kernel(const RoiPoolOperands<T> operands, const Geometry<Accumulate<T>> geometry, T* output) {
   using A = Accumulate<T>;
   using Lane = LaneChannels<kVector>;
   struct Shared {
@@ -37,7 +37,7 @@ __global__ void __launch_bounds__(kRoiThreads, kPoolBlocks<T>)
       const int channels = pass_channels(s, pass);
       bool more = valid;
       for (int64_t part = 0; more; ++part) {
-        more = list_bins<T, Bins>(operands, bins, tile, part, shared.lists);
+        more = list_bins<T, Geometry>(operands, geometry, tile, part, shared.lists);
         for (int b = threadIdx.x / kWarp; b < tile.count; b += kRoiWarps) {
           const T* image = operands.images + shared.lists[b].image + pass;
           A sum[Lane::kVectors][kVector] = {};
@@ -131,9 +131,9 @@ __device__ __forceinline__ void write_bins(const RoiPoolGradients<T>& gradients,
   }
 }
 
-template <typename T, template <typename> class Bins, int kVector>
+template <typename T, template <typename> class Geometry, int kVector>
 __global__ void __launch_bounds__(kRoiThreads, kPoolGradientBlocks<T>)
-    roi_pool_gradient_kernel(const RoiPoolOperands<T> operands, const Bins<Accumulate<T>> bins,
+    roi_pool_gradient_kernel(const RoiPoolOperands<T> operands, const Geometry<Accumulate<T>> geometry,
                              const RoiPoolGrad<T> grad_output, const RoiPoolGradients<T> gradients) {
   using A = Accumulate<T>;
   using Lane = LaneChannels<kVector>;
@@ -159,7 +159,7 @@ __global__ void __launch_bounds__(kRoiThreads, kPoolGradientBlocks<T>)
       __syncthreads();
       bool more = true;
       for (int64_t part = 0; more; ++part) {
-        more = list_bins<T, Bins>(operands, bins, tile, part, shared.lists);
+        more = list_bins<T, Geometry>(operands, geometry, tile, part, shared.lists);
         for (int b = threadIdx.x / kWarp; b < tile.count; b += kRoiWarps) {
           const int64_t image = shared.lists[b].image + pass;
           const A scale = shared.lists[b].scale();
@@ -212,9 +212,10 @@ __global__ void __launch_bounds__(kRoiThreads, kPoolGradientBlocks<T>)
 
 // Sums `by_bin` (rois, blocks, 3, bins), in order, where bins share an offset or blocks a mask. `offsets` and `masks`
 // are null where not needed.
-template <typename T, template <typename> class Bins>
-__global__ void __launch_bounds__(kRoiThreads, 1) sum_bins_kernel(const RoiPoolSizes s, const Bins<Accumulate<T>> bins,
-                                                                  const Accumulate<T>* by_bin, T* offsets, T* masks) {
+template <typename T, template <typename> class Geometry>
+__global__ void __launch_bounds__(kRoiThreads, 1)
+    sum_bins_kernel(const RoiPoolSizes s, const Geometry<Accumulate<T>> geometry, const Accumulate<T>* by_bin,
+                    T* offsets, T* masks) {
   using A = Accumulate<T>;
   const int64_t threads = int64_t{gridDim.x} * kRoiThreads, thread = int64_t{blockIdx.x} * kRoiThreads + threadIdx.x;
   if (offsets) {
@@ -223,7 +224,7 @@ __global__ void __launch_bounds__(kRoiThreads, 1) sum_bins_kernel(const RoiPoolS
       const A* plane = by_bin + (row * 3 + axis) * s.bins();
       A sum = 0;
       for (int64_t bin = 0; bin < s.bins(); ++bin) {
-        if (bins.part(bin / s.out_w, bin % s.out_w) == part) sum += plane[bin];
+        if (geometry.offset_cell(bin / s.out_w, bin % s.out_w) == part) sum += plane[bin];
       }
       offsets[i] = static_cast<T>(sum);
     }
