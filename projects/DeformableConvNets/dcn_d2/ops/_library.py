@@ -66,6 +66,19 @@ def _reason(error: BaseException) -> str:
 missing_kernels = _load_kernels()
 
 
+def _define_query(name: str) -> None:
+    """Defines an operator without arguments that tells something about the compiled library, "" where it cannot."""
+    LIBRARY.define(f"{name}() -> str")
+    if not torch._C._dispatch_has_kernel_for_dispatch_key(f"dcn_d2::{name}", "CompositeExplicitAutograd"):
+        LIBRARY.impl(name, lambda: "", "CompositeExplicitAutograd")
+
+
+# The instruction set that the CPU kernels use, as DCN_CPU_CAPABILITY names it: default, avx2, avx512 or amx.
+_define_query("capability")
+# The GPU architectures that the CUDA kernels were compiled for, for example "8.0 9.0"; "" without CUDA kernels.
+_define_query("cuda_architectures")
+
+
 def define(schema: str) -> None:
     """Defines an operator; the compiled library brings kernels for it."""
     # Compilers must hand over operands with the strides that they were traced with: those of results follow from them.

@@ -3,6 +3,7 @@
 // bfloat16, sums are float32, and no tensor is copied to float32. Elsewhere bfloat16 is computed as float32.
 #pragma once
 
+#include "cpu/deform_conv2d/gradients.h"
 #include "cpu/deform_conv2d/operands.h"
 
 namespace dcn::cpu {

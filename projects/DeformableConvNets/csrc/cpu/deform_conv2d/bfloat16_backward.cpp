@@ -1,4 +1,6 @@
 // Copyright (c) the dcn_d2 authors. SPDX-License-Identifier: Apache-2.0
+// The backward pass of bfloat16.h: gradient columns, their spreading to the input and the offsets, and the weight's
+// gradient, tap by tap for a tile of output positions.
 #include "cpu/deform_conv2d/bfloat16.h"
 #include "cpu/deform_conv2d/bfloat16_operands.h"
 #include "cpu/deform_conv2d/bfloat16_packing.h"

@@ -1,4 +1,6 @@
 // Copyright (c) the dcn_d2 authors. SPDX-License-Identifier: Apache-2.0
+// The forward pass of bfloat16.h: columns are gathered as bfloat16, a tile of output positions at a time, and
+// multiplied with matrix instructions.
 #include "cpu/deform_conv2d/bfloat16.h"
 #include "cpu/deform_conv2d/bfloat16_operands.h"
 #include "cpu/deform_conv2d/bfloat16_packing.h"

@@ -1,11 +1,9 @@
 // Copyright (c) the dcn_d2 authors. SPDX-License-Identifier: Apache-2.0
-// deform_conv2d on CPU. The columns of a tile of output positions are gathered into the cache and multiplied there; the
+// The path of dense.h: the columns of a tile of output positions are gathered into the cache and multiplied there; the
 // column matrix of a whole image never exists.
-#include <utility>
+#include "cpu/deform_conv2d/dense.h"
 
-#include "cpu/deform_conv2d/bfloat16.h"
-#include "cpu/deform_conv2d/grouped.h"
-#include "cpu/deform_conv2d/operands.h"
+#include <utility>
 
 namespace dcn::cpu {
 namespace {
@@ -102,38 +100,6 @@ class ForwardTile {
   int64_t column_stride_;
   Scratch<T> columns_, output_;
 };
-
-template <typename T>
-Tensor forward(const DeformConv2dSizes& s, const Tensor& input, const Modulation& modulation, const Tensor& weight,
-               const std::optional<Tensor>& bias) {
-  if (uses_grouped_path<T>(s)) return grouped_forward<T>(s, input, modulation, weight, bias);
-  const bool channels_last = is_channels_last(input);
-  Tensor output = empty_4d(input, {s.batch, s.out_channels, s.out_h, s.out_w}, scalar_type_of<T>(), channels_last);
-  if (output.numel() == 0) return output;
-  const Operands<T> operands(s, input, modulation, weight);
-  std::optional<Tensor> dense_bias;
-  if (bias) dense_bias = dense(*bias, scalar_type_of<T>());
-  const T* bias_data = dense_bias ? dense_bias->template const_data_ptr<T>() : nullptr;
-  T* out = output.template mutable_data_ptr<T>();
-
-  const GroupedPanels<T> panels = pack_forward_weight(s, operands.weight);
-  // Taps at a time: all that leave room for a tile of many positions.
-  const int64_t positions = s.positions(), tap_bytes = s.channels * int64_t{sizeof(T)};
-  const int64_t most_taps =
-      std::clamp<int64_t>(kForwardTile.column_bytes / (kForwardTile.positions * tap_bytes), 1, s.taps());
-  const int64_t taps = divide_up(s.taps(), divide_up(s.taps(), most_taps));  // in rounds of nearly equal length
-  const int64_t tile =
-      tile_size<T>(kForwardTile, taps * tap_bytes, s.batch * positions, torch::stable::get_num_threads());
-  const int64_t tiles = divide_up(positions, tile);
-  torch::stable::parallel_for(0, s.batch * tiles, 1, [&](int64_t first, int64_t last) {
-    ForwardTile<T> worker(operands, panels, tile, taps);
-    for (int64_t t = first; t < last; ++t) {
-      const int64_t begin = t % tiles * tile;
-      worker.run(t / tiles, begin, std::min(begin + tile, positions), bias_data, out, channels_last);
-    }
-  });
-  return output;
-}
 
 // Backward of some images and some channels. Tasks of other channels or images write elsewhere, so there is nothing
 // to lock, and the order of all sums is fixed.
@@ -274,11 +240,42 @@ class BackwardTask {
   std::vector<T> trash_;
 };
 
-// Gradients in the dtype of the computation: input, offset, weight, mask; empty where not needed.
+}  // namespace
+
 template <typename T>
-std::array<Tensor, 4> backward(const DeformConv2dSizes& s, const Tensor& grad, const Tensor& input,
-                               const Modulation& modulation, const Tensor& weight, const NeededGradients& need) {
-  if (uses_grouped_path<T>(s)) return grouped_backward<T>(s, grad, input, modulation, weight, need);
+Tensor dense_forward(const DeformConv2dSizes& s, const Tensor& input, const Modulation& modulation,
+                     const Tensor& weight, const std::optional<Tensor>& bias) {
+  const bool channels_last = is_channels_last(input);
+  Tensor output = empty_4d(input, {s.batch, s.out_channels, s.out_h, s.out_w}, scalar_type_of<T>(), channels_last);
+  if (output.numel() == 0) return output;
+  const Operands<T> operands(s, input, modulation, weight);
+  std::optional<Tensor> dense_bias;
+  if (bias) dense_bias = dense(*bias, scalar_type_of<T>());
+  const T* bias_data = dense_bias ? dense_bias->template const_data_ptr<T>() : nullptr;
+  T* out = output.template mutable_data_ptr<T>();
+
+  const GroupedPanels<T> panels = pack_forward_weight(s, operands.weight);
+  // Taps at a time: all that leave room for a tile of many positions.
+  const int64_t positions = s.positions(), tap_bytes = s.channels * int64_t{sizeof(T)};
+  const int64_t most_taps =
+      std::clamp<int64_t>(kForwardTile.column_bytes / (kForwardTile.positions * tap_bytes), 1, s.taps());
+  const int64_t taps = divide_up(s.taps(), divide_up(s.taps(), most_taps));  // in rounds of nearly equal length
+  const int64_t tile =
+      tile_size<T>(kForwardTile, taps * tap_bytes, s.batch * positions, torch::stable::get_num_threads());
+  const int64_t tiles = divide_up(positions, tile);
+  torch::stable::parallel_for(0, s.batch * tiles, 1, [&](int64_t first, int64_t last) {
+    ForwardTile<T> worker(operands, panels, tile, taps);
+    for (int64_t t = first; t < last; ++t) {
+      const int64_t begin = t % tiles * tile;
+      worker.run(t / tiles, begin, std::min(begin + tile, positions), bias_data, out, channels_last);
+    }
+  });
+  return output;
+}
+
+template <typename T>
+std::array<Tensor, 4> dense_backward(const DeformConv2dSizes& s, const Tensor& grad, const Tensor& input,
+                                     const Modulation& modulation, const Tensor& weight, const NeededGradients& need) {
   const Operands<T> operands(s, input, modulation, weight);
   const bool channels_last = is_channels_last(grad);
   const Tensor grad_output =
@@ -316,83 +313,13 @@ std::array<Tensor, 4> backward(const DeformConv2dSizes& s, const Tensor& grad, c
   return gradients.finish();
 }
 
-Tensor forward_in_dtype(const DeformConv2dSizes& s, const Tensor& input, const Modulation& modulation,
-                        const Tensor& weight, const std::optional<Tensor>& bias) {
-  const ScalarType dtype = input.scalar_type();
-  if (uses_bfloat16_path(s, dtype)) return bfloat16_forward(s, input, modulation, weight, bias);
-  const Tensor output = dtype == ScalarType::Double ? forward<double>(s, input, modulation, weight, bias)
-                                                    : forward<float>(s, input, modulation, weight, bias);
-  return as_result(output, dtype, is_channels_last(input));
-}
+#define DCN_INSTANTIATE(T)                                                                                    \
+  template Tensor dense_forward<T>(const DeformConv2dSizes&, const Tensor&, const Modulation&, const Tensor&, \
+                                   const std::optional<Tensor>&);                                             \
+  template std::array<Tensor, 4> dense_backward<T>(const DeformConv2dSizes&, const Tensor&, const Tensor&,    \
+                                                   const Modulation&, const Tensor&, const NeededGradients&);
+DCN_INSTANTIATE(float)
+DCN_INSTANTIATE(double)
+#undef DCN_INSTANTIATE
 
-std::array<Tensor, 4> backward_in_dtype(const char* op, const DeformConv2dSizes& s, const Tensor& grad,
-                                        const Tensor& input, const Modulation& modulation, const Tensor& weight,
-                                        const NeededGradients& need) {
-  check_operand(op, "grad", grad, input, 4);
-  check_shape(op, "grad", grad, {s.batch, s.out_channels, s.out_h, s.out_w});
-  const ScalarType dtype = input.scalar_type();
-  std::array<Tensor, 4> gradients =
-      uses_bfloat16_path(s, dtype)  ? bfloat16_backward(s, grad, input, modulation, weight, need)
-      : dtype == ScalarType::Double ? backward<double>(s, grad, input, modulation, weight, need)
-                                    : backward<float>(s, grad, input, modulation, weight, need);
-  if (need.input) gradients[0] = as_result(gradients[0], dtype, is_channels_last(input));
-  if (need.offset) {
-    const Tensor& offset = modulation.joint ? *modulation.joint : modulation.offset;
-    gradients[1] = as_result(gradients[1], offset.scalar_type(), modulation.joint && is_channels_last(offset));
-    if (has_own_mask(modulation)) gradients[3] = as_result(gradients[3], modulation.mask->scalar_type(), false);
-  }
-  if (need.weight) gradients[2] = as_result(gradients[2], dtype, is_channels_last(weight));
-  for (Tensor& gradient : gradients) {
-    if (gradient.dim() == 1) gradient = empty_result(input);  // one that is not needed
-  }
-  return gradients;
-}
-
-Tensor deform_conv2d(Tensor input, Tensor offset, Tensor weight, std::optional<Tensor> bias,
-                     std::vector<int64_t> stride, std::vector<int64_t> padding, std::vector<int64_t> dilation,
-                     std::optional<Tensor> mask) {
-  const Modulation modulation{offset, mask, std::nullopt};
-  const DeformConv2dSizes s = check_deform_conv2d(input, modulation, weight, bias, stride, padding, dilation, true);
-  return forward_in_dtype(s, input, modulation, weight, bias);
-}
-
-std::tuple<Tensor, Tensor, Tensor, Tensor> deform_conv2d_backward(
-    Tensor grad, Tensor input, Tensor offset, Tensor weight, std::optional<Tensor> mask, std::vector<int64_t> stride,
-    std::vector<int64_t> padding, std::vector<int64_t> dilation, bool need_input, bool need_offset, bool need_weight) {
-  const Modulation modulation{offset, mask, std::nullopt};
-  const DeformConv2dSizes s =
-      check_deform_conv2d(input, modulation, weight, std::nullopt, stride, padding, dilation, true);
-  const auto gradients = backward_in_dtype("deform_conv2d_backward", s, grad, input, modulation, weight,
-                                           {need_input, need_offset, need_weight});
-  return {gradients[0], gradients[1], gradients[2], gradients[3]};
-}
-
-Tensor modulated_deform_conv2d(Tensor input, Tensor offset_and_mask, Tensor weight, std::optional<Tensor> bias,
-                               std::vector<int64_t> stride, std::vector<int64_t> padding,
-                               std::vector<int64_t> dilation) {
-  const Modulation parts = parts_of(offset_and_mask, weight);
-  const DeformConv2dSizes s = check_deform_conv2d(input, parts, weight, bias, stride, padding, dilation, true);
-  return forward_in_dtype(s, input, parts, weight, bias);
-}
-
-std::tuple<Tensor, Tensor, Tensor> modulated_deform_conv2d_backward(Tensor grad, Tensor input, Tensor offset_and_mask,
-                                                                    Tensor weight, std::vector<int64_t> stride,
-                                                                    std::vector<int64_t> padding,
-                                                                    std::vector<int64_t> dilation, bool need_input,
-                                                                    bool need_offset, bool need_weight) {
-  const Modulation parts = parts_of(offset_and_mask, weight);
-  const DeformConv2dSizes s = check_deform_conv2d(input, parts, weight, std::nullopt, stride, padding, dilation, true);
-  const auto gradients = backward_in_dtype("modulated_deform_conv2d_backward", s, grad, input, parts, weight,
-                                           {need_input, need_offset, need_weight});
-  return {gradients[0], gradients[1], gradients[2]};
-}
-
-}  // namespace
 }  // namespace dcn::cpu
-
-STABLE_TORCH_LIBRARY_IMPL(dcn_d2, CPU, m) {
-  m.impl("deform_conv2d", TORCH_BOX(&dcn::cpu::deform_conv2d));
-  m.impl("deform_conv2d_backward", TORCH_BOX(&dcn::cpu::deform_conv2d_backward));
-  m.impl("modulated_deform_conv2d", TORCH_BOX(&dcn::cpu::modulated_deform_conv2d));
-  m.impl("modulated_deform_conv2d_backward", TORCH_BOX(&dcn::cpu::modulated_deform_conv2d_backward));
-}

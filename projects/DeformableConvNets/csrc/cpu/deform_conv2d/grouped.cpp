@@ -1,4 +1,5 @@
 // Copyright (c) the dcn_d2 authors. SPDX-License-Identifier: Apache-2.0
+// The path of grouped.h: how the weight is packed for its kernels, which samples they get, and what a thread does.
 #include "cpu/deform_conv2d/grouped.h"
 
 namespace dcn::cpu {

@@ -2,6 +2,7 @@
 // The path of deform_conv2d on CPU for many small groups (ResNeXt, depthwise): see grouped_impl.h.
 #pragma once
 
+#include "cpu/deform_conv2d/gradients.h"
 #include "cpu/deform_conv2d/operands.h"
 
 namespace dcn::cpu {

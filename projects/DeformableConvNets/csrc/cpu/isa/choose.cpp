@@ -1,9 +1,9 @@
 // Copyright (c) the dcn_d2 authors. SPDX-License-Identifier: Apache-2.0
 // Chooses the instruction set once, from the processor and DCN_CPU_CAPABILITY.
 #include <algorithm>
+#include <array>
 #include <cstdlib>
 #include <string>
-#include <utility>
 
 #include "cpu/isa/amx_kernels.h"
 #include "cpu/isa/kernels.h"
@@ -18,6 +18,8 @@ namespace dcn::cpu {
 namespace {
 
 enum class Capability { kDefault, kAvx2, kAvx512, kAmx };
+// Their names in DCN_CPU_CAPABILITY, in the same order.
+constexpr std::array<const char*, 4> kNames{"default", "avx2", "avx512", "amx"};
 
 // Matrix tiles are there if the processor has them and the operating system lets this process use them, which it must
 // be asked for once.
@@ -56,9 +58,8 @@ Capability choose() {
   const char* variable = std::getenv("DCN_CPU_CAPABILITY");
   if (!variable) return best;
   const std::string cap = variable;
-  for (const auto& [name, most] : {std::pair("default", Capability::kDefault), std::pair("avx2", Capability::kAvx2),
-                                   std::pair("avx512", Capability::kAvx512), std::pair("amx", Capability::kAmx)}) {
-    if (cap == name) return std::min(most, best);
+  for (size_t i = 0; i < kNames.size(); ++i) {
+    if (cap == kNames[i]) return std::min(static_cast<Capability>(i), best);
   }
   DCN_CHECK(false, "DCN_CPU_CAPABILITY must be default, avx2, avx512 or amx, got ", cap);
   return best;  // not reached, which not all compilers see
@@ -68,6 +69,10 @@ Capability chosen() {
   static const Capability value = choose();
   return value;
 }
+
+// The operator `capability`: which instruction set the kernels use. "amx" has the kernels of "avx512", and matrix tiles
+// for bfloat16.
+std::string capability() { return kNames[static_cast<size_t>(chosen())]; }
 
 }  // namespace
 
@@ -98,3 +103,7 @@ const AmxKernels* amx_kernels() {
 }
 
 }  // namespace dcn::cpu
+
+STABLE_TORCH_LIBRARY_IMPL(dcn_d2, CompositeExplicitAutograd, m) {
+  m.impl("capability", TORCH_BOX(&dcn::cpu::capability));
+}

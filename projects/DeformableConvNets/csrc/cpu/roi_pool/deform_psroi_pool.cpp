@@ -3,6 +3,7 @@
 // roi_pool/forward.h.
 #include "deform_psroi_pool.h"
 
+#include "cpu/roi_pool/backward.h"
 #include "cpu/roi_pool/forward.h"
 
 namespace dcn::cpu {

@@ -1,0 +1,19 @@
+// Copyright (c) the dcn_d2 authors. SPDX-License-Identifier: Apache-2.0
+// The path of deform_conv2d on CPU for all convolutions that no other path handles: matrix products.
+#pragma once
+
+#include "cpu/deform_conv2d/gradients.h"
+#include "cpu/deform_conv2d/operands.h"
+
+namespace dcn::cpu {
+
+template <typename T>
+Tensor dense_forward(const DeformConv2dSizes& s, const Tensor& input, const Modulation& modulation,
+                     const Tensor& weight, const std::optional<Tensor>& bias);
+
+// Gradients in the dtype of the computation: input, offset, weight, mask; empty where not needed.
+template <typename T>
+std::array<Tensor, 4> dense_backward(const DeformConv2dSizes& s, const Tensor& grad, const Tensor& input,
+                                     const Modulation& modulation, const Tensor& weight, const NeededGradients& need);
+
+}  // namespace dcn::cpu
