@@ -163,14 +163,14 @@ bool weight_gradient_on_tensor_cores(KindConstant<kKind>, const DeviceScope& dev
 template <typename T>
 class Backward {
  public:
-  Backward(const DeformConv2dSizes& sizes, const Tensor& grad, const Tensor& given_input, const Modulation& modulation,
-           const Tensor& weight, bool allow_tf32)
+  Backward(const DeformConv2dSizes& sizes, const Tensor& grad, const Tensor& given_input,
+           const SamplingInputs& sampling, const Tensor& weight, bool allow_tf32)
       : s_(sizes),
         device_(given_input),
         input_(given_input),
-        modulation_(modulation),
+        sampling_(sampling),
         weight_(weight),
-        operands_(device_, sizes, given_input, modulation, weight),
+        operands_(device_, sizes, given_input, sampling, weight),
         grad_(to_channels_last<T>(grad, 1, device_.stream())),
         grads_(grad_.const_data_ptr<T>()),
         grad_planes_(planes(grads_, sizes.out_channels, sizes.positions(), true)),
@@ -201,14 +201,14 @@ class Backward {
   void by_offset_and_mask(Tensor& grad_offset, Tensor& grad_mask) const {
     const int64_t channels = s_.deform_groups * s_.taps();
     SampleGradients<T> gradients{};
-    if (modulation_.joint) {
-      const bool channels_last = is_channels_last(*modulation_.joint);
+    if (sampling_.branch_output) {
+      const bool channels_last = is_channels_last(*sampling_.branch_output);
       gradients.offsets = allocate(grad_offset, 3 * channels, channels_last);
       gradients.masks = gradients.offsets;
       gradients.masks.data += 2 * channels * gradients.masks.channel_stride;
     } else {
       gradients.offsets = allocate(grad_offset, 2 * channels, false);
-      if (modulation_.mask) gradients.masks = allocate(grad_mask, channels, false);
+      if (sampling_.mask) gradients.masks = allocate(grad_mask, channels, false);
     }
     const Operands<T>& operands = operands_.pointers;
     if (empty_ || with_kind<T>(allow_tf32_, [&](auto kind) {
@@ -253,7 +253,7 @@ class Backward {
   DeformConv2dSizes s_;
   DeviceScope device_;
   Tensor input_;
-  Modulation modulation_;
+  SamplingInputs sampling_;
   Tensor weight_;
   DenseOperands<T> operands_;
   Tensor grad_;  // channels_last
@@ -262,18 +262,14 @@ class Backward {
   bool allow_tf32_, empty_;
 };
 
-struct NeededGradients {
-  bool input, offset, weight;  // the mask's comes with the offset's
-};
-
-// By input, offset (or what holds it and the mask), weight, mask; empty where not needed.
+// Gradients by input, offset (or the branch's output), weight and mask; empty where not needed.
 std::array<Tensor, 4> backward(const char* op, const DeformConv2dSizes& s, const Tensor& grad, const Tensor& input,
-                               const Modulation& modulation, const Tensor& weight, const NeededGradients& need,
+                               const SamplingInputs& sampling, const Tensor& weight, const NeededGradients& need,
                                bool allow_tf32) {
   check_operand(op, "grad", grad, input, 4);
   check_shape(op, "grad", grad, {s.batch, s.out_channels, s.out_h, s.out_w});
   return dispatch(input.scalar_type(), [&](auto zero) {
-    const Backward<decltype(zero)> backward(s, grad, input, modulation, weight, allow_tf32);
+    const Backward<decltype(zero)> backward(s, grad, input, sampling, weight, allow_tf32);
     Tensor grad_offset = empty_result(grad), grad_mask = empty_result(grad);
     if (need.offset) backward.by_offset_and_mask(grad_offset, grad_mask);
     return std::array<Tensor, 4>{need.input ? backward.by_input() : empty_result(grad), grad_offset,
@@ -287,9 +283,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> deform_conv2d_backward(Tensor grad, T
                                                                   std::vector<int64_t> padding,
                                                                   std::vector<int64_t> dilation, bool need_input,
                                                                   bool need_offset, bool need_weight, bool allow_tf32) {
-  const Modulation modulation{offset, mask, std::nullopt};
-  const DeformConv2dSizes s = check_deform_conv2d(input, modulation, weight, std::nullopt, stride, padding, dilation);
-  const auto found = backward("deform_conv2d_backward", s, grad, input, modulation, weight,
+  const SamplingInputs sampling{offset, mask, std::nullopt};
+  const DeformConv2dSizes s = check_deform_conv2d(input, sampling, weight, std::nullopt, stride, padding, dilation);
+  const auto found = backward("deform_conv2d_backward", s, grad, input, sampling, weight,
                               {need_input, need_offset, need_weight}, allow_tf32);
   return {found[0], found[1], found[2], found[3]};
 }
@@ -300,9 +296,9 @@ std::tuple<Tensor, Tensor, Tensor> modulated_deform_conv2d_backward(Tensor grad,
                                                                     std::vector<int64_t> dilation, bool need_input,
                                                                     bool need_offset, bool need_weight,
                                                                     bool allow_tf32) {
-  const Modulation parts = parts_of(offset_and_mask, weight);
-  const DeformConv2dSizes s = check_deform_conv2d(input, parts, weight, std::nullopt, stride, padding, dilation);
-  const auto found = backward("modulated_deform_conv2d_backward", s, grad, input, parts, weight,
+  const SamplingInputs sampling = split_branch_output(offset_and_mask, weight);
+  const DeformConv2dSizes s = check_deform_conv2d(input, sampling, weight, std::nullopt, stride, padding, dilation);
+  const auto found = backward("modulated_deform_conv2d_backward", s, grad, input, sampling, weight,
                               {need_input, need_offset, need_weight}, allow_tf32);
   return {found[0], found[1], found[2]};
 }

@@ -35,14 +35,14 @@ bool forward_on_tensor_cores(KindConstant<kKind>, const DeviceScope& device, con
 }
 
 template <typename T>
-Tensor forward(const DeformConv2dSizes& s, const Tensor& input, const Modulation& modulation, const Tensor& weight,
+Tensor forward(const DeformConv2dSizes& s, const Tensor& input, const SamplingInputs& sampling, const Tensor& weight,
                const std::optional<Tensor>& bias, bool allow_tf32) {
   const DeviceScope device(input);
   const ScalarType dtype = input.scalar_type();
   const bool channels_last = is_channels_last(input);
   Tensor output = empty_4d(input, {s.batch, s.out_channels, s.out_h, s.out_w}, dtype, channels_last);
   if (output.numel() == 0) return output;
-  const DenseOperands<T> operands(device, s, input, modulation, weight);
+  const DenseOperands<T> operands(device, s, input, sampling, weight);
   const std::optional<Tensor> dense_bias = bias ? std::optional<Tensor>(dense(*bias, dtype)) : std::nullopt;
   const T* bias_data = dense_bias ? dense_bias->const_data_ptr<T>() : nullptr;
   const Planes<T> output_planes = planes(output.mutable_data_ptr<T>(), s.out_channels, s.positions(), channels_last);
@@ -59,19 +59,19 @@ Tensor forward(const DeformConv2dSizes& s, const Tensor& input, const Modulation
 Tensor deform_conv2d(Tensor input, Tensor offset, Tensor weight, std::optional<Tensor> bias,
                      std::vector<int64_t> stride, std::vector<int64_t> padding, std::vector<int64_t> dilation,
                      std::optional<Tensor> mask, bool allow_tf32) {
-  const Modulation modulation{offset, mask, std::nullopt};
-  const DeformConv2dSizes s = check_deform_conv2d(input, modulation, weight, bias, stride, padding, dilation);
+  const SamplingInputs sampling{offset, mask, std::nullopt};
+  const DeformConv2dSizes s = check_deform_conv2d(input, sampling, weight, bias, stride, padding, dilation);
   return dispatch(input.scalar_type(),
-                  [&](auto zero) { return forward<decltype(zero)>(s, input, modulation, weight, bias, allow_tf32); });
+                  [&](auto zero) { return forward<decltype(zero)>(s, input, sampling, weight, bias, allow_tf32); });
 }
 
 Tensor modulated_deform_conv2d(Tensor input, Tensor offset_and_mask, Tensor weight, std::optional<Tensor> bias,
                                std::vector<int64_t> stride, std::vector<int64_t> padding, std::vector<int64_t> dilation,
                                bool allow_tf32) {
-  const Modulation parts = parts_of(offset_and_mask, weight);
-  const DeformConv2dSizes s = check_deform_conv2d(input, parts, weight, bias, stride, padding, dilation);
+  const SamplingInputs sampling = split_branch_output(offset_and_mask, weight);
+  const DeformConv2dSizes s = check_deform_conv2d(input, sampling, weight, bias, stride, padding, dilation);
   return dispatch(input.scalar_type(),
-                  [&](auto zero) { return forward<decltype(zero)>(s, input, parts, weight, bias, allow_tf32); });
+                  [&](auto zero) { return forward<decltype(zero)>(s, input, sampling, weight, bias, allow_tf32); });
 }
 
 }  // namespace

@@ -24,17 +24,17 @@ struct DenseOperands {
   Operands<T> pointers{};
 
   DenseOperands(const DeviceScope& device, const DeformConv2dSizes& s, const Tensor& given_input,
-                const Modulation& modulation, const Tensor& given_weight)
+                const SamplingInputs& sampling, const Tensor& given_weight)
       : input(to_channels_last<T>(given_input, 1, device.stream())),
-        offset(with_flat_planes(modulation.offset)),
+        offset(with_flat_planes(sampling.offset)),
         weight(with_flat_planes(given_weight)) {
-    if (modulation.mask) mask = with_flat_planes(*modulation.mask);
+    if (sampling.mask) mask = with_flat_planes(*sampling.mask);
     pointers.sizes = s;
     pointers.segment = std::gcd(s.group_channels(), s.deform_channels());
     pointers.images = input.const_data_ptr<T>();
     pointers.offsets = {offset.const_data_ptr<T>(), offset.stride(0), offset.stride(1), plane_stride(offset)};
     if (mask) pointers.masks = {mask->const_data_ptr<T>(), mask->stride(0), mask->stride(1), plane_stride(*mask)};
-    pointers.logits = modulation.joint.has_value();
+    pointers.logits = sampling.branch_output.has_value();
     pointers.weights = {weight.const_data_ptr<T>(), weight.stride(0), weight.stride(1), plane_stride(weight)};
   }
 
