@@ -21,7 +21,7 @@ constexpr int kAxisSamples = 8;                       // of an axis, at a time
 
 // The operands of one call, dense.
 template <typename T>
-struct RoiPoolOperands {
+struct RoiPoolOperandsView {
   RoiPoolSizes sizes;
   const T* images;            // (batch, cells, pixels, channels)
   const Accumulate<T>* rois;  // (rois, 5)
@@ -55,7 +55,7 @@ DCN_HOST_DEVICE int64_t bin_tiles(const RoiPoolSizes& s) { return s.rois * s.blo
 
 // A row or a column of pixels that samples of a bin touch.
 template <typename A>
-struct AxisEntry {
+struct PixelLine {
   int64_t at;       // of its first pixel, in images, from the start of the cell's image
   A weight, slope;  // sums over the samples; `slope` is the derivative of `weight` by the bin's position
 };
@@ -63,7 +63,7 @@ struct AxisEntry {
 // What one axis of a bin reads, for one of its runs of up to kAxisSamples samples.
 template <typename A>
 struct AxisList {
-  AxisEntry<A> entries[2 * kAxisSamples];
+  PixelLine<A> entries[2 * kAxisSamples];
   int count;
   int64_t runs;
   A average;  // factor of the sum: one over the number of samples
@@ -123,9 +123,9 @@ __device__ __forceinline__ void list_samples(AxisList<A>& list, const Samples& s
 
 // Lists one axis of a bin.
 template <typename T, template <typename> class Geometry>
-__device__ __forceinline__ void list_axis(const RoiPoolOperands<T>& operands, const Geometry<Accumulate<T>>& geometry,
-                                          const BinTile& tile, int b, bool column, int64_t part,
-                                          BinLists<Accumulate<T>>& lists) {
+__device__ __forceinline__ void list_axis(const RoiPoolOperandsView<T>& operands,
+                                          const Geometry<Accumulate<T>>& geometry, const BinTile& tile, int b,
+                                          bool column, int64_t part, BinLists<Accumulate<T>>& lists) {
   using A = Accumulate<T>;
   const RoiPoolSizes& s = operands.sizes;
   const int out_w = static_cast<int>(s.out_w), h = (tile.begin + b) / out_w, w = (tile.begin + b) % out_w;
@@ -162,8 +162,9 @@ __device__ __forceinline__ void list_axis(const RoiPoolOperands<T>& operands, co
 // Lists the bins of this warp: of a tile's bins, every kRoiWarps-th. Returns whether any of them has another part after
 // `part`; most have one only.
 template <typename T, template <typename> class Geometry>
-__device__ __forceinline__ bool list_bins(const RoiPoolOperands<T>& operands, const Geometry<Accumulate<T>>& geometry,
-                                          const BinTile& tile, int64_t part, BinLists<Accumulate<T>>* lists) {
+__device__ __forceinline__ bool list_bins(const RoiPoolOperandsView<T>& operands,
+                                          const Geometry<Accumulate<T>>& geometry, const BinTile& tile, int64_t part,
+                                          BinLists<Accumulate<T>>* lists) {
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, b = warp + lane / 2 * kRoiWarps;
   __syncwarp();  // the lists of the last part have been read
   if (lane < 2 * kBinsPerWarp && b < tile.count) {
@@ -179,7 +180,7 @@ __device__ __forceinline__ bool list_bins(const RoiPoolOperands<T>& operands, co
 template <int kUnrolled, typename A, typename Visit>
 __device__ __forceinline__ void for_each_pixel(const BinLists<A>& lists, const Visit& visit) {
   for (int i = 0; i < lists.rows.count; ++i) {
-    const AxisEntry<A> row = lists.rows.entries[i];
+    const PixelLine<A> row = lists.rows.entries[i];
 #pragma unroll kUnrolled
     for (int j = 0; j < lists.columns.count; ++j) visit(row, lists.columns.entries[j]);
   }

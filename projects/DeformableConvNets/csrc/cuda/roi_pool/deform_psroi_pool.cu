@@ -12,11 +12,7 @@ Tensor deform_psroi_pool(Tensor input, Tensor rois, std::optional<Tensor> offset
                          int64_t sample_per_part, double trans_std, std::optional<Tensor> mask) {
   const auto s = check_deform_psroi_pool(input, rois, offset, mask, output_size, spatial_scale, group_size, part_size,
                                          sample_per_part, trans_std);
-  return dispatch(input.scalar_type(), [&](auto zero) {
-    using T = decltype(zero);
-    const DeformPsRoiPoolGeometry<Accumulate<T>> geometry{s};
-    return roi_pool_forward<T, DeformPsRoiPoolGeometry>(sizes_of(s), geometry, input, rois, offset, mask);
-  });
+  return roi_pool<DeformPsRoiPoolGeometry>(s, {input, rois, offset, mask});
 }
 
 std::tuple<Tensor, Tensor, Tensor> deform_psroi_pool_backward(Tensor grad, Tensor input, Tensor rois,
@@ -28,14 +24,8 @@ std::tuple<Tensor, Tensor, Tensor> deform_psroi_pool_backward(Tensor grad, Tenso
                                                               bool need_input, bool need_offset, bool deterministic) {
   const auto s = check_deform_psroi_pool(input, rois, offset, mask, output_size, spatial_scale, group_size, part_size,
                                          sample_per_part, trans_std);
-  check_operand("deform_psroi_pool_backward", "grad", grad, input, 4);
-  check_shape("deform_psroi_pool_backward", "grad", grad, {s.rois, s.out_channels, s.out_h, s.out_w});
-  return dispatch(input.scalar_type(), [&](auto zero) {
-    using T = decltype(zero);
-    const DeformPsRoiPoolGeometry<Accumulate<T>> geometry{s};
-    return roi_pool_backward<T, DeformPsRoiPoolGeometry>(sizes_of(s), geometry, grad, input, rois, offset, mask,
-                                                         need_input, need_offset, deterministic);
-  });
+  return roi_pool_gradients<DeformPsRoiPoolGeometry>("deform_psroi_pool_backward", s, grad, {input, rois, offset, mask},
+                                                     {need_input, need_offset}, deterministic);
 }
 
 }  // namespace

@@ -10,11 +10,7 @@ namespace {
 Tensor deform_roi_pool(Tensor input, Tensor rois, std::optional<Tensor> offset, std::vector<int64_t> output_size,
                        double spatial_scale, int64_t sampling_ratio, double gamma, std::optional<Tensor> mask) {
   const auto s = check_deform_roi_pool(input, rois, offset, mask, output_size, spatial_scale, sampling_ratio, gamma);
-  return dispatch(input.scalar_type(), [&](auto zero) {
-    using T = decltype(zero);
-    const DeformRoiPoolGeometry<Accumulate<T>> geometry{s};
-    return roi_pool_forward<T, DeformRoiPoolGeometry>(sizes_of(s), geometry, input, rois, offset, mask);
-  });
+  return roi_pool<DeformRoiPoolGeometry>(s, {input, rois, offset, mask});
 }
 
 std::tuple<Tensor, Tensor, Tensor> deform_roi_pool_backward(Tensor grad, Tensor input, Tensor rois,
@@ -23,14 +19,8 @@ std::tuple<Tensor, Tensor, Tensor> deform_roi_pool_backward(Tensor grad, Tensor 
                                                             int64_t sampling_ratio, double gamma, bool need_input,
                                                             bool need_offset, bool deterministic) {
   const auto s = check_deform_roi_pool(input, rois, offset, mask, output_size, spatial_scale, sampling_ratio, gamma);
-  check_operand("deform_roi_pool_backward", "grad", grad, input, 4);
-  check_shape("deform_roi_pool_backward", "grad", grad, {s.rois, s.channels, s.out_h, s.out_w});
-  return dispatch(input.scalar_type(), [&](auto zero) {
-    using T = decltype(zero);
-    const DeformRoiPoolGeometry<Accumulate<T>> geometry{s};
-    return roi_pool_backward<T, DeformRoiPoolGeometry>(sizes_of(s), geometry, grad, input, rois, offset, mask,
-                                                       need_input, need_offset, deterministic);
-  });
+  return roi_pool_gradients<DeformRoiPoolGeometry>("deform_roi_pool_backward", s, grad, {input, rois, offset, mask},
+                                                   {need_input, need_offset}, deterministic);
 }
 
 }  // namespace
