@@ -117,7 +117,7 @@ __device__ __forceinline__ A sum_lanes(A value, int lanes) {
 
 // Calls function(T()) for the C++ type of `dtype`, one of the four that check_input_dtype lets through.
 template <typename Function>
-auto dispatch(ScalarType dtype, const Function& function) {
+auto in_dtype(ScalarType dtype, const Function& function) {
   switch (dtype) {
     case ScalarType::Double:
       return function(double());

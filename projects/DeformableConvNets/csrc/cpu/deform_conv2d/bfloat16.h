@@ -11,12 +11,12 @@ namespace dcn::cpu {
 // Whether the call is of a kind that this path handles, on a processor that has it.
 bool uses_bfloat16_path(const DeformConv2dSizes& s, ScalarType dtype);
 
-Tensor bfloat16_forward(const DeformConv2dSizes& s, const Tensor& input, const Modulation& modulation,
+Tensor bfloat16_forward(const DeformConv2dSizes& s, const Tensor& input, const SamplingInputs& sampling,
                         const Tensor& weight, const std::optional<Tensor>& bias);
 
 // Gradients in any dtype: input, offset (or what holds it and the mask), weight, mask; empty where not needed.
 std::array<Tensor, 4> bfloat16_backward(const DeformConv2dSizes& s, const Tensor& grad, const Tensor& input,
-                                        const Modulation& modulation, const Tensor& weight,
+                                        const SamplingInputs& sampling, const Tensor& weight,
                                         const NeededGradients& need);
 
 }  // namespace dcn::cpu

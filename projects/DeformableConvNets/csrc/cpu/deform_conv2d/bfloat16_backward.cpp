@@ -201,7 +201,7 @@ class Bfloat16BackwardTask {
 }  // namespace
 
 std::array<Tensor, 4> bfloat16_backward(const DeformConv2dSizes& s, const Tensor& grad, const Tensor& input,
-                                        const Modulation& modulation, const Tensor& weight,
+                                        const SamplingInputs& sampling, const Tensor& weight,
                                         const NeededGradients& need) {
   // Tasks: images first, then channels, until there is one for each thread.
   const int64_t workers = torch::stable::get_num_threads();
@@ -211,7 +211,7 @@ std::array<Tensor, 4> bfloat16_backward(const DeformConv2dSizes& s, const Tensor
   const int64_t wanted = std::min(fitting, divide_up(s.channels, wanted_parts));
   const int64_t segment_channels = std::max(wanted / kBlockColumns, int64_t{1}) * kBlockColumns;
 
-  const Bfloat16Operands operands(s, input, modulation, segment_channels);
+  const Bfloat16Operands operands(s, input, sampling, segment_channels);
   const auto segments = static_cast<int64_t>(operands.blocks.segments().size());
   const int64_t channel_parts = std::min(wanted_parts, segments);
   const bool channels_last = is_channels_last(grad);
@@ -222,7 +222,7 @@ std::array<Tensor, 4> bfloat16_backward(const DeformConv2dSizes& s, const Tensor
   InputGradient input_gradient(operands, input, need.input);
   // Parts of several tasks are added in float32; so is what there is of an empty batch.
   const bool add_weights = need.weight && (image_parts > 1 || s.batch == 0);
-  GradientTensors<float> gradients(s, input, modulation, dense_weight, {false, need.offset, add_weights}, image_parts,
+  GradientTensors<float> gradients(s, input, sampling, dense_weight, {false, need.offset, add_weights}, image_parts,
                                    channel_parts);
   Tensor weight_gradient = empty_result(weight);
   if (need.weight && !add_weights) weight_gradient = torch::stable::empty_like(dense_weight);

@@ -111,12 +111,12 @@ bool uses_bfloat16_path(const DeformConv2dSizes& s, ScalarType dtype) {
   return dtype == ScalarType::BFloat16 && amx_kernels() && !uses_grouped_path<float>(s);
 }
 
-Tensor bfloat16_forward(const DeformConv2dSizes& s, const Tensor& input, const Modulation& modulation,
+Tensor bfloat16_forward(const DeformConv2dSizes& s, const Tensor& input, const SamplingInputs& sampling,
                         const Tensor& weight, const std::optional<Tensor>& bias) {
   const bool channels_last = is_channels_last(input);
   Tensor output = empty_4d(input, {s.batch, s.out_channels, s.out_h, s.out_w}, ScalarType::BFloat16, channels_last);
   if (output.numel() == 0) return output;
-  const Bfloat16Operands operands(s, input, modulation, s.channels);
+  const Bfloat16Operands operands(s, input, sampling, s.channels);
   std::optional<Tensor> dense_bias;
   if (bias) dense_bias = dense(*bias, ScalarType::Float);
   const float* bias_data = dense_bias ? dense_bias->const_data_ptr<float>() : nullptr;

@@ -53,10 +53,11 @@ struct Bfloat16Operands {
   std::vector<Bfloat16> zeros;
   const Bfloat16* images;
 
-  Bfloat16Operands(const DeformConv2dSizes& s, const Tensor& input, const Modulation& modulation, int64_t most_channels)
+  Bfloat16Operands(const DeformConv2dSizes& s, const Tensor& input, const SamplingInputs& sampling,
+                   int64_t most_channels)
       : sizes(s),
         image_tensor(to_channels_last(input, ScalarType::BFloat16, amx_kernels()->transpose)),
-        offsets(s, modulation),
+        offsets(s, sampling),
         blocks(s, most_channels),
         zeros(s.channels, 0),
         images(bits_of(image_tensor)) {}

@@ -250,12 +250,12 @@ class BackwardTask {
 }  // namespace
 
 template <typename T>
-Tensor dense_forward(const DeformConv2dSizes& s, const Tensor& input, const Modulation& modulation,
+Tensor dense_forward(const DeformConv2dSizes& s, const Tensor& input, const SamplingInputs& sampling,
                      const Tensor& weight, const std::optional<Tensor>& bias) {
   const bool channels_last = is_channels_last(input);
   Tensor output = empty_4d(input, {s.batch, s.out_channels, s.out_h, s.out_w}, scalar_type_of<T>(), channels_last);
   if (output.numel() == 0) return output;
-  const Operands<T> operands(s, input, modulation, weight);
+  const Operands<T> operands(s, input, sampling, weight);
   std::optional<Tensor> dense_bias;
   if (bias) dense_bias = dense(*bias, scalar_type_of<T>());
   const T* bias_data = dense_bias ? dense_bias->template const_data_ptr<T>() : nullptr;
@@ -282,8 +282,9 @@ Tensor dense_forward(const DeformConv2dSizes& s, const Tensor& input, const Modu
 
 template <typename T>
 std::array<Tensor, 4> dense_backward(const DeformConv2dSizes& s, const Tensor& grad, const Tensor& input,
-                                     const Modulation& modulation, const Tensor& weight, const NeededGradients& need) {
-  const Operands<T> operands(s, input, modulation, weight);
+                                     const SamplingInputs& sampling, const Tensor& weight,
+                                     const NeededGradients& need) {
+  const Operands<T> operands(s, input, sampling, weight);
   const bool channels_last = is_channels_last(grad);
   const Tensor grad_output =
       dense(grad, scalar_type_of<T>(), channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
@@ -299,7 +300,7 @@ std::array<Tensor, 4> dense_backward(const DeformConv2dSizes& s, const Tensor& g
   const std::vector<Segment> segments = segments_of(s, segment_channels);
   const int64_t channel_parts = std::min(wanted_parts, static_cast<int64_t>(segments.size()));
 
-  GradientTensors<T> gradients(s, input, modulation, weight, need, image_parts, channel_parts);
+  GradientTensors<T> gradients(s, input, sampling, weight, need, image_parts, channel_parts);
   if (s.batch > 0 && s.out_channels > 0) {
     const int64_t widest = std::min(segment_channels, s.group_channels());
     const int64_t tile = tile_size<T>(kBackwardTile, s.taps() * widest * int64_t{sizeof(T)}, s.positions(), 1);
@@ -320,11 +321,11 @@ std::array<Tensor, 4> dense_backward(const DeformConv2dSizes& s, const Tensor& g
   return gradients.finish();
 }
 
-#define DCN_INSTANTIATE(T)                                                                                    \
-  template Tensor dense_forward<T>(const DeformConv2dSizes&, const Tensor&, const Modulation&, const Tensor&, \
-                                   const std::optional<Tensor>&);                                             \
-  template std::array<Tensor, 4> dense_backward<T>(const DeformConv2dSizes&, const Tensor&, const Tensor&,    \
-                                                   const Modulation&, const Tensor&, const NeededGradients&);
+#define DCN_INSTANTIATE(T)                                                                                        \
+  template Tensor dense_forward<T>(const DeformConv2dSizes&, const Tensor&, const SamplingInputs&, const Tensor&, \
+                                   const std::optional<Tensor>&);                                                 \
+  template std::array<Tensor, 4> dense_backward<T>(const DeformConv2dSizes&, const Tensor&, const Tensor&,        \
+                                                   const SamplingInputs&, const Tensor&, const NeededGradients&);
 DCN_INSTANTIATE(float)
 DCN_INSTANTIATE(double)
 #undef DCN_INSTANTIATE

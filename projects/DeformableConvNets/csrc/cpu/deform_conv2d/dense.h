@@ -8,12 +8,12 @@
 namespace dcn::cpu {
 
 template <typename T>
-Tensor dense_forward(const DeformConv2dSizes& s, const Tensor& input, const Modulation& modulation,
+Tensor dense_forward(const DeformConv2dSizes& s, const Tensor& input, const SamplingInputs& sampling,
                      const Tensor& weight, const std::optional<Tensor>& bias);
 
 // Gradients in the dtype of the computation: input, offset, weight, mask; empty where not needed.
 template <typename T>
 std::array<Tensor, 4> dense_backward(const DeformConv2dSizes& s, const Tensor& grad, const Tensor& input,
-                                     const Modulation& modulation, const Tensor& weight, const NeededGradients& need);
+                                     const SamplingInputs& sampling, const Tensor& weight, const NeededGradients& need);
 
 }  // namespace dcn::cpu

@@ -9,41 +9,41 @@ namespace dcn::cpu {
 namespace {
 
 template <typename T>
-Tensor forward(const DeformConv2dSizes& s, const Tensor& input, const Modulation& modulation, const Tensor& weight,
+Tensor forward(const DeformConv2dSizes& s, const Tensor& input, const SamplingInputs& sampling, const Tensor& weight,
                const std::optional<Tensor>& bias) {
-  return (uses_grouped_path<T>(s) ? grouped_forward<T> : dense_forward<T>)(s, input, modulation, weight, bias);
+  return (uses_grouped_path<T>(s) ? grouped_forward<T> : dense_forward<T>)(s, input, sampling, weight, bias);
 }
 
 template <typename T>
 std::array<Tensor, 4> backward(const DeformConv2dSizes& s, const Tensor& grad, const Tensor& input,
-                               const Modulation& modulation, const Tensor& weight, const NeededGradients& need) {
-  return (uses_grouped_path<T>(s) ? grouped_backward<T> : dense_backward<T>)(s, grad, input, modulation, weight, need);
+                               const SamplingInputs& sampling, const Tensor& weight, const NeededGradients& need) {
+  return (uses_grouped_path<T>(s) ? grouped_backward<T> : dense_backward<T>)(s, grad, input, sampling, weight, need);
 }
 
-Tensor forward_in_dtype(const DeformConv2dSizes& s, const Tensor& input, const Modulation& modulation,
+Tensor forward_in_dtype(const DeformConv2dSizes& s, const Tensor& input, const SamplingInputs& sampling,
                         const Tensor& weight, const std::optional<Tensor>& bias) {
   const ScalarType dtype = input.scalar_type();
-  if (uses_bfloat16_path(s, dtype)) return bfloat16_forward(s, input, modulation, weight, bias);
-  const Tensor output = dtype == ScalarType::Double ? forward<double>(s, input, modulation, weight, bias)
-                                                    : forward<float>(s, input, modulation, weight, bias);
+  if (uses_bfloat16_path(s, dtype)) return bfloat16_forward(s, input, sampling, weight, bias);
+  const Tensor output = dtype == ScalarType::Double ? forward<double>(s, input, sampling, weight, bias)
+                                                    : forward<float>(s, input, sampling, weight, bias);
   return as_result(output, dtype, is_channels_last(input));
 }
 
 std::array<Tensor, 4> backward_in_dtype(const char* op, const DeformConv2dSizes& s, const Tensor& grad,
-                                        const Tensor& input, const Modulation& modulation, const Tensor& weight,
+                                        const Tensor& input, const SamplingInputs& sampling, const Tensor& weight,
                                         const NeededGradients& need) {
   check_operand(op, "grad", grad, input, 4);
   check_shape(op, "grad", grad, {s.batch, s.out_channels, s.out_h, s.out_w});
   const ScalarType dtype = input.scalar_type();
   std::array<Tensor, 4> gradients =
-      uses_bfloat16_path(s, dtype)  ? bfloat16_backward(s, grad, input, modulation, weight, need)
-      : dtype == ScalarType::Double ? backward<double>(s, grad, input, modulation, weight, need)
-                                    : backward<float>(s, grad, input, modulation, weight, need);
+      uses_bfloat16_path(s, dtype)  ? bfloat16_backward(s, grad, input, sampling, weight, need)
+      : dtype == ScalarType::Double ? backward<double>(s, grad, input, sampling, weight, need)
+                                    : backward<float>(s, grad, input, sampling, weight, need);
   if (need.input) gradients[0] = as_result(gradients[0], dtype, is_channels_last(input));
   if (need.offset) {
-    const Tensor& offset = modulation.joint ? *modulation.joint : modulation.offset;
-    gradients[1] = as_result(gradients[1], offset.scalar_type(), modulation.joint && is_channels_last(offset));
-    if (has_own_mask(modulation)) gradients[3] = as_result(gradients[3], modulation.mask->scalar_type(), false);
+    const Tensor& offset = sampling.branch_output ? *sampling.branch_output : sampling.offset;
+    gradients[1] = as_result(gradients[1], offset.scalar_type(), sampling.branch_output && is_channels_last(offset));
+    if (has_own_mask(sampling)) gradients[3] = as_result(gradients[3], sampling.mask->scalar_type(), false);
   }
   if (need.weight) gradients[2] = as_result(gradients[2], dtype, is_channels_last(weight));
   for (Tensor& gradient : gradients) {
@@ -55,18 +55,18 @@ std::array<Tensor, 4> backward_in_dtype(const char* op, const DeformConv2dSizes&
 Tensor deform_conv2d(Tensor input, Tensor offset, Tensor weight, std::optional<Tensor> bias,
                      std::vector<int64_t> stride, std::vector<int64_t> padding, std::vector<int64_t> dilation,
                      std::optional<Tensor> mask) {
-  const Modulation modulation{offset, mask, std::nullopt};
-  const DeformConv2dSizes s = check_deform_conv2d(input, modulation, weight, bias, stride, padding, dilation, true);
-  return forward_in_dtype(s, input, modulation, weight, bias);
+  const SamplingInputs sampling{offset, mask, std::nullopt};
+  const DeformConv2dSizes s = check_deform_conv2d(input, sampling, weight, bias, stride, padding, dilation, true);
+  return forward_in_dtype(s, input, sampling, weight, bias);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> deform_conv2d_backward(
     Tensor grad, Tensor input, Tensor offset, Tensor weight, std::optional<Tensor> mask, std::vector<int64_t> stride,
     std::vector<int64_t> padding, std::vector<int64_t> dilation, bool need_input, bool need_offset, bool need_weight) {
-  const Modulation modulation{offset, mask, std::nullopt};
+  const SamplingInputs sampling{offset, mask, std::nullopt};
   const DeformConv2dSizes s =
-      check_deform_conv2d(input, modulation, weight, std::nullopt, stride, padding, dilation, true);
-  const auto gradients = backward_in_dtype("deform_conv2d_backward", s, grad, input, modulation, weight,
+      check_deform_conv2d(input, sampling, weight, std::nullopt, stride, padding, dilation, true);
+  const auto gradients = backward_in_dtype("deform_conv2d_backward", s, grad, input, sampling, weight,
                                            {need_input, need_offset, need_weight});
   return {gradients[0], gradients[1], gradients[2], gradients[3]};
 }
@@ -74,9 +74,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> deform_conv2d_backward(
 Tensor modulated_deform_conv2d(Tensor input, Tensor offset_and_mask, Tensor weight, std::optional<Tensor> bias,
                                std::vector<int64_t> stride, std::vector<int64_t> padding,
                                std::vector<int64_t> dilation) {
-  const Modulation parts = parts_of(offset_and_mask, weight);
-  const DeformConv2dSizes s = check_deform_conv2d(input, parts, weight, bias, stride, padding, dilation, true);
-  return forward_in_dtype(s, input, parts, weight, bias);
+  const SamplingInputs sampling = split_branch_output(offset_and_mask, weight);
+  const DeformConv2dSizes s = check_deform_conv2d(input, sampling, weight, bias, stride, padding, dilation, true);
+  return forward_in_dtype(s, input, sampling, weight, bias);
 }
 
 std::tuple<Tensor, Tensor, Tensor> modulated_deform_conv2d_backward(Tensor grad, Tensor input, Tensor offset_and_mask,
@@ -84,9 +84,10 @@ std::tuple<Tensor, Tensor, Tensor> modulated_deform_conv2d_backward(Tensor grad,
                                                                     std::vector<int64_t> padding,
                                                                     std::vector<int64_t> dilation, bool need_input,
                                                                     bool need_offset, bool need_weight) {
-  const Modulation parts = parts_of(offset_and_mask, weight);
-  const DeformConv2dSizes s = check_deform_conv2d(input, parts, weight, std::nullopt, stride, padding, dilation, true);
-  const auto gradients = backward_in_dtype("modulated_deform_conv2d_backward", s, grad, input, parts, weight,
+  const SamplingInputs sampling = split_branch_output(offset_and_mask, weight);
+  const DeformConv2dSizes s =
+      check_deform_conv2d(input, sampling, weight, std::nullopt, stride, padding, dilation, true);
+  const auto gradients = backward_in_dtype("modulated_deform_conv2d_backward", s, grad, input, sampling, weight,
                                            {need_input, need_offset, need_weight});
   return {gradients[0], gradients[1], gradients[2]};
 }

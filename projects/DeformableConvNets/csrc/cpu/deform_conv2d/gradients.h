@@ -26,37 +26,33 @@ struct Gradients {
   }
 };
 
-// The gradients that the caller asked for.
-struct NeededGradients {
-  bool input, offset, weight;  // the mask's comes with the offset's
-};
-
 // The tensors behind Gradients, zero at first. The work is cut into `image_parts` of the images times `channel_parts`
 // of the channels: those that share an image have offset gradients of their own, those that share a channel have weight
 // gradients of their own, which are summed at the end.
 template <typename T>
 class GradientTensors {
  public:
-  GradientTensors(const DeformConv2dSizes& s, const Tensor& input, const Modulation& modulation, const Tensor& weight,
+  GradientTensors(const DeformConv2dSizes& s, const Tensor& input, const SamplingInputs& sampling, const Tensor& weight,
                   const NeededGradients& need, int64_t image_parts, int64_t channel_parts)
       : input_(input),
-        modulation_(modulation),
+        sampling_(sampling),
         weight_(weight),
         need_(need),
         grad_input_(empty_4d(input, {s.batch, s.channels, s.height, s.width}, scalar_type_of<T>(), true)),
-        grad_offset_(zeros(need.offset ? channel_parts : 0, modulation.joint.value_or(modulation.offset).numel())),
-        grad_mask_(zeros(has_own_mask() ? channel_parts : 0, has_own_mask() ? modulation.mask->numel() : 0)),
+        grad_offset_(zeros(need.offset ? channel_parts : 0, sampling.branch_output.value_or(sampling.offset).numel())),
+        grad_mask_(zeros(has_own_mask() ? channel_parts : 0, has_own_mask() ? sampling.mask->numel() : 0)),
         // The tasks write all of it, unless there are none.
         grad_weight_(s.batch > 0 && s.out_channels > 0 ? empty(need.weight ? image_parts : 0, weight.numel())
                                                        : zeros(need.weight ? image_parts : 0, weight.numel())) {
     if (need.input) torch::stable::zero_(grad_input_);
     const int64_t plane_pairs = s.deform_groups * s.taps() * s.positions();
-    offset_size_ = plane_pairs * (modulation.joint ? 3 : 2), mask_size_ = plane_pairs * (modulation.joint ? 3 : 1);
+    offset_size_ = plane_pairs * (sampling.branch_output ? 3 : 2);
+    mask_size_ = plane_pairs * (sampling.branch_output ? 3 : 1);
   }
 
   Gradients<T> of(int64_t image_part, int64_t channel_part) {
     Gradients<T> part{};
-    part.offset_size = offset_size_, part.mask_size = mask_size_, part.logits = modulation_.joint.has_value();
+    part.offset_size = offset_size_, part.mask_size = mask_size_, part.logits = sampling_.branch_output.has_value();
     if (need_.input) part.input = grad_input_.template mutable_data_ptr<T>();
     if (need_.offset) part.offset = part_of_tensor(grad_offset_, channel_part);
     if (need_.offset && part.logits) part.mask = part.offset + offset_size_ / 3 * 2;
@@ -70,11 +66,11 @@ class GradientTensors {
   std::array<Tensor, 4> finish() const {
     const Tensor none = empty_result(input_);
     return {need_.input ? like_input<T>(grad_input_, input_) : none, need_.offset ? offset_gradient() : none,
-            need_.weight ? weight_gradient() : none, has_own_mask() ? sum_parts(grad_mask_, *modulation_.mask) : none};
+            need_.weight ? weight_gradient() : none, has_own_mask() ? sum_parts(grad_mask_, *sampling_.mask) : none};
   }
 
  private:
-  bool has_own_mask() const { return need_.offset && dcn::has_own_mask(modulation_); }
+  bool has_own_mask() const { return need_.offset && dcn::has_own_mask(sampling_); }
   Tensor weight_gradient() const {
     const Tensor sum = sum_parts(grad_weight_, weight_);
     if (!is_channels_last(weight_)) return sum;
@@ -83,8 +79,8 @@ class GradientTensors {
     return torch::stable::transpose(torch::stable::transpose(values, 1, 3), 2, 3);
   }
   Tensor offset_gradient() const {
-    if (!modulation_.joint) return sum_parts(grad_offset_, modulation_.offset);
-    return like_input<T>(sum_parts(grad_offset_, *modulation_.joint), *modulation_.joint);
+    if (!sampling_.branch_output) return sum_parts(grad_offset_, sampling_.offset);
+    return like_input<T>(sum_parts(grad_offset_, *sampling_.branch_output), *sampling_.branch_output);
   }
   Tensor zeros(int64_t parts, int64_t count) const {
     return torch::stable::new_zeros(input_, {parts, count}, scalar_type_of<T>());
@@ -97,7 +93,7 @@ class GradientTensors {
   }
 
   const Tensor& input_;
-  const Modulation& modulation_;
+  const SamplingInputs& sampling_;
   const Tensor& weight_;
   NeededGradients need_;
   Tensor grad_input_, grad_offset_, grad_mask_, grad_weight_;

@@ -214,12 +214,12 @@ bool uses_grouped_path(const DeformConv2dSizes& s) {
 }
 
 template <typename T>
-Tensor grouped_forward(const DeformConv2dSizes& s, const Tensor& input, const Modulation& modulation,
+Tensor grouped_forward(const DeformConv2dSizes& s, const Tensor& input, const SamplingInputs& sampling,
                        const Tensor& weight, const std::optional<Tensor>& bias) {
   const bool channels_last = is_channels_last(input);
   Tensor output = empty_4d(input, {s.batch, s.out_channels, s.out_h, s.out_w}, scalar_type_of<T>(), channels_last);
   if (output.numel() == 0) return output;
-  const Operands<T> operands(s, input, modulation, dense(weight, scalar_type_of<T>()));
+  const Operands<T> operands(s, input, sampling, dense(weight, scalar_type_of<T>()));
   std::optional<Tensor> dense_bias;
   if (bias) dense_bias = dense(*bias, scalar_type_of<T>());
   const T* bias_data = dense_bias ? dense_bias->template const_data_ptr<T>() : nullptr;
@@ -252,17 +252,17 @@ Tensor grouped_forward(const DeformConv2dSizes& s, const Tensor& input, const Mo
 
 template <typename T>
 std::array<Tensor, 4> grouped_backward(const DeformConv2dSizes& s, const Tensor& grad, const Tensor& input,
-                                       const Modulation& modulation, const Tensor& weight,
+                                       const SamplingInputs& sampling, const Tensor& weight,
                                        const NeededGradients& need) {
   // Tasks: images first, then channels, until there is one for each thread.
   const int64_t workers = torch::stable::get_num_threads(), unit = unit_channels<T>(s);
   const int64_t image_parts = std::clamp<int64_t>(s.batch, 1, workers);
   const int64_t channel_parts = std::min(divide_up(workers, image_parts), s.channels / unit);
   const Tensor contiguous_weight = dense(weight, scalar_type_of<T>());
-  GradientTensors<T> gradients(s, input, modulation, contiguous_weight, need, image_parts, channel_parts);
+  GradientTensors<T> gradients(s, input, sampling, contiguous_weight, need, image_parts, channel_parts);
   if (s.batch > 0) {
     // They end with this block: before the input gradient is copied to another memory format.
-    const Operands<T> operands(s, input, modulation, contiguous_weight);
+    const Operands<T> operands(s, input, sampling, contiguous_weight);
     const bool channels_last = is_channels_last(grad);
     const Tensor grad_output =
         dense(grad, scalar_type_of<T>(), channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
@@ -280,12 +280,12 @@ std::array<Tensor, 4> grouped_backward(const DeformConv2dSizes& s, const Tensor&
   return gradients.finish();
 }
 
-#define DCN_INSTANTIATE(T)                                                                                      \
-  template bool uses_grouped_path<T>(const DeformConv2dSizes&);                                                 \
-  template Tensor grouped_forward<T>(const DeformConv2dSizes&, const Tensor&, const Modulation&, const Tensor&, \
-                                     const std::optional<Tensor>&);                                             \
-  template std::array<Tensor, 4> grouped_backward<T>(const DeformConv2dSizes&, const Tensor&, const Tensor&,    \
-                                                     const Modulation&, const Tensor&, const NeededGradients&);
+#define DCN_INSTANTIATE(T)                                                                                          \
+  template bool uses_grouped_path<T>(const DeformConv2dSizes&);                                                     \
+  template Tensor grouped_forward<T>(const DeformConv2dSizes&, const Tensor&, const SamplingInputs&, const Tensor&, \
+                                     const std::optional<Tensor>&);                                                 \
+  template std::array<Tensor, 4> grouped_backward<T>(const DeformConv2dSizes&, const Tensor&, const Tensor&,        \
+                                                     const SamplingInputs&, const Tensor&, const NeededGradients&);
 DCN_INSTANTIATE(float)
 DCN_INSTANTIATE(double)
 #undef DCN_INSTANTIATE

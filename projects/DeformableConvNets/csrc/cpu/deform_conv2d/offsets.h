@@ -79,8 +79,8 @@ struct Offsets {
   std::optional<Planes<T>> mask;
   bool logits;
 
-  Offsets(const DeformConv2dSizes& s, const Modulation& given)
-      : sizes(s), offset(given.offset), logits(given.joint.has_value()) {
+  Offsets(const DeformConv2dSizes& s, const SamplingInputs& given)
+      : sizes(s), offset(given.offset), logits(given.branch_output.has_value()) {
     if (given.mask) mask.emplace(*given.mask);
   }
   bool mask_as_given() const { return !mask || (mask->in_order() && !logits); }

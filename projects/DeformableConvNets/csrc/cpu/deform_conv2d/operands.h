@@ -23,12 +23,12 @@ struct Operands {
   Weight<const T> weight;
   std::vector<T> zeros;
 
-  Operands(const DeformConv2dSizes& s, const Tensor& input, const Modulation& modulation, const Tensor& weight)
+  Operands(const DeformConv2dSizes& s, const Tensor& input, const SamplingInputs& sampling, const Tensor& weight)
       : image_tensor(to_channels_last<T>(input)),
         weight_tensor(dense(weight, scalar_type_of<T>(),
                             is_channels_last(weight) ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous)),
         sizes(s),
-        offsets(s, modulation),
+        offsets(s, sampling),
         zeros(s.channels, T(0)) {
     images = image_tensor.template const_data_ptr<T>();
     this->weight = {weight_tensor.template const_data_ptr<T>(), is_channels_last(weight_tensor)};

@@ -159,7 +159,8 @@ void add_shift_gradients(const RoiPoolBackward<T>& pass, const Geometry& geometr
           for (int k = 0; k < 3; ++k) sums[k] += pass.sums_of(part, r, block)[3 * b + k];
         }
         if (grad_offset) {
-          T* out = grad_offset + pass.operands.rows.offset_index(r, block, geometry.part(b / s.out_w, b % s.out_w));
+          T* out =
+              grad_offset + pass.operands.rows.offset_index(r, block, geometry.offset_cell(b / s.out_w, b % s.out_w));
           out[0] += sums[0] * shifts[b].unit_x * bins[b].scale;
           out[s.parts] += sums[1] * shifts[b].unit_y * bins[b].scale;
         }

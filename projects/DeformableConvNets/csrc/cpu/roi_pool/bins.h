@@ -1,13 +1,6 @@
 // Copyright (c) the dcn_d2 authors. SPDX-License-Identifier: Apache-2.0
-// Which pixels the bins of a RoI read, with which weights, and in which order RoIs are worked on.
-//
-// An operator brings its geometry, a class template with
-//   sizes                        its operands' sizes
-//   axes(row)                    of one row of rois: `y` and `x`, and average(rows, columns), one over the number of
-//                                samples, of which that many rows and columns lie on the map. An axis has `unit`, the
-//                                pixels that an offset of 1 moves a bin by, and samples(bin, offset), which has the
-//                                `range` of those that may lie on the map and gives each of them when called
-//   cell(h, w), part(h, w)       which group of channels a bin reads, and which offset of the plane moves it
+// Which pixels the bins of a RoI read, with which weights, and in which order RoIs are worked on. Where bins sample is
+// the operator's geometry: roi_pool_sizes.h says what that is.
 #pragma once
 
 #include <algorithm>
@@ -95,21 +88,28 @@ class RoiBins {
     used_ = 0;
     bins_.clear();
     shifts_.clear();
-    const auto axes = geometry.axes(from.rois + 5 * r);
+    const T* row = from.rois + 5 * r;
+    const auto y = geometry.axis(row, false), x = geometry.axis(row, true);
     // Without offsets all bins of a row read the same rows of pixels, and likewise for columns.
     std::vector<AxisRange> rows, columns;
-    for (int64_t h = 0; !from.offsets && h < s.out_h; ++h) rows.push_back(sum_of(axes.y, h, T(0)));
-    for (int64_t w = 0; !from.offsets && w < s.out_w; ++w) columns.push_back(sum_of(axes.x, w, T(0)));
+    for (int64_t h = 0; !from.offsets && h < s.out_h; ++h) rows.push_back(sum_of(y, h, T(0)));
+    for (int64_t w = 0; !from.offsets && w < s.out_w; ++w) columns.push_back(sum_of(x, w, T(0)));
     for (int64_t block = 0; block < s.blocks; ++block) {
       for (int64_t b = 0; b < s.bins(); ++b) {
-        const int64_t h = b / s.out_w, w = b % s.out_w, cell = geometry.cell(h, w);
+        const int64_t h = b / s.out_w, w = b % s.out_w;
+        AxisRange bin_rows, bin_columns;
         if (from.offsets) {
-          const T* offset = from.offsets + from.offset_index(r, block, geometry.part(h, w));
-          const AxisRange moved_rows = sum_of(axes.y, h, offset[s.parts]);
-          add(moved_rows, sum_of(axes.x, w, offset[0]), axes, cell, from.modulation(r, b));
+          const T* offset = from.offsets + from.offset_index(r, block, geometry.offset_cell(h, w));
+          bin_rows = sum_of(y, h, offset[s.parts]), bin_columns = sum_of(x, w, offset[0]);
         } else {
-          add(rows[h], columns[w], axes, cell, from.modulation(r, b));
+          bin_rows = rows[h], bin_columns = columns[w];
         }
+        const T average = geometry.average(divisor(y, bin_rows) * divisor(x, bin_columns));
+        bins_.push_back({bin_rows.first, bin_columns.first, bin_rows.count, bin_columns.count,
+                         static_cast<int32_t>(geometry.cell(h, w)), average * from.modulation(r, b)});
+        // A bin without samples has no shift to differentiate by; that of a RoI that is not finite would be NaN.
+        const bool sampled = bin_rows.samples > 0 && bin_columns.samples > 0;
+        shifts_.push_back({average, sampled ? y.unit : T(0), sampled ? x.unit : T(0)});
       }
     }
   }
@@ -147,14 +147,9 @@ class RoiBins {
     return {static_cast<int32_t>(first), sum.count(), sum.samples()};
   }
 
-  template <typename Axes>
-  void add(const AxisRange& rows, const AxisRange& columns, const Axes& axes, int64_t cell, T modulation) {
-    const T average = axes.average(rows.samples, columns.samples);
-    bins_.push_back(
-        {rows.first, columns.first, rows.count, columns.count, static_cast<int32_t>(cell), average * modulation});
-    // A bin without samples has no shift to differentiate by; that of a RoI that is not finite would be NaN.
-    const bool sampled = rows.samples > 0 && columns.samples > 0;
-    shifts_.push_back({average, sampled ? axes.y.unit : T(0), sampled ? axes.x.unit : T(0)});
+  template <typename Axis>
+  static T divisor(const Axis& axis, const AxisRange& found) {
+    return static_cast<T>(axis.divisor([&] { return found.samples; }));
   }
 
   std::vector<AxisEntry<T>> entries_;  // the first used_ of them

@@ -136,7 +136,7 @@ void pool_contiguous(const RoiPoolOperands<T>& operands, const Geometry& geometr
   });
 }
 
-// `geometry` is all that an operator adds; see roi_bins.h.
+// `geometry` is all that an operator adds; see roi_pool_sizes.h.
 template <typename T, typename Geometry>
 Tensor roi_pool_forward(const char* op, const RoiPoolSizes& s, const Tensor& input, const Tensor& rois,
                         const std::optional<Tensor>& offset, const std::optional<Tensor>& mask,

@@ -11,31 +11,31 @@ namespace dcn::cuda {
 
 // A dense tensor (batch, channels, positions), channels_last or contiguous.
 template <typename T>
-Planes<T> planes(T* data, int64_t channels, int64_t positions, bool channels_last) {
-  return channels_last ? Planes<T>{data, channels * positions, 1, channels}
-                       : Planes<T>{data, channels * positions, positions, 1};
+PlanesView<T> planes(T* data, int64_t channels, int64_t positions, bool channels_last) {
+  return channels_last ? PlanesView<T>{data, channels * positions, 1, channels}
+                       : PlanesView<T>{data, channels * positions, positions, 1};
 }
 
 // Keeps the tensors alive that the kernels read. Copies only what the kernels cannot read as it lies.
 template <typename T>
-struct DenseOperands {
+struct OperandTensors {
   Tensor input, offset, weight;
   std::optional<Tensor> mask;
-  Operands<T> pointers{};
+  OperandsView<T> view{};
 
-  DenseOperands(const DeviceScope& device, const DeformConv2dSizes& s, const Tensor& given_input,
-                const Modulation& modulation, const Tensor& given_weight)
+  OperandTensors(const DeviceScope& device, const DeformConv2dSizes& s, const Tensor& given_input,
+                 const SamplingInputs& sampling, const Tensor& given_weight)
       : input(to_channels_last<T>(given_input, 1, device.stream())),
-        offset(with_flat_planes(modulation.offset)),
+        offset(with_flat_planes(sampling.offset)),
         weight(with_flat_planes(given_weight)) {
-    if (modulation.mask) mask = with_flat_planes(*modulation.mask);
-    pointers.sizes = s;
-    pointers.segment = std::gcd(s.group_channels(), s.deform_channels());
-    pointers.images = input.const_data_ptr<T>();
-    pointers.offsets = {offset.const_data_ptr<T>(), offset.stride(0), offset.stride(1), plane_stride(offset)};
-    if (mask) pointers.masks = {mask->const_data_ptr<T>(), mask->stride(0), mask->stride(1), plane_stride(*mask)};
-    pointers.logits = modulation.joint.has_value();
-    pointers.weights = {weight.const_data_ptr<T>(), weight.stride(0), weight.stride(1), plane_stride(weight)};
+    if (sampling.mask) mask = with_flat_planes(*sampling.mask);
+    view.sizes = s;
+    view.segment = std::gcd(s.group_channels(), s.deform_channels());
+    view.images = input.const_data_ptr<T>();
+    view.offsets = {offset.const_data_ptr<T>(), offset.stride(0), offset.stride(1), plane_stride(offset)};
+    if (mask) view.masks = {mask->const_data_ptr<T>(), mask->stride(0), mask->stride(1), plane_stride(*mask)};
+    view.logits = sampling.branch_output.has_value();
+    view.weights = {weight.const_data_ptr<T>(), weight.stride(0), weight.stride(1), plane_stride(weight)};
   }
 
  private:

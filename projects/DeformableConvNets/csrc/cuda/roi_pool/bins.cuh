@@ -21,7 +21,7 @@ constexpr int kAxisSamples = 8;                       // of an axis, at a time
 
 // The operands of one call, dense.
 template <typename T>
-struct RoiPoolOperands {
+struct RoiPoolOperandsView {
   RoiPoolSizes sizes;
   const T* images;            // (batch, cells, pixels, channels)
   const Accumulate<T>* rois;  // (rois, 5)
@@ -55,7 +55,7 @@ DCN_HOST_DEVICE int64_t bin_tiles(const RoiPoolSizes& s) { return s.rois * s.blo
 
 // A row or a column of pixels that samples of a bin touch.
 template <typename A>
-struct AxisEntry {
+struct PixelLine {
   int64_t at;       // of its first pixel, in images, from the start of the cell's image
   A weight, slope;  // sums over the samples; `slope` is the derivative of `weight` by the bin's position
 };
@@ -63,7 +63,7 @@ struct AxisEntry {
 // What one axis of a bin reads, for one of its runs of up to kAxisSamples samples.
 template <typename A>
 struct AxisList {
-  AxisEntry<A> entries[2 * kAxisSamples];
+  PixelLine<A> entries[2 * kAxisSamples];
   int count;
   int64_t runs;
   A average;  // factor of the sum: one over the number of samples
@@ -81,10 +81,10 @@ struct BinLists {
   __device__ __forceinline__ A scale() const { return average() * mask; }
 };
 
-// Fills in `entries`. Samples that follow each other share pixels, which stand in the list once. `axis` has samples
-// [begin, end) and sample(k); `stride` is the distance of its pixels.
-template <typename A, typename Axis>
-__device__ __forceinline__ void list_samples(AxisList<A>& list, const Axis& axis, int64_t run, int64_t stride) {
+// Fills in `entries` from the samples of one run. Samples that follow each other share pixels, which stand in the list
+// once. `stride` is the distance of neighbouring pixels.
+template <typename A, typename Samples>
+__device__ __forceinline__ void list_samples(AxisList<A>& list, const Samples& samples, int64_t run, int64_t stride) {
   int count = 0;
   // Pixels low and low + 1, which the last sample touched.
   int32_t low = 0;
@@ -98,10 +98,10 @@ __device__ __forceinline__ void list_samples(AxisList<A>& list, const Axis& axis
     touched[to] = touched[from], weight[to] = weight[from], slope[to] = slope[from];
     touched[from] = false, weight[from] = slope[from] = A(0);
   };
-  const int64_t begin = axis.begin + run * kAxisSamples;
+  const int64_t begin = samples.range.begin + run * kAxisSamples;
 #pragma unroll 1
-  for (int64_t k = begin; k < begin + kAxisSamples && k < axis.end; ++k) {
-    const AxisSample<A> sample = axis.sample(k);
+  for (int64_t k = begin; k < begin + kAxisSamples && k < samples.range.end; ++k) {
+    const AxisSample<A> sample = samples(k);
     if (!sample.exists[0] && !sample.exists[1]) continue;
     if (sample.low == low + 1) {
       finish(0), move(1, 0);
@@ -122,43 +122,53 @@ __device__ __forceinline__ void list_samples(AxisList<A>& list, const Axis& axis
 }
 
 // Lists one axis of a bin.
-template <typename T, template <typename> class Bins>
-__device__ __forceinline__ void list_axis(const RoiPoolOperands<T>& operands, const Bins<Accumulate<T>>& bins,
-                                          const BinTile& tile, int b, bool column, int64_t part,
-                                          BinLists<Accumulate<T>>& lists) {
+template <typename T, template <typename> class Geometry>
+__device__ __forceinline__ void list_axis(const RoiPoolOperandsView<T>& operands,
+                                          const Geometry<Accumulate<T>>& geometry, const BinTile& tile, int b,
+                                          bool column, int64_t part, BinLists<Accumulate<T>>& lists) {
   using A = Accumulate<T>;
   const RoiPoolSizes& s = operands.sizes;
   const int out_w = static_cast<int>(s.out_w), h = (tile.begin + b) / out_w, w = (tile.begin + b) % out_w;
   A offset = 0;
   if (operands.offsets) {
     const int64_t plane = (tile.roi * s.blocks + tile.block) * 2 + (column ? 0 : 1);  // x comes first
-    offset = static_cast<A>(operands.offsets[plane * s.parts + bins.part(h, w)]);
+    offset = static_cast<A>(operands.offsets[plane * s.parts + geometry.offset_cell(h, w)]);
   }
-  const auto axis = bins.axis(operands.rois + 5 * tile.roi, column, column ? w : h, offset);
+  const auto axis = geometry.axis(operands.rois + 5 * tile.roi, column);
+  const auto samples = axis.samples(column ? w : h, offset);
+  const int64_t divisor = axis.divisor([&] {
+    int64_t count = 0;
+#pragma unroll 1
+    for (int64_t k = samples.range.begin; k < samples.range.end; ++k) count += samples(k).exists[0];  // the lower one
+    return count;
+  });
   AxisList<A>& list = column ? lists.columns : lists.rows;
   if (part == 0) {
-    list.runs = divide_up(axis.end - axis.begin, kAxisSamples);
-    list.average = axis.average, list.unit = axis.unit;
+    list.runs = divide_up(samples.range.end - samples.range.begin, kAxisSamples);
+    list.average = geometry.average(static_cast<A>(divisor));
+    // A bin without samples has no shift to differentiate by; that of a RoI that is not finite would be NaN.
+    list.unit = divisor > 0 ? axis.unit : A(0);
     if (column) {
-      const int64_t image = static_cast<int64_t>(operands.rois[5 * tile.roi]) * s.cells + bins.cell(h, w);
+      const int64_t image = static_cast<int64_t>(operands.rois[5 * tile.roi]) * s.cells + geometry.cell(h, w);
       lists.image = image * s.pixels() * s.channels + tile.block * s.block_channels();
     } else {
       lists.mask = operands.masks ? static_cast<A>(operands.masks[tile.roi * s.bins() + tile.begin + b]) : A(1);
     }
   }
   const int64_t columns = part > 0 && lists.columns.runs > 0 ? lists.columns.runs : 1;
-  list_samples(list, axis, column ? part % columns : part / columns, column ? s.channels : s.channels * s.width);
+  list_samples(list, samples, column ? part % columns : part / columns, column ? s.channels : s.channels * s.width);
 }
 
 // Lists the bins of this warp: of a tile's bins, every kRoiWarps-th. Returns whether any of them has another part after
 // `part`; most have one only.
-template <typename T, template <typename> class Bins>
-__device__ __forceinline__ bool list_bins(const RoiPoolOperands<T>& operands, const Bins<Accumulate<T>>& bins,
-                                          const BinTile& tile, int64_t part, BinLists<Accumulate<T>>* lists) {
+template <typename T, template <typename> class Geometry>
+__device__ __forceinline__ bool list_bins(const RoiPoolOperandsView<T>& operands,
+                                          const Geometry<Accumulate<T>>& geometry, const BinTile& tile, int64_t part,
+                                          BinLists<Accumulate<T>>* lists) {
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, b = warp + lane / 2 * kRoiWarps;
   __syncwarp();  // the lists of the last part have been read
   if (lane < 2 * kBinsPerWarp && b < tile.count) {
-    list_axis<T, Bins>(operands, bins, tile, b, lane % 2, part, lists[b]);
+    list_axis<T, Geometry>(operands, geometry, tile, b, lane % 2, part, lists[b]);
   }
   __syncwarp();
   bool more = false;
@@ -170,7 +180,7 @@ __device__ __forceinline__ bool list_bins(const RoiPoolOperands<T>& operands, co
 template <int kUnrolled, typename A, typename Visit>
 __device__ __forceinline__ void for_each_pixel(const BinLists<A>& lists, const Visit& visit) {
   for (int i = 0; i < lists.rows.count; ++i) {
-    const AxisEntry<A> row = lists.rows.entries[i];
+    const PixelLine<A> row = lists.rows.entries[i];
 #pragma unroll kUnrolled
     for (int j = 0; j < lists.columns.count; ++j) visit(row, lists.columns.entries[j]);
   }

@@ -19,9 +19,9 @@ constexpr int kPoolGradientBlocks = sizeof(T) == 8 ? 3 : 4;
 
 // `output` is (rois, channels, bins). A tile of it goes through shared memory, so that a channel's bins are written
 // together.
-template <typename T, template <typename> class Bins, int kVector>
+template <typename T, template <typename> class Geometry, int kVector>
 __global__ void __launch_bounds__(kRoiThreads, kPoolBlocks<T>)
-    roi_pool_kernel(const RoiPoolOperands<T> operands, const Bins<Accumulate<T>> bins, T* output) {
+    roi_pool_kernel(const RoiPoolOperandsView<T> operands, const Geometry<Accumulate<T>> geometry, T* output) {
   using A = Accumulate<T>;
   using Lane = LaneChannels<kVector>;
   struct Shared {
@@ -37,12 +37,12 @@ __global__ void __launch_bounds__(kRoiThreads, kPoolBlocks<T>)
       const int channels = pass_channels(s, pass);
       bool more = valid;
       for (int64_t part = 0; more; ++part) {
-        more = list_bins<T, Bins>(operands, bins, tile, part, shared.lists);
+        more = list_bins<T, Geometry>(operands, geometry, tile, part, shared.lists);
         for (int b = threadIdx.x / kWarp; b < tile.count; b += kRoiWarps) {
           const T* image = operands.images + shared.lists[b].image + pass;
           A sum[Lane::kVectors][kVector] = {};
           for_each_pixel<(Lane::kVectors > 1 ? 1 : 2)>(
-              shared.lists[b], [&](const AxisEntry<A>& row, const AxisEntry<A>& column) {
+              shared.lists[b], [&](const PixelLine<A>& row, const PixelLine<A>& column) {
                 const T* pixel = image + row.at + column.at;
                 const A weight = row.weight * column.weight;
 #pragma unroll
@@ -80,14 +80,14 @@ __global__ void __launch_bounds__(kRoiThreads, kPoolBlocks<T>)
 
 // The gradient by the output. Of its channels and bins, one has stride 1.
 template <typename T>
-struct RoiPoolGrad {
+struct RoiPoolGradView {
   const T* values;
   int64_t channel_stride, bin_stride;  // a RoI has channels * bins values
 };
 
 // Where gradients go. Null where not needed.
 template <typename T>
-struct RoiPoolGradients {
+struct RoiPoolGradientsView {
   using A = Accumulate<T>;
   Sums<A> images;    // as images
   const int* codes;  // exponents of the output's gradient and of the masks, where images are summed in fixed point
@@ -101,8 +101,9 @@ struct RoiPoolGradients {
 
 // Puts the gradients of a tile of bins into shared memory; `first` is the first of `channels` channels.
 template <typename T, int kVector, int kVectors>
-__device__ __forceinline__ void read_grad(const RoiPoolGrad<T>& grad_output, const RoiPoolSizes& s, const BinTile& tile,
-                                          int64_t first, int channels, Vector<T, kVector> (&grad)[kBinTile][kVectors]) {
+__device__ __forceinline__ void read_grad(const RoiPoolGradView<T>& grad_output, const RoiPoolSizes& s,
+                                          const BinTile& tile, int64_t first, int channels,
+                                          Vector<T, kVector> (&grad)[kBinTile][kVectors]) {
   const bool bins_side_by_side = grad_output.bin_stride == 1;
   const T* from = grad_output.values + tile.roi * s.channels * s.bins() + first * grad_output.channel_stride +
                   tile.begin * grad_output.bin_stride;
@@ -116,7 +117,7 @@ __device__ __forceinline__ void read_grad(const RoiPoolGrad<T>& grad_output, con
 
 // Writes the gradients of a tile's bins by x, y and mask. The bins of a RoI on no image have zeros.
 template <typename T>
-__device__ __forceinline__ void write_bins(const RoiPoolGradients<T>& gradients, const RoiPoolSizes& s,
+__device__ __forceinline__ void write_bins(const RoiPoolGradientsView<T>& gradients, const RoiPoolSizes& s,
                                            const BinTile& tile, const Accumulate<T> (&by)[kBinTile][3]) {
   const int b = threadIdx.x;
   if (b >= tile.count) return;
@@ -131,10 +132,10 @@ __device__ __forceinline__ void write_bins(const RoiPoolGradients<T>& gradients,
   }
 }
 
-template <typename T, template <typename> class Bins, int kVector>
+template <typename T, template <typename> class Geometry, int kVector>
 __global__ void __launch_bounds__(kRoiThreads, kPoolGradientBlocks<T>)
-    roi_pool_gradient_kernel(const RoiPoolOperands<T> operands, const Bins<Accumulate<T>> bins,
-                             const RoiPoolGrad<T> grad_output, const RoiPoolGradients<T> gradients) {
+    roi_pool_gradient_kernel(const RoiPoolOperandsView<T> operands, const Geometry<Accumulate<T>> geometry,
+                             const RoiPoolGradView<T> grad_output, const RoiPoolGradientsView<T> gradients) {
   using A = Accumulate<T>;
   using Lane = LaneChannels<kVector>;
   struct Shared {
@@ -159,7 +160,7 @@ __global__ void __launch_bounds__(kRoiThreads, kPoolGradientBlocks<T>)
       __syncthreads();
       bool more = true;
       for (int64_t part = 0; more; ++part) {
-        more = list_bins<T, Bins>(operands, bins, tile, part, shared.lists);
+        more = list_bins<T, Geometry>(operands, geometry, tile, part, shared.lists);
         for (int b = threadIdx.x / kWarp; b < tile.count; b += kRoiWarps) {
           const int64_t image = shared.lists[b].image + pass;
           const A scale = shared.lists[b].scale();
@@ -172,7 +173,7 @@ __global__ void __launch_bounds__(kRoiThreads, kPoolGradientBlocks<T>)
             for (int i = 0; i < kVector; ++i) grad[v][i] = static_cast<A>(shared.grad[b][c / kVector].value[i]);
           }
           A by_x = 0, by_y = 0, by_mask = 0;
-          for_each_pixel<1>(shared.lists[b], [&](const AxisEntry<A>& row, const AxisEntry<A>& column) {
+          for_each_pixel<1>(shared.lists[b], [&](const PixelLine<A>& row, const PixelLine<A>& column) {
             const int64_t pixel = image + row.at + column.at;
             const A weight = row.weight * column.weight;
             A dot = 0;
@@ -212,9 +213,10 @@ __global__ void __launch_bounds__(kRoiThreads, kPoolGradientBlocks<T>)
 
 // Sums `by_bin` (rois, blocks, 3, bins), in order, where bins share an offset or blocks a mask. `offsets` and `masks`
 // are null where not needed.
-template <typename T, template <typename> class Bins>
-__global__ void __launch_bounds__(kRoiThreads, 1) sum_bins_kernel(const RoiPoolSizes s, const Bins<Accumulate<T>> bins,
-                                                                  const Accumulate<T>* by_bin, T* offsets, T* masks) {
+template <typename T, template <typename> class Geometry>
+__global__ void __launch_bounds__(kRoiThreads, 1)
+    sum_bins_kernel(const RoiPoolSizes s, const Geometry<Accumulate<T>> geometry, const Accumulate<T>* by_bin,
+                    T* offsets, T* masks) {
   using A = Accumulate<T>;
   const int64_t threads = int64_t{gridDim.x} * kRoiThreads, thread = int64_t{blockIdx.x} * kRoiThreads + threadIdx.x;
   if (offsets) {
@@ -223,7 +225,7 @@ __global__ void __launch_bounds__(kRoiThreads, 1) sum_bins_kernel(const RoiPoolS
       const A* plane = by_bin + (row * 3 + axis) * s.bins();
       A sum = 0;
       for (int64_t bin = 0; bin < s.bins(); ++bin) {
-        if (bins.part(bin / s.out_w, bin % s.out_w) == part) sum += plane[bin];
+        if (geometry.offset_cell(bin / s.out_w, bin % s.out_w) == part) sum += plane[bin];
       }
       offsets[i] = static_cast<T>(sum);
     }

@@ -13,7 +13,7 @@ constexpr int kListThreads = 256;
 // One sample in the list of its cell.
 template <typename A>
 struct alignas(4 * sizeof(A)) ListedSample {
-  int32_t position;  // counted over the images of `SampleLists`
+  int32_t position;  // counted over the images of `SampleListsView`
   A y, x;            // by how much it lies beyond the upper left pixel
   A modulation;
 };
@@ -50,12 +50,13 @@ DCN_HOST_DEVICE int64_t image_cells(const DeformConv2dSizes& s) { return (s.heig
 
 // Lists of the samples of some images. Those of cell i are [starts[i], starts[i + 1]), in the order of positions.
 template <typename A>
-struct SampleLists {
+struct SampleListsView {
   int64_t first_image, images;
   const int32_t* starts;
   const ListedSample<A>* samples;
 
-  // The one with this lower right pixel, which may not exist. It has an index of 32 bits: ListTensors looks after that.
+  // The one with this lower right pixel, which may not exist. It has an index of 32 bits: SampleListTensors looks after
+  // that.
   __device__ __forceinline__ static int32_t cell(const DeformConv2dSizes& s, int32_t image, int32_t deform_group,
                                                  int32_t tap, int32_t y, int32_t x) {
     const int32_t plane =
@@ -75,7 +76,7 @@ DCN_HOST_DEVICE int64_t image_lists(const DeformConv2dSizes& s) { return s.defor
 
 // Calls visit(cell, sample) for this thread's samples, but for those that read no pixel.
 template <typename A, typename T, typename Visit>
-__device__ __forceinline__ void for_each_listed(const Operands<T>& operands, int64_t first_image, int64_t images,
+__device__ __forceinline__ void for_each_listed(const OperandsView<T>& operands, int64_t first_image, int64_t images,
                                                 const Visit& visit) {
   const DeformConv2dSizes& s = operands.sizes;
   const auto positions = static_cast<int32_t>(s.positions()), taps = static_cast<int32_t>(s.taps());
@@ -91,7 +92,7 @@ __device__ __forceinline__ void for_each_listed(const Operands<T>& operands, int
     const auto fraction = [](const AxisSample<A>& axis) {
       return axis.exists[1] ? axis.weight[1] : A(1) - axis.weight[0];
     };
-    visit(SampleLists<A>::cell(s, image, deform_group, tap, y.low + 1, x.low + 1),
+    visit(SampleListsView<A>::cell(s, image, deform_group, tap, y.low + 1, x.low + 1),
           ListedSample<A>{image * positions + position, fraction(y), fraction(x), place.modulation});
   }
 }
@@ -99,7 +100,8 @@ __device__ __forceinline__ void for_each_listed(const Operands<T>& operands, int
 // Adds the length of list i to counts[i + 2].
 template <typename T>
 __global__ void __launch_bounds__(kListThreads, 1)
-    count_samples_kernel(const Operands<T> operands, const int64_t first_image, const int64_t images, int32_t* counts) {
+    count_samples_kernel(const OperandsView<T> operands, const int64_t first_image, const int64_t images,
+                         int32_t* counts) {
   for_each_listed<Accumulate<T>>(operands, first_image, images,
                                  [&](int32_t cell, const auto&) { atomicAdd(counts + cell + 2, 1); });
 }
@@ -107,8 +109,8 @@ __global__ void __launch_bounds__(kListThreads, 1)
 // Puts samples into their lists, in any order. List i begins at starts[i + 1], which moves to its end.
 template <typename T>
 __global__ void __launch_bounds__(kListThreads, 1)
-    list_samples_kernel(const Operands<T> operands, const int64_t first_image, const int64_t images, int32_t* starts,
-                        ListedSample<Accumulate<T>>* samples) {
+    list_samples_kernel(const OperandsView<T> operands, const int64_t first_image, const int64_t images,
+                        int32_t* starts, ListedSample<Accumulate<T>>* samples) {
   for_each_listed<Accumulate<T>>(operands, first_image, images, [&](int32_t cell, const auto& sample) {
     samples[atomicAdd(starts + cell + 1, 1)] = sample;
   });
@@ -171,13 +173,13 @@ __global__ void __launch_bounds__(kListThreads, 1)
 
 // Keeps the lists of some images alive.
 template <typename A>
-struct ListTensors {
+struct SampleListTensors {
   Tensor starts, samples;
-  SampleLists<A> pointers;
+  SampleListsView<A> view;
 
   template <typename T>
-  ListTensors(const DeviceScope& device, const Operands<T>& operands, const Tensor& like, int64_t first_image,
-              int64_t images) {
+  SampleListTensors(const DeviceScope& device, const OperandsView<T>& operands, const Tensor& like, int64_t first_image,
+                    int64_t images) {
     const DeformConv2dSizes& s = operands.sizes;
     const int64_t lists = images * image_lists(s), most = images * image_samples(s);
     DCN_CHECK(std::max(lists, most) < int64_t{1} << 30, "deform_conv2d: ", most, " samples of ", lists,
@@ -196,7 +198,7 @@ struct ListTensors {
                start_data, sample_data);
     DCN_LAUNCH(sort_lists_kernel<A>, std::min(divide_up(lists, kListThreads), kMaxBlocks), kListThreads,
                device.stream(), start_data, lists, sample_data);
-    pointers = {first_image, images, start_data, sample_data};
+    view = {first_image, images, start_data, sample_data};
   }
 };
 

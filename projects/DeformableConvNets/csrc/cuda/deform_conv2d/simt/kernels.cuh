@@ -21,21 +21,21 @@ DCN_HOST_DEVICE PositionTile position_tile(const DeformConv2dSizes& s, int64_t i
 
 // The four pixels that a sample reads, top left, top right, bottom left, bottom right; -1 where there is none.
 template <typename A>
-struct Neighbours {
+struct Corners {
   int32_t pixel[4];
   A weight[4];  // modulated by the mask
 };
 
-// Derivatives of Neighbours::weight.
+// The derivatives of Corners::weight.
 template <typename A>
-struct Derivatives {
+struct CornerDerivatives {
   A by_y[4], by_x[4], by_mask[4];
 };
 
 // Locates the samples of one tap for a tile of positions; those past its end read nothing. `derivatives` may be null.
 template <typename T, typename A>
-__device__ __forceinline__ void locate(const Operands<T>& operands, const PositionTile& tile, int64_t deform_group,
-                                       int64_t tap, Neighbours<A>* neighbours, Derivatives<A>* derivatives) {
+__device__ __forceinline__ void locate(const OperandsView<T>& operands, const PositionTile& tile, int64_t deform_group,
+                                       int64_t tap, Corners<A>* corners, CornerDerivatives<A>* derivatives) {
   const DeformConv2dSizes& s = operands.sizes;
   const int index = threadIdx.x;
   if (index >= kTile) return;
@@ -46,8 +46,8 @@ __device__ __forceinline__ void locate(const Operands<T>& operands, const Positi
   for (int k = 0; k < 4; ++k) {
     const int row = k / 2, column = k % 2;
     const bool exists = y.exists[row] && x.exists[column];
-    neighbours[index].pixel[k] = exists ? (y.low + row) * static_cast<int32_t>(s.width) + x.low + column : -1;
-    neighbours[index].weight[k] = y.weight[row] * x.weight[column] * modulation;
+    corners[index].pixel[k] = exists ? (y.low + row) * static_cast<int32_t>(s.width) + x.low + column : -1;
+    corners[index].weight[k] = y.weight[row] * x.weight[column] * modulation;
     if (derivatives) {
       derivatives[index].by_y[k] = y.slope[row] * x.weight[column] * modulation;
       derivatives[index].by_x[k] = y.weight[row] * x.slope[column] * modulation;
@@ -58,12 +58,12 @@ __device__ __forceinline__ void locate(const Operands<T>& operands, const Positi
 
 // `channel` points to the channel in the image's first pixel.
 template <typename T, typename A>
-__device__ __forceinline__ A read_sample(const T* channel, int64_t channels, const Neighbours<A>& neighbours) {
+__device__ __forceinline__ A read_sample(const T* channel, int64_t channels, const Corners<A>& corners) {
   A value = 0;
 #pragma unroll
   for (int k = 0; k < 4; ++k) {
-    const int64_t pixel = neighbours.pixel[k];
-    if (pixel >= 0) value += neighbours.weight[k] * static_cast<A>(channel[pixel * channels]);
+    const int64_t pixel = corners.pixel[k];
+    if (pixel >= 0) value += corners.weight[k] * static_cast<A>(channel[pixel * channels]);
   }
   return value;
 }
@@ -76,11 +76,11 @@ DCN_HOST_DEVICE int64_t forward_work(const DeformConv2dSizes& s) {
 // positions.
 template <typename T>
 __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor<T>)
-    forward_kernel(const Operands<T> operands, const T* bias, const Planes<T> output) {
+    forward_kernel(const OperandsView<T> operands, const T* bias, const PlanesView<T> output) {
   using A = Accumulate<T>;
   struct Shared {
     Operand<A> weights, samples;
-    Neighbours<A> neighbours[kTile];
+    Corners<A> corners[kTile];
   };
   DCN_SHARED(Shared, shared);
   const DeformConv2dSizes& s = operands.sizes;
@@ -96,7 +96,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor<T>)
     Product<A> product;
     for (int64_t begin = group_begin; begin < group_begin + s.group_channels(); begin += operands.segment) {
       for (int64_t tap = 0; tap < s.taps(); ++tap) {
-        locate<T, A>(operands, tile, begin / s.deform_channels(), tap, shared.neighbours, nullptr);
+        locate<T, A>(operands, tile, begin / s.deform_channels(), tap, shared.corners, nullptr);
         __syncthreads();
         for (int64_t c = begin; c < begin + operands.segment; c += kDepth) {
           const int64_t depth = begin + operands.segment - c;
@@ -105,7 +105,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor<T>)
             return exists ? static_cast<A>(operands.weights.at(out_begin + i, c - group_begin + k, tap)) : A(0);
           });
           fill_along_depth(shared.samples, [&](int k, int j) {
-            return k < depth ? read_sample(image + c + k, s.channels, shared.neighbours[j]) : A(0);
+            return k < depth ? read_sample(image + c + k, s.channels, shared.corners[j]) : A(0);
           });
           __syncthreads();
           product.add(shared.weights, shared.samples);
@@ -127,8 +127,8 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor<T>)
 // A block computes the gradients of up to kTile pixels of one image by up to kTile channels of a segment.
 template <typename T>
 __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor<T>)
-    input_gradient_kernel(const Operands<T> operands, const SampleLists<Accumulate<T>> lists,
-                          const Planes<const T> grad_output, const Planes<T> grad_input) {
+    input_gradient_kernel(const OperandsView<T> operands, const SampleListsView<Accumulate<T>> lists,
+                          const PlanesView<const T> grad_output, const PlanesView<T> grad_input) {
   using A = Accumulate<T>;
   struct Shared {
     Operand<A> weights, grads;
@@ -196,13 +196,13 @@ DCN_HOST_DEVICE int64_t sample_gradient_work(const DeformConv2dSizes& s) {
 // grad_output and weights; it is dotted with the pixels.
 template <typename T>
 __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor<T>)
-    sample_gradient_kernel(const Operands<T> operands, const Planes<const T> grad_output,
-                           const SampleGradients<T> gradients) {
+    sample_gradient_kernel(const OperandsView<T> operands, const PlanesView<const T> grad_output,
+                           const SampleGradientsView<T> gradients) {
   using A = Accumulate<T>;
   struct Shared {
     Operand<A> grads, weights;
-    Neighbours<A> neighbours[kTile];
-    Derivatives<A> derivatives[kTile];
+    Corners<A> corners[kTile];
+    CornerDerivatives<A> derivatives[kTile];
   };
   DCN_SHARED(Shared, shared);
   const DeformConv2dSizes& s = operands.sizes;
@@ -212,7 +212,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor<T>)
     const PositionTile tile = position_tile(s, work / s.taps() / s.deform_groups);
     const T* image = operands.image(tile.image);
     // The barriers below lie between this and the first use.
-    locate(operands, tile, deform_group, tap, shared.neighbours, shared.derivatives);
+    locate(operands, tile, deform_group, tap, shared.corners, shared.derivatives);
 
     A by_y[kEach] = {}, by_x[kEach] = {}, by_mask[kEach] = {};
     const int64_t last = (deform_group + 1) * s.deform_channels();
@@ -237,11 +237,11 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor<T>)
         }
 #pragma unroll
         for (int i = 0; i < kEach; ++i) {
-          const Neighbours<A>& neighbours = shared.neighbours[Product<A>::row(i)];
-          const Derivatives<A>& derivatives = shared.derivatives[Product<A>::row(i)];
+          const Corners<A>& corners = shared.corners[Product<A>::row(i)];
+          const CornerDerivatives<A>& derivatives = shared.derivatives[Product<A>::row(i)];
 #pragma unroll
           for (int k = 0; k < 4; ++k) {
-            const int64_t pixel = neighbours.pixel[k];
+            const int64_t pixel = corners.pixel[k];
             if (pixel < 0) continue;
             A dot = 0;
 #pragma unroll
@@ -274,7 +274,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor<T>)
 
 // Work of one part of the positions: tiles of the weight.
 template <typename T>
-DCN_HOST_DEVICE int64_t weight_tiles(const Operands<T>& operands) {
+DCN_HOST_DEVICE int64_t weight_tiles(const OperandsView<T>& operands) {
   const DeformConv2dSizes& s = operands.sizes;
   const int64_t channel_tiles = s.channels / operands.segment * divide_up(operands.segment, kTile);
   return channel_tiles * s.taps() * divide_up(s.group_out_channels(), kTile);
@@ -284,12 +284,12 @@ DCN_HOST_DEVICE int64_t weight_tiles(const Operands<T>& operands) {
 // positions, into `partials` (parts, out_channels, taps, group_channels).
 template <typename T>
 __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor<T>)
-    weight_gradient_kernel(const Operands<T> operands, const Planes<const T> grad_output, const int64_t parts,
+    weight_gradient_kernel(const OperandsView<T> operands, const PlanesView<const T> grad_output, const int64_t parts,
                            Accumulate<T>* partials) {
   using A = Accumulate<T>;
   struct Shared {
     Operand<A> grads, samples;
-    Neighbours<A> neighbours[kTile];
+    Corners<A> corners[kTile];
   };
   DCN_SHARED(Shared, shared);
   const DeformConv2dSizes& s = operands.sizes;
@@ -309,7 +309,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor<T>)
     for (int64_t t = position_tiles(s) * part / parts; t < position_tiles(s) * (part + 1) / parts; ++t) {
       const PositionTile tile = position_tile(s, t);
       const T* image = operands.image(tile.image);
-      locate<T, A>(operands, tile, begin / s.deform_channels(), tap, shared.neighbours, nullptr);
+      locate<T, A>(operands, tile, begin / s.deform_channels(), tap, shared.corners, nullptr);
       __syncthreads();
       for (int p = 0; p < tile.count; p += kDepth) {
         fill_along_depth(shared.grads, [&](int k, int i) {
@@ -317,7 +317,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor<T>)
           return exists ? static_cast<A>(grad_output.at(tile.image, out_begin + i, tile.begin + p + k)) : A(0);
         });
         fill_along_tile(shared.samples, [&](int k, int j) {
-          return begin + j < end ? read_sample(image + begin + j, s.channels, shared.neighbours[p + k]) : A(0);
+          return begin + j < end ? read_sample(image + begin + j, s.channels, shared.corners[p + k]) : A(0);
         });
         __syncthreads();
         product.add(shared.grads, shared.samples);

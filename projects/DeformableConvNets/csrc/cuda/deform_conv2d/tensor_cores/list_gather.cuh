@@ -14,7 +14,7 @@ struct ListGather {
   using T = Element<kKind>;
 
   DeformConv2dSizes sizes;
-  SampleLists<float> lists;
+  SampleListsView<float> lists;
   const T* grads;                     // (images of the lists, positions, out_channels)
   int group_columns, group_channels;  // columns of the product that read the same channels, and how many those are
   uint32_t pitch;                     // of positions, in bytes

@@ -48,9 +48,9 @@ struct OffsetGradientPart {
 
 template <Kind kKind>
 __global__ void __launch_bounds__(kProductThreads, kOffsetBlocks<kKind>)
-    offset_gradient_kernel(const OffsetGradientSizes sizes, const Operands<Element<kKind>> operands,
+    offset_gradient_kernel(const OffsetGradientSizes sizes, const OperandsView<Element<kKind>> operands,
                            const Element<kKind>* grads, const Unit* packed,
-                           const SampleGradients<Element<kKind>> gradients) {
+                           const SampleGradientsView<Element<kKind>> gradients) {
   using T = Element<kKind>;
   constexpr int kUnit = kUnitElements<kKind>;
   DCN_DYNAMIC_SHARED(dynamic);

@@ -65,7 +65,7 @@ struct ProductTile {
 template <typename T>
 struct ProductOutput {
   const T* bias;  // by column, or null
-  Planes<T> planes;
+  PlanesView<T> planes;
   float* partials;  // (splits, rows, columns), where the sum is split
 };
 
@@ -383,13 +383,13 @@ __global__ void __launch_bounds__(256) finish_together_kernel(const ProductSizes
 // The product's results, with `bias` added, in `planes`: launches what that takes.
 template <Kind kKind, int kColumns, typename Gather>
 void run_product(const DeviceScope& device, const Tensor& like, ProductSizes sizes, const Gather& gather,
-                 const Weights<const Element<kKind>>& weights, const Element<kKind>* bias,
-                 const Planes<Element<kKind>>& planes, int splits) {
+                 const WeightsView<const Element<kKind>>& weights, const Element<kKind>* bias,
+                 const PlanesView<Element<kKind>>& planes, int splits) {
   using T = Element<kKind>;
   sizes.segment_tiles = (sizes.packing.columns + kColumns - 1) / kColumns;
   sizes.packing.padded = sizes.segment_tiles * kColumns;
   sizes.splits = splits;
-  const PackedWeights packed(KindConstant<kKind>(), device, like, sizes.packing, weights);
+  const PackedWeightTensor packed(KindConstant<kKind>(), device, like, sizes.packing, weights);
   ProductOutput<T> output{bias, planes, nullptr};
   std::optional<Tensor> partials;
   if (splits > 1) {

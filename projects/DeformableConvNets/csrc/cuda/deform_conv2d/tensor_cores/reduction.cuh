@@ -141,7 +141,7 @@ inline int64_t pack_blocks(const Packing& packing) {
 // the order in which they lie in memory, by lines of one output channel's weights for several input channels and taps.
 template <Kind kKind>
 __global__ void __launch_bounds__(kPackThreads)
-    pack_kernel(const Packing packing, const Weights<const Element<kKind>> weights, Unit* packed) {
+    pack_kernel(const Packing packing, const WeightsView<const Element<kKind>> weights, Unit* packed) {
   constexpr int kUnit = kUnitElements<kKind>;
   // The bits of an element, which take no arithmetic.
   using Bits = std::conditional_t<kUnit == 8, uint16_t, uint32_t>;
@@ -246,11 +246,11 @@ __global__ void __launch_bounds__(kPackThreads)
 }
 
 // Weights packed for one kernel.
-class PackedWeights {
+class PackedWeightTensor {
  public:
   template <Kind kKind>
-  PackedWeights(std::integral_constant<Kind, kKind>, const DeviceScope& device, const Tensor& like,
-                const Packing& packing, const Weights<const Element<kKind>>& weights)
+  PackedWeightTensor(std::integral_constant<Kind, kKind>, const DeviceScope& device, const Tensor& like,
+                     const Packing& packing, const WeightsView<const Element<kKind>>& weights)
       : tensor_(torch::stable::empty(std::array<int64_t, 1>{packing.total_units() * kUnitBytes}, ScalarType::Byte,
                                      std::nullopt, like.device())) {
     DCN_LAUNCH(pack_kernel<kKind>, pack_blocks(packing), kPackThreads, device.stream(), packing, weights,

@@ -144,7 +144,7 @@ template <Kind kKind>
 struct SampleGather {
   static constexpr bool kLean = true;  // whether it leaves registers for two blocks
 
-  Operands<Element<kKind>> operands;
+  OperandsView<Element<kKind>> operands;
   GatherSizes sizes;
 
   struct Table {

@@ -145,7 +145,7 @@ DCN_HOST_DEVICE constexpr int weight_gradient_blocks(Kind kind, int outputs, int
 template <Kind kKind, int kOutputs, int kChannels>
 __global__ void __launch_bounds__(kProductThreads,
                                   (weight_gradient_blocks(kKind, kOutputs, kChannels, kCompiledCapability)))
-    weight_gradient_tensor_kernel(const WeightGradientSizes sizes, const Operands<Element<kKind>> operands,
+    weight_gradient_tensor_kernel(const WeightGradientSizes sizes, const OperandsView<Element<kKind>> operands,
                                   const Element<kKind>* grads, float* partials) {
   using T = Element<kKind>;
   using Tile = WeightGradientTile<kKind, kOutputs, kChannels>;
