@@ -28,12 +28,6 @@ namespace {
 // The most sums that fit into the registers, next to what they are computed from.
 constexpr int kGroupedSums = DCN_VECTOR_BYTES == 64 ? 16 : 8;
 
-// Lane i of the result is lane i ^ kDistance of a.
-template <typename T, int kDistance, size_t... kIndex>
-[[gnu::always_inline]] inline Vector<T> exchange(const Vector<T>& a, std::index_sequence<kIndex...>) {
-  return __builtin_shufflevector(a, a, (static_cast<int>(kIndex) ^ kDistance)...);
-}
-
 // sum[0] = sum over d of sum[d], its lanes exchanged at distance d.
 template <typename T, int kD>
 [[gnu::always_inline]] inline void collect(Vector<T>* sum) {

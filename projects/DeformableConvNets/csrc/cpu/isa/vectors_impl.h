@@ -44,16 +44,20 @@ template <typename T>
   __builtin_memcpy(to, &vector, sizeof(vector));
 }
 
+// Lane i of the result is lane i ^ kDistance of a.
+template <typename T, int kDistance, size_t... kIndex>
+[[gnu::always_inline]] inline Vector<T> exchange(const Vector<T>& a, std::index_sequence<kIndex...>) {
+  return __builtin_shufflevector(a, a, (static_cast<int>(kIndex) ^ kDistance)...);
+}
+
 // The sum of a vector's values, by halves.
-template <typename T>
+template <typename T, int kHalf = static_cast<int>(kLanes<T>) / 2>
 [[gnu::always_inline]] inline T lane_sum(const Vector<T>& vector) {
-  T values[kLanes<T>];
-  __builtin_memcpy(values, &vector, sizeof(vector));
-#pragma GCC unroll 4
-  for (int64_t half = kLanes<T> / 2; half > 0; half /= 2) {
-    for (int64_t i = 0; i < half; ++i) values[i] += values[i + half];
+  if constexpr (kHalf == 0) {
+    return vector[0];
+  } else {
+    return lane_sum<T, kHalf / 2>(vector + exchange<T, kHalf>(vector, std::make_index_sequence<kLanes<T>>()));
   }
-  return values[0];
 }
 
 // Values of a and b alternately: those of their first halves (kHigh 0) or of their second ones (kHigh 1).
