@@ -18,14 +18,14 @@
 
 namespace dcn {
 
-// Input channel = channel * cells + cell; each of the `blocks` of output channels has two planes of `parts` offsets, x
-// then y.
+// Input channel = channel * cells + cell. Output channels form `channel_sets` sets, which move independently: each set
+// has two planes of `offset_cells` offsets, x then y.
 struct RoiPoolSizes {
-  int64_t batch, height, width, rois, channels, out_h, out_w, cells, blocks, parts;
+  int64_t batch, height, width, rois, channels, out_h, out_w, cells, channel_sets, offset_cells;
 
   DCN_HOST_DEVICE int64_t bins() const { return out_h * out_w; }
   DCN_HOST_DEVICE int64_t pixels() const { return height * width; }
-  DCN_HOST_DEVICE int64_t block_channels() const { return channels / blocks; }
+  DCN_HOST_DEVICE int64_t set_channels() const { return channels / channel_sets; }
   DCN_HOST_DEVICE int64_t input_channels() const { return channels * cells; }
 };
 

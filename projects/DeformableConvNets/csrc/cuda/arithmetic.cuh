@@ -1,7 +1,7 @@
 // Copyright (c) the dcn_d2 authors. SPDX-License-Identifier: Apache-2.0
 // What the tensor cores multiply: how samples become operands, where operands lie in shared memory, and the product of
-// a warp. Operands are rows of 128 bytes, eight units; a row's units are permuted by its index, so that the eight rows
-// of a matrix lie in different banks.
+// a warp. Operands are rows of 128 bytes, eight chunks; a row's chunks are permuted by its index, so that the eight
+// rows of a matrix lie in different banks.
 #pragma once
 
 #include <torch/headeronly/util/BFloat16.h>
@@ -11,11 +11,11 @@
 
 namespace dcn::cuda {
 
-constexpr int kRowUnits = 8;  // of a row: what is summed over in one step
-constexpr int kRowBytes = kRowUnits * kUnitBytes;
+constexpr int kRowChunks = 8;  // of a row: what is summed over in one step
+constexpr int kRowBytes = kRowChunks * kChunkBytes;
 
-DCN_HOST_DEVICE unsigned swizzled(unsigned row, unsigned unit) {
-  return row * kRowBytes + (unit ^ row % kRowUnits) * kUnitBytes;
+DCN_HOST_DEVICE unsigned swizzled(unsigned row, unsigned chunk) {
+  return row * kRowBytes + (chunk ^ row % kRowChunks) * kChunkBytes;
 }
 
 template <Kind kKind>
@@ -23,7 +23,7 @@ using Element = std::conditional_t<kKind == Kind::kHalf, torch::headeronly::Half
                                    std::conditional_t<kKind == Kind::kBFloat16, torch::headeronly::BFloat16, float>>;
 
 template <Kind kKind>
-constexpr int kUnitElements = kUnitBytes / static_cast<int>(sizeof(Element<kKind>));
+constexpr int kChunkElements = kChunkBytes / static_cast<int>(sizeof(Element<kKind>));
 
 // To 11 bits, the nearest, ties away from zero. Infinities and NaN stay what they are.
 __device__ __forceinline__ uint32_t round_to_tf32(float value) {
@@ -32,32 +32,32 @@ __device__ __forceinline__ uint32_t round_to_tf32(float value) {
   return (finite ? bits + 0x1000u : bits) & (finite ? 0xffffe000u : 0xffffffffu);
 }
 
-// The elements of a unit as floats, and back: rounded to what the tensor cores take.
+// The elements of a chunk as floats, and back: rounded to what the tensor cores take.
 template <Kind kKind>
-__device__ __forceinline__ void to_floats(const Unit& unit, float (&values)[kUnitElements<kKind>]) {
-  if constexpr (kUnitElements<kKind> == 4) {
+__device__ __forceinline__ void to_floats(const Chunk& chunk, float (&values)[kChunkElements<kKind>]) {
+  if constexpr (kChunkElements<kKind> == 4) {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) values[i] = bits_to_float(unit.word[i]);
+    for (int i = 0; i < 4; ++i) values[i] = bits_to_float(chunk.word[i]);
   } else {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) unpack<kKind>(unit.word[i], values[2 * i], values[2 * i + 1]);
+    for (int i = 0; i < 4; ++i) unpack<kKind>(chunk.word[i], values[2 * i], values[2 * i + 1]);
   }
 }
 
 template <Kind kKind>
-__device__ __forceinline__ Unit to_unit(const float (&values)[kUnitElements<kKind>]) {
-  Unit unit;
+__device__ __forceinline__ Chunk to_chunk(const float (&values)[kChunkElements<kKind>]) {
+  Chunk chunk;
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     if constexpr (kKind == Kind::kTF32) {
-      unit.word[i] = round_to_tf32(values[i]);
+      chunk.word[i] = round_to_tf32(values[i]);
     } else if constexpr (kKind == Kind::kFloat32) {
-      unit.word[i] = float_to_bits(values[i]);
+      chunk.word[i] = float_to_bits(values[i]);
     } else {
-      unit.word[i] = pack<kKind>(values[2 * i], values[2 * i + 1]);
+      chunk.word[i] = pack<kKind>(values[2 * i], values[2 * i + 1]);
     }
   }
-  return unit;
+  return chunk;
 }
 
 // Splits a float32 into two parts of 11 bits, of which the sum is the value to 22 bits.
@@ -79,21 +79,21 @@ struct WarpProduct {
   float value[kRows][kColumns][4] = {};
   float step[kStepRows][kStepColumns][4] = {};
 
-  // Adds the product of units 2 `slice` and 2 `slice` + 1 of the rows of both operands from `a_row` and `b_row` on,
+  // Adds the product of chunks 2 `slice` and 2 `slice` + 1 of the rows of both operands from `a_row` and `b_row` on,
   // which are multiples of eight.
   __device__ __forceinline__ void add_slice(SharedAddress a, unsigned a_row, SharedAddress b, unsigned b_row,
                                             unsigned slice) {
     const unsigned lane = threadIdx.x % kWarp;
     uint32_t left[kRows][4];
     SharedAddress rows[kRows];
-    // Rows are aligned, so that the bits of the unit are bits of the address.
-    const SharedAddress first_row = flip(a + swizzled(a_row + lane % 16, lane / 16), slice * 2 * kUnitBytes);
+    // Rows are aligned, so that the bits of the chunk are bits of the address.
+    const SharedAddress first_row = flip(a + swizzled(a_row + lane % 16, lane / 16), slice * 2 * kChunkBytes);
 #pragma unroll
     for (int i = 0; i < kRows; ++i) rows[i] = first_row + i * 16 * kRowBytes;
     load_matrices<kRows>(left, rows);
     round_raw(left);
     const SharedAddress first_column =
-        flip(b + swizzled(b_row + lane % 8 + lane / 16 * 8, lane / 8 % 2), slice * 2 * kUnitBytes);
+        flip(b + swizzled(b_row + lane % 8 + lane / 16 * 8, lane / 8 % 2), slice * 2 * kChunkBytes);
     // Two columns at a time: the compiler then needs registers for no more than that.
 #pragma unroll
     for (int j = 0; j < kColumns; j += 2) {

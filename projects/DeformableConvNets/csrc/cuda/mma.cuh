@@ -18,10 +18,10 @@ namespace dcn::cuda {
 enum class Kind { kHalf, kBFloat16, kTF32, kFloat32 };
 
 // What is loaded, stored and copied at a time.
-struct alignas(16) Unit {
+struct alignas(16) Chunk {
   uint32_t word[4];
 };
-constexpr int kUnitBytes = 16;
+constexpr int kChunkBytes = 16;
 
 }  // namespace dcn::cuda
 
@@ -68,26 +68,26 @@ __device__ __forceinline__ uint64_t multiply_wide(uint32_t a, uint32_t b) {
   return product;
 }
 
-// A unit of global memory that no kernel writes meanwhile.
-__device__ __forceinline__ Unit load_unit(const void* address) {
+// A chunk of global memory that no kernel writes meanwhile.
+__device__ __forceinline__ Chunk load_chunk(const void* address) {
   const uint4 loaded = __ldg(static_cast<const uint4*>(address));
   return {{loaded.x, loaded.y, loaded.z, loaded.w}};
 }
-// The same where it is wanted: elsewhere the unit stays what it is, and the address may lie anywhere.
-__device__ __forceinline__ void load_unit_if(Unit& unit, const void* address, uint32_t wanted) {
+// The same where it is wanted: elsewhere the chunk stays what it is, and the address may lie anywhere.
+__device__ __forceinline__ void load_chunk_if(Chunk& chunk, const void* address, uint32_t wanted) {
   asm("{ .reg .pred p; setp.ne.u32 p, %5, 0; @p ld.global.nc.v4.u32 {%0, %1, %2, %3}, [%4]; }"
-      : "+r"(unit.word[0]), "+r"(unit.word[1]), "+r"(unit.word[2]), "+r"(unit.word[3])
+      : "+r"(chunk.word[0]), "+r"(chunk.word[1]), "+r"(chunk.word[2]), "+r"(chunk.word[3])
       : "l"(address), "r"(wanted));
 }
 // Zeros that are written where they are asked for. The compiler would compute them everywhere in place of branching.
-__device__ __forceinline__ Unit zero_unit() {
-  Unit unit;
+__device__ __forceinline__ Chunk zero_chunk() {
+  Chunk chunk;
 #pragma unroll
-  for (uint32_t& word : unit.word) asm volatile("mov.u32 %0, 0;" : "=r"(word));
-  return unit;
+  for (uint32_t& word : chunk.word) asm volatile("mov.u32 %0, 0;" : "=r"(word));
+  return chunk;
 }
-__device__ __forceinline__ void store_unit(void* address, const Unit& unit) {
-  *static_cast<uint4*>(address) = make_uint4(unit.word[0], unit.word[1], unit.word[2], unit.word[3]);
+__device__ __forceinline__ void store_chunk(void* address, const Chunk& chunk) {
+  *static_cast<uint4*>(address) = make_uint4(chunk.word[0], chunk.word[1], chunk.word[2], chunk.word[3]);
 }
 
 __device__ __forceinline__ float bits_to_float(uint32_t bits) { return __uint_as_float(bits); }
@@ -179,7 +179,7 @@ __device__ __forceinline__ void multiply(float (&sum)[kRows][kAll][4], int first
 #undef DCN_MMA
 }
 
-// Copies a unit from global to shared memory, or fills with zeros where it does not `exist`. Copies arrive once
+// Copies a chunk from global to shared memory, or fills with zeros where it does not `exist`. Copies arrive once
 // wait_copies has waited for the group that they were committed in; other threads see them after the next barrier.
 __device__ __forceinline__ void copy_async(SharedAddress shared, const void* global, bool exists = true) {
   DCN_ASM("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared), "l"(global), "r"(exists ? 16 : 0) : "memory");

@@ -21,17 +21,17 @@ inline SharedAddress flip(SharedAddress address, unsigned bits) {
   return reinterpret_cast<SharedAddress>(reinterpret_cast<uintptr_t>(address) ^ bits);
 }
 
-inline Unit load_unit(const void* address) {
-  STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(address) % kUnitBytes == 0, "emulated kernel: a load is not aligned");
-  return *static_cast<const Unit*>(address);
+inline Chunk load_chunk(const void* address) {
+  STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(address) % kChunkBytes == 0, "emulated kernel: a load is not aligned");
+  return *static_cast<const Chunk*>(address);
 }
-inline void load_unit_if(Unit& unit, const void* address, uint32_t wanted) {
-  if (wanted) unit = load_unit(address);
+inline void load_chunk_if(Chunk& chunk, const void* address, uint32_t wanted) {
+  if (wanted) chunk = load_chunk(address);
 }
-inline Unit zero_unit() { return Unit{}; }
-inline void store_unit(void* address, const Unit& unit) {
-  STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(address) % kUnitBytes == 0, "emulated kernel: a store is not aligned");
-  *static_cast<Unit*>(address) = unit;
+inline Chunk zero_chunk() { return Chunk{}; }
+inline void store_chunk(void* address, const Chunk& chunk) {
+  STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(address) % kChunkBytes == 0, "emulated kernel: a store is not aligned");
+  *static_cast<Chunk*>(address) = chunk;
 }
 
 inline float bits_to_float(uint32_t bits) { return std::bit_cast<float>(bits); }
@@ -66,7 +66,7 @@ template <int kCount, bool kTransposed = false>
 void load_matrices(uint32_t (&matrices)[kCount][4], const SharedAddress (&rows)[kCount]) {
   const auto lane = threadIdx.x % emulate::kWarpLanes;
   for (const SharedAddress row : rows) {
-    STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(row) % kUnitBytes == 0, "emulated kernel: a row is not aligned");
+    STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(row) % kChunkBytes == 0, "emulated kernel: a row is not aligned");
   }
   const emulate::Exchange all = emulate::Machine::get().exchange_all(rows, sizeof(rows));
   for (int i = 0; i < kCount; ++i) {
@@ -122,10 +122,10 @@ void multiply(float (&sum)[kRows][kAll][4], int first, const uint32_t (&a)[kRows
 }
 
 inline void copy_async(SharedAddress shared, const void* global, bool exists = true) {
-  STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(shared) % kUnitBytes == 0 &&
-                      (!exists || reinterpret_cast<uintptr_t>(global) % kUnitBytes == 0),
+  STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(shared) % kChunkBytes == 0 &&
+                      (!exists || reinterpret_cast<uintptr_t>(global) % kChunkBytes == 0),
                   "emulated kernel: a copy is not aligned");
-  emulate::Machine::get().copy_later(shared, exists ? global : nullptr, kUnitBytes);
+  emulate::Machine::get().copy_later(shared, exists ? global : nullptr, kChunkBytes);
 }
 inline void commit_copies() { emulate::Machine::get().commit_copies(); }
 template <int kLeft>

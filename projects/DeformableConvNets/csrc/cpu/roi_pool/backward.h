@@ -59,7 +59,7 @@ struct RoiPoolBackward {
 
   T* sums_of(int64_t part, int64_t r, int64_t block) const {
     const RoiPoolSizes& s = operands.sizes;
-    return sums.empty() ? nullptr : sums.data() + ((part * s.rois + r) * s.blocks + block) * s.bins() * 3;
+    return sums.empty() ? nullptr : sums.data() + ((part * s.rois + r) * s.channel_sets + block) * s.bins() * 3;
   }
   T* grad_image_of(int64_t n) const { return grad_image ? grad_image + n * operands.image_size() : nullptr; }
 };
@@ -70,14 +70,14 @@ void pool_backward_channels_last(const RoiPoolBackward<T>& pass, int64_t parts) 
   const RoiPoolSizes& s = pass.operands.sizes;
   const std::vector<int64_t> order = neighbouring_order(pass.operands.rows);
   torch::stable::parallel_for(0, parts, 1, [&](int64_t first, int64_t last) {
-    const Scratch<T> buffer = scratch<T>(pass.gradients.buffer_size(s.block_channels()));
+    const Scratch<T> buffer = scratch<T>(pass.gradients.buffer_size(s.set_channels()));
     for (int64_t part = first; part < last; ++part) {
       const Range mine = part_of(s.channels, parts, part);
       for (const int64_t r : order) {
         const int64_t n = pass.operands.rows.image(r);
-        for (int64_t block = mine.begin / s.block_channels(); block * s.block_channels() < mine.end; ++block) {
-          const Range channels{std::max(mine.begin, block * s.block_channels()),
-                               std::min(mine.end, (block + 1) * s.block_channels())};
+        for (int64_t block = mine.begin / s.set_channels(); block * s.set_channels() < mine.end; ++block) {
+          const Range channels{std::max(mine.begin, block * s.set_channels()),
+                               std::min(mine.end, (block + 1) * s.set_channels())};
           const int64_t count = channels.end - channels.begin;
           const auto gradient = pass.gradients.rows(r, channels, count, buffer.get());
           const T* image = pass.operands.image(n);
@@ -124,7 +124,7 @@ void pool_backward_contiguous(const RoiPoolBackward<T>& pass, int64_t parts, int
           }
           grad_map->clear(visit.rows.end);
         }
-        const int64_t block = channels.begin / s.block_channels();
+        const int64_t block = channels.begin / s.set_channels();
         const auto gradient = pass.gradients.rows(visit.roi, channels, width, buffer.get());
         kernels<T>().roi_pool.backward(
             pass.operands.pixels(pass.bins[visit.roi], block, s.cells * width, channels, width),
@@ -150,7 +150,7 @@ void add_shift_gradients(const RoiPoolBackward<T>& pass, const Geometry& geometr
                          T* grad_mask) {
   const RoiPoolSizes& s = pass.operands.sizes;
   for (int64_t r = 0; r < s.rois; ++r) {
-    for (int64_t block = 0; block < s.blocks; ++block) {
+    for (int64_t block = 0; block < s.channel_sets; ++block) {
       const BinPixels<T>* bins = pass.bins[r].bins() + block * s.bins();
       const BinShift<T>* shifts = pass.bins[r].shifts() + block * s.bins();
       for (int64_t b = 0; b < s.bins(); ++b) {
@@ -162,7 +162,7 @@ void add_shift_gradients(const RoiPoolBackward<T>& pass, const Geometry& geometr
           T* out =
               grad_offset + pass.operands.rows.offset_index(r, block, geometry.offset_cell(b / s.out_w, b % s.out_w));
           out[0] += sums[0] * shifts[b].unit_x * bins[b].scale;
-          out[s.parts] += sums[1] * shifts[b].unit_y * bins[b].scale;
+          out[s.offset_cells] += sums[1] * shifts[b].unit_y * bins[b].scale;
         }
         if (grad_mask) grad_mask[r * s.bins() + b] += sums[2] * shifts[b].average;
       }
@@ -198,7 +198,7 @@ std::array<Tensor, 3> roi_pool_backward(const char* op, const RoiPoolSizes& s, c
   const auto data_of = [](const Tensor& tensor) {
     return tensor.numel() ? tensor.template mutable_data_ptr<T>() : nullptr;
   };
-  std::vector<T> sums(need_offset ? parts * s.rois * s.blocks * s.bins() * 3 : 0);
+  std::vector<T> sums(need_offset ? parts * s.rois * s.channel_sets * s.bins() * 3 : 0);
   const RoiPoolBackward<T> pass{operands, bins, gradients, need_input ? data_of(results[0]) : nullptr, sums};
   if (s.channels > 0) {
     if (operands.channels_last) {

@@ -73,7 +73,7 @@ struct RoiRows {
   int64_t image(int64_t r) const { return static_cast<int64_t>(rois[5 * r]); }
   // In the offsets: that of a part in x. In y it is `parts` values behind.
   int64_t offset_index(int64_t r, int64_t block, int64_t part) const {
-    return (r * sizes.blocks + block) * 2 * sizes.parts + part;
+    return (r * sizes.channel_sets + block) * 2 * sizes.offset_cells + part;
   }
   T modulation(int64_t r, int64_t b) const { return masks ? masks[r * sizes.bins() + b] : T(1); }
 };
@@ -94,13 +94,13 @@ class RoiBins {
     std::vector<AxisRange> rows, columns;
     for (int64_t h = 0; !from.offsets && h < s.out_h; ++h) rows.push_back(sum_of(y, h, T(0)));
     for (int64_t w = 0; !from.offsets && w < s.out_w; ++w) columns.push_back(sum_of(x, w, T(0)));
-    for (int64_t block = 0; block < s.blocks; ++block) {
+    for (int64_t block = 0; block < s.channel_sets; ++block) {
       for (int64_t b = 0; b < s.bins(); ++b) {
         const int64_t h = b / s.out_w, w = b % s.out_w;
         AxisRange bin_rows, bin_columns;
         if (from.offsets) {
           const T* offset = from.offsets + from.offset_index(r, block, geometry.offset_cell(h, w));
-          bin_rows = sum_of(y, h, offset[s.parts]), bin_columns = sum_of(x, w, offset[0]);
+          bin_rows = sum_of(y, h, offset[s.offset_cells]), bin_columns = sum_of(x, w, offset[0]);
         } else {
           bin_rows = rows[h], bin_columns = columns[w];
         }

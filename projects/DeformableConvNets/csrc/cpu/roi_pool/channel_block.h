@@ -20,7 +20,7 @@ int64_t block_width(const RoiPoolSizes& s) {
   const int64_t lanes = kernels<T>().lanes, most = kernels<T>().roi_pool.group;
   const int64_t row_bytes = s.width * s.cells * static_cast<int64_t>(sizeof(T));
   int64_t width = lanes;
-  while (2 * width <= most && width < s.block_channels() &&
+  while (2 * width <= most && width < s.set_channels() &&
          std::min(s.height, kBlockRows) * row_bytes * 2 * width <= kBlockBytes) {
     width *= 2;
   }
@@ -31,9 +31,9 @@ int64_t block_width(const RoiPoolSizes& s) {
 // independently.
 inline std::vector<Range> block_ranges(const RoiPoolSizes& s, int64_t width) {
   std::vector<Range> ranges;
-  for (int64_t block = 0; block < s.blocks; ++block) {
-    const int64_t end = (block + 1) * s.block_channels();
-    for (int64_t c = block * s.block_channels(); c < end; c += width) ranges.push_back({c, std::min(c + width, end)});
+  for (int64_t block = 0; block < s.channel_sets; ++block) {
+    const int64_t end = (block + 1) * s.set_channels();
+    for (int64_t c = block * s.set_channels(); c < end; c += width) ranges.push_back({c, std::min(c + width, end)});
   }
   return ranges;
 }

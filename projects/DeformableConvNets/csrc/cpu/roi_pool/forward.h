@@ -96,9 +96,9 @@ void pool_channels_last(const RoiPoolOperands<T>& operands, const Geometry& geom
     for (int64_t i = first; i < last; ++i) {
       const int64_t r = order[i];
       bins.find(geometry, operands.rows, r);
-      for (int64_t block = 0; block < s.blocks; ++block) {
-        const Range channels{block * s.block_channels(), (block + 1) * s.block_channels()};
-        const RoiPixels<T> roi = operands.pixels(bins, block, s.channels, channels, s.block_channels());
+      for (int64_t block = 0; block < s.channel_sets; ++block) {
+        const Range channels{block * s.set_channels(), (block + 1) * s.set_channels()};
+        const RoiPixels<T> roi = operands.pixels(bins, block, s.channels, channels, s.set_channels());
         kernels<T>().roi_pool.forward(roi, operands.image(operands.rows.image(r)) + channels.begin, buffer.get(),
                                       out + (r * s.channels + channels.begin) * s.bins(), past_caches<T>(s));
       }
@@ -126,7 +126,7 @@ void pool_contiguous(const RoiPoolOperands<T>& operands, const Geometry& geometr
         const Visit& visit = visits[v];
         if (v == mine.begin || visit.image != visits[v - 1].image) map.begin(channels, visit.first_row);
         map.read(operands.image(visit.image), visit.rows.end);
-        const int64_t block = channels.begin / s.block_channels();
+        const int64_t block = channels.begin / s.set_channels();
         const RoiPixels<T> roi = operands.pixels(bins[visit.roi], block, map.pixel_stride(), channels, width);
         kernels<T>().roi_pool.forward(roi, map.data(), buffer.get(),
                                       out + (visit.roi * s.channels + channels.begin) * s.bins(), past_caches<T>(s));

@@ -14,21 +14,21 @@ namespace {
 template <Kind kKind>
 std::optional<Grouping> backward_grouping(const Device& device, const OperandsView<Element<kKind>>& operands,
                                           const void* grads) {
-  constexpr int kUnit = kUnitElements<kKind>;
-  if (!fits_tensor_cores(operands.sizes, device, operands.images, kUnit)) return std::nullopt;
-  if (reinterpret_cast<uintptr_t>(grads) % kUnitBytes != 0) return std::nullopt;
+  constexpr int kChunk = kChunkElements<kKind>;
+  if (!fits_tensor_cores(operands.sizes, device, operands.images, kChunk)) return std::nullopt;
+  if (reinterpret_cast<uintptr_t>(grads) % kChunkBytes != 0) return std::nullopt;
   if (compiled_capability(offset_gradient_kernel<kKind>) < 80) return std::nullopt;
-  return grouping(operands.sizes, kUnit, true);
+  return grouping(operands.sizes, kChunk, true);
 }
 
-// Columns are input channels, segment by segment; summed over are the output channels of a group.
-inline Packing transposed_packing(const DeformConv2dSizes& s, const Grouping& groups, int unit) {
+// Columns are input channels, stripe by stripe. Summed over are the output channels of a group.
+inline Packing transposed_packing(const DeformConv2dSizes& s, const Grouping& groups, int chunk) {
   Packing packing = packing_of(s);
   packing.columns = std::gcd(groups.channels, static_cast<int>(s.deform_channels()));
-  packing.segments = static_cast<int>(s.channels) / packing.columns;
+  packing.stripes = static_cast<int>(s.channels) / packing.columns;
   packing.group_columns = groups.channels, packing.group_channels = groups.outputs;
   packing.outputs = false;
-  packing.reduction = {static_cast<int>(s.taps()), 1, groups.outputs / unit};
+  packing.reduction = {static_cast<int>(s.taps()), 1, groups.outputs / chunk};
   return packing;
 }
 
@@ -48,14 +48,14 @@ template <Kind kKind>
 bool input_gradient_on_tensor_cores(KindConstant<kKind>, const DeviceScope& device,
                                     const OperandsView<Element<kKind>>& operands, const Tensor& input,
                                     const Element<kKind>* grads, const PlanesView<Element<kKind>>& gradient) {
-  constexpr int kUnit = kUnitElements<kKind>;
+  constexpr int kChunk = kChunkElements<kKind>;
   using Gather = ListGather<kKind>;
   const DeformConv2dSizes& s = operands.sizes;
   const std::optional<Grouping> groups = backward_grouping<kKind>(device.device(), operands, grads);
   if (!groups) return false;
   for_listed_images(device, operands, input, [&](const SampleListsView<float>& lists) {
     ProductSizes sizes{};
-    sizes.packing = transposed_packing(s, *groups, kUnit);
+    sizes.packing = transposed_packing(s, *groups, kChunk);
     sizes.rows = static_cast<int>(lists.images * s.pixels()), sizes.image_rows = static_cast<int>(s.pixels());
     sizes.order = {static_cast<int>(s.width), static_cast<int>(s.height)};
     sizes.columns = static_cast<int>(s.channels);
@@ -78,21 +78,21 @@ bool offset_gradient_on_tensor_cores(KindConstant<kKind>, const DeviceScope& dev
                                      const OperandsView<Element<kKind>>& operands, const Tensor& input,
                                      const Element<kKind>* grads,
                                      const SampleGradientsView<Element<kKind>>& gradients) {
-  constexpr int kUnit = kUnitElements<kKind>;
+  constexpr int kChunk = kChunkElements<kKind>;
   const DeformConv2dSizes& s = operands.sizes;
   const std::optional<Grouping> groups = backward_grouping<kKind>(device.device(), operands, grads);
   if (!groups) return false;
   OffsetGradientSizes sizes{};
-  Packing& packing = sizes.packing = transposed_packing(s, *groups, kUnit);
+  Packing& packing = sizes.packing = transposed_packing(s, *groups, kChunk);
   packing.outer_taps = packing.reduction.taps, packing.reduction.taps = 1;
   packing.permuted = true;
-  sizes.segment_tiles = (packing.columns + kOffsetColumns - 1) / kOffsetColumns;
-  packing.padded = sizes.segment_tiles * kOffsetColumns;
+  sizes.stripe_tiles = (packing.columns + kOffsetColumns - 1) / kOffsetColumns;
+  packing.padded = sizes.stripe_tiles * kOffsetColumns;
   sizes.rows = static_cast<int>(s.batch * s.positions()), sizes.positions = static_cast<int>(s.positions());
-  sizes.deform_segments = static_cast<int>(s.deform_channels()) / packing.columns;
+  sizes.deform_stripes = static_cast<int>(s.deform_channels()) / packing.columns;
   const PackedWeightTensor packed(KindConstant<kKind>(), device, input, packing, operands.weights);
   DCN_LAUNCH_SHARED(offset_gradient_kernel<kKind>, sizes.row_tiles() * s.deform_groups * s.taps(), kProductThreads,
-                    sizeof(OffsetGradientShared), device.stream(), sizes, operands, grads, packed.units(), gradients);
+                    sizeof(OffsetGradientShared), device.stream(), sizes, operands, grads, packed.chunks(), gradients);
   return true;
 }
 
@@ -115,7 +115,7 @@ void run_weight_gradient(const DeviceScope& device, WeightGradientSizes sizes,
                          std::optional<PartialGradientTensor<float>>& partials) {
   using Tile = WeightGradientTile<kKind, kOutputs, kChannels>;
   constexpr int64_t kBytes = sizeof(typename Tile::Shared);
-  sizes.segment_tiles = (sizes.reduction.units * kUnitElements<kKind> + kChannels - 1) / kChannels;
+  sizes.segment_tiles = (sizes.reduction.chunks * kChunkElements<kKind> + kChannels - 1) / kChannels;
   sizes.output_tiles = (sizes.group_outputs + kOutputs - 1) / kOutputs;
   sizes.splits = 1;
   const Device properties = device.device();
@@ -135,13 +135,13 @@ bool weight_gradient_on_tensor_cores(KindConstant<kKind>, const DeviceScope& dev
                                      const OperandsView<Element<kKind>>& operands, const Tensor& input,
                                      const Element<kKind>* grads,
                                      std::optional<PartialGradientTensor<float>>& partials) {
-  constexpr int kUnit = kUnitElements<kKind>;
+  constexpr int kChunk = kChunkElements<kKind>;
   const DeformConv2dSizes& s = operands.sizes;
   const std::optional<Grouping> groups = backward_grouping<kKind>(device.device(), operands, grads);
   if (!groups) return false;
   const int segment = std::gcd(groups->channels, static_cast<int>(s.deform_channels()));
   WeightGradientSizes sizes{};
-  sizes.reduction = {static_cast<int>(s.taps()), groups->channels / segment, segment / kUnit};
+  sizes.reduction = {static_cast<int>(s.taps()), groups->channels / segment, segment / kChunk};
   sizes.groups = groups->groups, sizes.group_channels = groups->channels, sizes.group_outputs = groups->outputs;
   sizes.conv_channels = static_cast<int>(s.group_channels());
   sizes.conv_outputs = static_cast<int>(s.group_out_channels());

@@ -11,18 +11,18 @@ template <Kind kKind>
 bool forward_on_tensor_cores(KindConstant<kKind>, const DeviceScope& device,
                              const OperandsView<Element<kKind>>& operands, const Tensor& input,
                              const Element<kKind>* bias, const PlanesView<Element<kKind>>& output) {
-  constexpr int kUnit = kUnitElements<kKind>;
+  constexpr int kChunk = kChunkElements<kKind>;
   using Gather = SampleGather<kKind>;
   const DeformConv2dSizes& s = operands.sizes;
-  const std::optional<Grouping> groups = grouping(s, kUnit, false);
-  if (!groups || !fits_tensor_cores(s, device.device(), operands.images, kUnit)) return false;
+  const std::optional<Grouping> groups = grouping(s, kChunk, false);
+  if (!groups || !fits_tensor_cores(s, device.device(), operands.images, kChunk)) return false;
   if (compiled_capability(product_kernel<kKind, 64, Gather>) < 80) return false;
   const int deform_channels = static_cast<int>(s.deform_channels());
   const int segment = std::gcd(groups->channels, deform_channels);
   ProductSizes sizes{};
   sizes.packing = packing_of(s);
-  sizes.packing.reduction = {static_cast<int>(s.taps()), groups->channels / segment, segment / kUnit};
-  sizes.packing.segments = groups->groups, sizes.packing.columns = groups->outputs;
+  sizes.packing.reduction = {static_cast<int>(s.taps()), groups->channels / segment, segment / kChunk};
+  sizes.packing.stripes = groups->groups, sizes.packing.columns = groups->outputs;
   sizes.packing.group_columns = groups->outputs, sizes.packing.group_channels = groups->channels;
   sizes.packing.outputs = true;
   sizes.rows = static_cast<int>(s.batch * s.positions()), sizes.image_rows = static_cast<int>(s.positions());
@@ -30,7 +30,7 @@ bool forward_on_tensor_cores(KindConstant<kKind>, const DeviceScope& device,
   sizes.columns = static_cast<int>(s.out_channels);
   const Gather gather{
       operands,
-      {groups->outputs, groups->channels, deform_channels, segment / kUnit, static_cast<int>(s.channels / kUnit)}};
+      {groups->outputs, groups->channels, deform_channels, segment / kChunk, static_cast<int>(s.channels / kChunk)}};
   run_cut_product<kKind, Gather>(device, input, sizes, gather, operands.weights, bias, output);
   return true;
 }

@@ -67,7 +67,7 @@ bool with_kind(bool allow_tf32, const Function& function) {
 
 // Whether a tile may have 128 or 256 columns: elsewhere registers would not suffice.
 template <Kind kKind, typename Gather>
-constexpr bool kWideTiles = kUnitElements<kKind> == 8 || (kKind == Kind::kTF32 && Gather::kLean);
+constexpr bool kWideTiles = kChunkElements<kKind> == 8 || (kKind == Kind::kTF32 && Gather::kLean);
 template <Kind kKind, typename Gather>
 constexpr bool kMiddleTiles = kKind != Kind::kFloat32 || Gather::kLean;
 

@@ -16,32 +16,32 @@ struct Grouping {
   int groups, channels, outputs;  // after merging: how many groups, channels and output channels of each
 };
 
-// The grouping for operands whose units have `unit` channels, or nothing where units would not fit. `outputs_too` if
-// output channels are read by units as well.
-inline std::optional<Grouping> grouping(const DeformConv2dSizes& s, int64_t unit, bool outputs_too) {
+// The grouping for operands whose chunks have `chunk` channels, or nothing where chunks would not fit. `outputs_too` if
+// output channels are read by chunks as well.
+inline std::optional<Grouping> grouping(const DeformConv2dSizes& s, int64_t chunk, bool outputs_too) {
   std::optional<Grouping> best;
   for (int64_t merged = 1; merged <= s.groups; ++merged) {
     if (s.groups % merged != 0) continue;
     const Grouping candidate{static_cast<int>(s.groups / merged), static_cast<int>(merged * s.group_channels()),
                              static_cast<int>(merged * s.group_out_channels())};
-    if (best && candidate.channels > kRowUnits * unit) break;
-    if (std::gcd(int64_t{candidate.channels}, s.deform_channels()) % unit != 0) continue;
-    if (outputs_too && candidate.outputs % unit != 0) continue;
+    if (best && candidate.channels > kRowChunks * chunk) break;
+    if (std::gcd(int64_t{candidate.channels}, s.deform_channels()) % chunk != 0) continue;
+    if (outputs_too && candidate.outputs % chunk != 0) continue;
     best = candidate;
-    if (candidate.channels >= kRowUnits * unit) break;
+    if (candidate.channels >= kRowChunks * chunk) break;
   }
   return best;
 }
 
-// Whether the tensor cores can compute in this kind. The strides of pixels must be units, and index computations of 32
+// Whether the tensor cores can compute in this kind. The strides of pixels must be chunks, and index computations of 32
 // bits suffice.
-inline bool fits_tensor_cores(const DeformConv2dSizes& s, const Device& device, const void* images, int64_t unit) {
+inline bool fits_tensor_cores(const DeformConv2dSizes& s, const Device& device, const void* images, int64_t chunk) {
   const int64_t most = std::numeric_limits<int32_t>::max() / 2;
-  return device.capability >= 80 && s.channels % unit == 0 && s.out_channels > 0 &&
-         reinterpret_cast<uintptr_t>(images) % kUnitBytes == 0 &&
+  return device.capability >= 80 && s.channels % chunk == 0 && s.out_channels > 0 &&
+         reinterpret_cast<uintptr_t>(images) % kChunkBytes == 0 &&
          s.positions() <= std::numeric_limits<int32_t>::max() / PatchOrder::kBand &&
          s.batch * s.pixels() + s.width + 1 <= kMostPackedPixels &&
-         s.batch * s.pixels() * (s.channels / unit) <= kMostUnits && s.batch * s.positions() <= most &&
+         s.batch * s.pixels() * (s.channels / chunk) <= kMostChunks && s.batch * s.positions() <= most &&
          s.width * s.channels <= most && s.out_channels <= most && s.taps() <= most / s.channels;
 }
 
@@ -72,7 +72,7 @@ inline Cut cut_product(const ProductSizes& sizes, int64_t multiprocessors, int64
   double least = 0;
   for (int64_t columns = 64; columns <= most_columns; columns *= 2) {
     if (columns > 64 && columns / 2 >= sizes.packing.columns) break;
-    const int64_t tiles = rows * sizes.packing.segments * divide_up(sizes.packing.columns, columns);
+    const int64_t tiles = rows * sizes.packing.stripes * divide_up(sizes.packing.columns, columns);
     const int64_t result_bytes = int64_t{sizes.rows} * sizes.columns * int64_t{sizeof(float)};
     const int64_t most_splits =
         std::clamp<int64_t>(std::min(steps / 4, kMostPartialBytes / std::max<int64_t>(result_bytes, 1)), 1, 16);

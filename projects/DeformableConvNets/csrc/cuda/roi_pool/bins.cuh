@@ -37,21 +37,23 @@ struct RoiPoolOperandsView {
   }
 };
 
-// What a block works on: bins [begin, begin + count) of one RoI, for the channels of one block of channels. A RoI has
-// less than 2^31 bins.
+// What a thread block works on: bins [begin, begin + count) of one RoI, for one set of channels. A RoI has less than
+// 2^31 bins.
 struct BinTile {
   int64_t roi;
-  int block, begin, count;
+  int channel_set, begin, count;
 
   __device__ __forceinline__ BinTile(const RoiPoolSizes& s, int64_t index) {
     const int64_t tiles = divide_up(s.bins(), kBinTile), row = index / tiles;
-    roi = row / s.blocks, block = static_cast<int>(row % s.blocks);
+    roi = row / s.channel_sets, channel_set = static_cast<int>(row % s.channel_sets);
     begin = static_cast<int>(index % tiles) * kBinTile;
     const int left = static_cast<int>(s.bins()) - begin;
     count = left < kBinTile ? left : kBinTile;
   }
 };
-DCN_HOST_DEVICE int64_t bin_tiles(const RoiPoolSizes& s) { return s.rois * s.blocks * divide_up(s.bins(), kBinTile); }
+DCN_HOST_DEVICE int64_t bin_tiles(const RoiPoolSizes& s) {
+  return s.rois * s.channel_sets * divide_up(s.bins(), kBinTile);
+}
 
 // A row or a column of pixels that samples of a bin touch.
 template <typename A>
@@ -72,11 +74,11 @@ struct AxisList {
 template <typename A>
 struct BinLists {
   AxisList<A> rows, columns;
-  int64_t image;  // where the image begins that the bin reads, at the first channel of the tile's block
+  int64_t image;  // where the image begins that the bin reads, at the first channel of the tile's set
   A mask;
 
-  // A bin is worked on in parts: all pairs of a run of its rows and a run of its columns.
-  __device__ __forceinline__ int64_t parts() const { return rows.runs * columns.runs; }
+  // A bin is worked on pair by pair: a run of its rows and a run of its columns.
+  __device__ __forceinline__ int64_t run_pairs() const { return rows.runs * columns.runs; }
   __device__ __forceinline__ A average() const { return rows.average * columns.average; }
   __device__ __forceinline__ A scale() const { return average() * mask; }
 };
@@ -125,14 +127,14 @@ __device__ __forceinline__ void list_samples(AxisList<A>& list, const Samples& s
 template <typename T, template <typename> class Geometry>
 __device__ __forceinline__ void list_axis(const RoiPoolOperandsView<T>& operands,
                                           const Geometry<Accumulate<T>>& geometry, const BinTile& tile, int b,
-                                          bool column, int64_t part, BinLists<Accumulate<T>>& lists) {
+                                          bool column, int64_t pair, BinLists<Accumulate<T>>& lists) {
   using A = Accumulate<T>;
   const RoiPoolSizes& s = operands.sizes;
   const int out_w = static_cast<int>(s.out_w), h = (tile.begin + b) / out_w, w = (tile.begin + b) % out_w;
   A offset = 0;
   if (operands.offsets) {
-    const int64_t plane = (tile.roi * s.blocks + tile.block) * 2 + (column ? 0 : 1);  // x comes first
-    offset = static_cast<A>(operands.offsets[plane * s.parts + geometry.offset_cell(h, w)]);
+    const int64_t plane = (tile.roi * s.channel_sets + tile.channel_set) * 2 + (column ? 0 : 1);  // x comes first
+    offset = static_cast<A>(operands.offsets[plane * s.offset_cells + geometry.offset_cell(h, w)]);
   }
   const auto axis = geometry.axis(operands.rois + 5 * tile.roi, column);
   const auto samples = axis.samples(column ? w : h, offset);
@@ -143,40 +145,40 @@ __device__ __forceinline__ void list_axis(const RoiPoolOperandsView<T>& operands
     return count;
   });
   AxisList<A>& list = column ? lists.columns : lists.rows;
-  if (part == 0) {
+  if (pair == 0) {
     list.runs = divide_up(samples.range.end - samples.range.begin, kAxisSamples);
     list.average = geometry.average(static_cast<A>(divisor));
     // A bin without samples has no shift to differentiate by; that of a RoI that is not finite would be NaN.
     list.unit = divisor > 0 ? axis.unit : A(0);
     if (column) {
       const int64_t image = static_cast<int64_t>(operands.rois[5 * tile.roi]) * s.cells + geometry.cell(h, w);
-      lists.image = image * s.pixels() * s.channels + tile.block * s.block_channels();
+      lists.image = image * s.pixels() * s.channels + tile.channel_set * s.set_channels();
     } else {
       lists.mask = operands.masks ? static_cast<A>(operands.masks[tile.roi * s.bins() + tile.begin + b]) : A(1);
     }
   }
-  const int64_t columns = part > 0 && lists.columns.runs > 0 ? lists.columns.runs : 1;
-  list_samples(list, samples, column ? part % columns : part / columns, column ? s.channels : s.channels * s.width);
+  const int64_t columns = pair > 0 && lists.columns.runs > 0 ? lists.columns.runs : 1;
+  list_samples(list, samples, column ? pair % columns : pair / columns, column ? s.channels : s.channels * s.width);
 }
 
-// Lists the bins of this warp: of a tile's bins, every kRoiWarps-th. Returns whether any of them has another part after
-// `part`; most have one only.
+// Lists the bins of this warp: of a tile's bins, every kRoiWarps-th. Returns whether any of them has another pair of
+// runs after `pair`; most have one only.
 template <typename T, template <typename> class Geometry>
 __device__ __forceinline__ bool list_bins(const RoiPoolOperandsView<T>& operands,
-                                          const Geometry<Accumulate<T>>& geometry, const BinTile& tile, int64_t part,
+                                          const Geometry<Accumulate<T>>& geometry, const BinTile& tile, int64_t pair,
                                           BinLists<Accumulate<T>>* lists) {
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, b = warp + lane / 2 * kRoiWarps;
-  __syncwarp();  // the lists of the last part have been read
+  __syncwarp();  // the lists of the last pair have been read
   if (lane < 2 * kBinsPerWarp && b < tile.count) {
-    list_axis<T, Geometry>(operands, geometry, tile, b, lane % 2, part, lists[b]);
+    list_axis<T, Geometry>(operands, geometry, tile, b, lane % 2, pair, lists[b]);
   }
   __syncwarp();
   bool more = false;
-  for (int i = warp; i < tile.count; i += kRoiWarps) more |= part + 1 < lists[i].parts();
+  for (int i = warp; i < tile.count; i += kRoiWarps) more |= pair + 1 < lists[i].run_pairs();
   return more;
 }
 
-// Calls visit(row, column) for all pairs of entries of a part of a listed bin, kUnrolled of them at a time.
+// Calls visit(row, column) for all pairs of a listed row and a listed column of a bin, kUnrolled of them at a time.
 template <int kUnrolled, typename A, typename Visit>
 __device__ __forceinline__ void for_each_pixel(const BinLists<A>& lists, const Visit& visit) {
   for (int i = 0; i < lists.rows.count; ++i) {

@@ -41,7 +41,7 @@ struct RoiPoolOperandTensors {
   // Whether every lane can read vectors of `count` channels.
   bool has_vectors(int count) const {
     const bool aligned = reinterpret_cast<uintptr_t>(view.images) % (count * sizeof(T)) == 0;
-    return aligned && view.sizes.block_channels() % count == 0;
+    return aligned && view.sizes.set_channels() % count == 0;
   }
 };
 
@@ -116,11 +116,11 @@ std::tuple<Tensor, Tensor, Tensor> roi_pool_backward(const RoiPoolSizes& s, cons
     }
   }
   T* shared_offsets = geometry.own_offsets() ? nullptr : offset_data;
-  T* shared_masks = s.blocks == 1 ? nullptr : mask_data;
+  T* shared_masks = s.channel_sets == 1 ? nullptr : mask_data;
   if (!shared_offsets) gradients.offsets = offset_data;
   if (!shared_masks) gradients.masks = mask_data;
   if (shared_offsets || shared_masks) {
-    by_bin = torch::stable::new_empty(input, {s.rois * s.blocks * 3 * s.bins()}, sum_dtype);
+    by_bin = torch::stable::new_empty(input, {s.rois * s.channel_sets * 3 * s.bins()}, sum_dtype);
     gradients.bins = by_bin.mutable_data_ptr<A>();
   }
 
@@ -130,7 +130,7 @@ std::tuple<Tensor, Tensor, Tensor> roi_pool_backward(const RoiPoolSizes& s, cons
                                                     : roi_pool_gradient_kernel<T, Geometry, 1>;
   DCN_LAUNCH(kernel, roi_pool_blocks(s), kRoiThreads, device.stream(), operands.view, geometry, grad_values, gradients);
   if (shared_offsets || shared_masks) {
-    const int64_t sums_of_bins = std::max(s.rois * s.blocks * 2 * s.parts, s.rois * s.bins());
+    const int64_t sums_of_bins = std::max(s.rois * s.channel_sets * 2 * s.offset_cells, s.rois * s.bins());
     const auto sum_bins = sum_bins_kernel<T, Geometry>;
     DCN_LAUNCH(sum_bins, std::min(divide_up(sums_of_bins, kRoiThreads), kMaxBlocks), kRoiThreads, device.stream(), s,
                geometry, by_bin.const_data_ptr<A>(), shared_offsets, shared_masks);

@@ -8,7 +8,7 @@ namespace dcn::cuda {
 
 // How many channels a pass has that begins with channel `pass` of a block.
 __device__ __forceinline__ int pass_channels(const RoiPoolSizes& s, int64_t pass) {
-  return static_cast<int>(s.block_channels() - pass < kPassChannels ? s.block_channels() - pass : kPassChannels);
+  return static_cast<int>(s.set_channels() - pass < kPassChannels ? s.set_channels() - pass : kPassChannels);
 }
 
 // Blocks that a multiprocessor shall hold at least: what the compiler may spend registers on without spilling.
@@ -33,11 +33,11 @@ __global__ void __launch_bounds__(kRoiThreads, kPoolBlocks<T>)
   for (int64_t work = blockIdx.x; work < bin_tiles(s); work += gridDim.x) {
     const BinTile tile(s, work);
     const bool valid = operands.on_image(tile.roi);
-    for (int64_t pass = 0; pass < s.block_channels(); pass += kPassChannels) {
+    for (int64_t pass = 0; pass < s.set_channels(); pass += kPassChannels) {
       const int channels = pass_channels(s, pass);
       bool more = valid;
-      for (int64_t part = 0; more; ++part) {
-        more = list_bins<T, Geometry>(operands, geometry, tile, part, shared.lists);
+      for (int64_t pair = 0; more; ++pair) {
+        more = list_bins<T, Geometry>(operands, geometry, tile, pair, shared.lists);
         for (int b = threadIdx.x / kWarp; b < tile.count; b += kRoiWarps) {
           const T* image = operands.images + shared.lists[b].image + pass;
           A sum[Lane::kVectors][kVector] = {};
@@ -58,7 +58,7 @@ __global__ void __launch_bounds__(kRoiThreads, kPoolBlocks<T>)
           for (int v = 0; v < Lane::kVectors; ++v) {
             A* to = shared.sums[b] + Lane::channel(v);
 #pragma unroll
-            for (int i = 0; i < kVector; ++i) to[i] = part ? to[i] + sum[v][i] : sum[v][i];
+            for (int i = 0; i < kVector; ++i) to[i] = pair ? to[i] + sum[v][i] : sum[v][i];
           }
         }
       }
@@ -67,7 +67,7 @@ __global__ void __launch_bounds__(kRoiThreads, kPoolBlocks<T>)
       if (b < tile.count) {
         const int64_t bin = tile.begin + b;
         const A scale = valid ? shared.lists[b].scale() : static_cast<A>(NAN);
-        T* to = output + (tile.roi * s.channels + tile.block * s.block_channels() + pass) * s.bins() + bin;
+        T* to = output + (tile.roi * s.channels + tile.channel_set * s.set_channels() + pass) * s.bins() + bin;
 #pragma unroll 4
         for (int c = threadIdx.x / kBinTile; c < channels; c += kRoiThreads / kBinTile) {
           to[c * s.bins()] = static_cast<T>(valid ? shared.sums[b][c] * scale : scale);
@@ -121,10 +121,10 @@ __device__ __forceinline__ void write_bins(const RoiPoolGradientsView<T>& gradie
                                            const BinTile& tile, const Accumulate<T> (&by)[kBinTile][3]) {
   const int b = threadIdx.x;
   if (b >= tile.count) return;
-  const int64_t bin = tile.begin + b, row = tile.roi * s.blocks + tile.block;
+  const int64_t bin = tile.begin + b, row = tile.roi * s.channel_sets + tile.channel_set;
   if (gradients.offsets) {
-    gradients.offsets[row * 2 * s.parts + bin] = static_cast<T>(by[b][0]);
-    gradients.offsets[(row * 2 + 1) * s.parts + bin] = static_cast<T>(by[b][1]);
+    gradients.offsets[row * 2 * s.offset_cells + bin] = static_cast<T>(by[b][0]);
+    gradients.offsets[(row * 2 + 1) * s.offset_cells + bin] = static_cast<T>(by[b][1]);
   }
   if (gradients.masks) gradients.masks[tile.roi * s.bins() + bin] = static_cast<T>(by[b][2]);
   if (gradients.bins) {
@@ -154,13 +154,13 @@ __global__ void __launch_bounds__(kRoiThreads, kPoolGradientBlocks<T>)
     const bool valid = operands.on_image(tile.roi);
     if (threadIdx.x < kBinTile)
       shared.by[threadIdx.x][0] = shared.by[threadIdx.x][1] = shared.by[threadIdx.x][2] = A(0);
-    for (int64_t pass = 0; valid && pass < s.block_channels(); pass += kPassChannels) {
+    for (int64_t pass = 0; valid && pass < s.set_channels(); pass += kPassChannels) {
       const int channels = pass_channels(s, pass);
-      read_grad(grad_output, s, tile, tile.block * s.block_channels() + pass, channels, shared.grad);
+      read_grad(grad_output, s, tile, tile.channel_set * s.set_channels() + pass, channels, shared.grad);
       __syncthreads();
       bool more = true;
-      for (int64_t part = 0; more; ++part) {
-        more = list_bins<T, Geometry>(operands, geometry, tile, part, shared.lists);
+      for (int64_t pair = 0; more; ++pair) {
+        more = list_bins<T, Geometry>(operands, geometry, tile, pair, shared.lists);
         for (int b = threadIdx.x / kWarp; b < tile.count; b += kRoiWarps) {
           const int64_t image = shared.lists[b].image + pass;
           const A scale = shared.lists[b].scale();
@@ -220,12 +220,12 @@ __global__ void __launch_bounds__(kRoiThreads, 1)
   using A = Accumulate<T>;
   const int64_t threads = int64_t{gridDim.x} * kRoiThreads, thread = int64_t{blockIdx.x} * kRoiThreads + threadIdx.x;
   if (offsets) {
-    for (int64_t i = thread; i < s.rois * s.blocks * 2 * s.parts; i += threads) {
-      const int64_t part = i % s.parts, axis = i / s.parts % 2, row = i / s.parts / 2;
+    for (int64_t i = thread; i < s.rois * s.channel_sets * 2 * s.offset_cells; i += threads) {
+      const int64_t cell = i % s.offset_cells, axis = i / s.offset_cells % 2, row = i / s.offset_cells / 2;
       const A* plane = by_bin + (row * 3 + axis) * s.bins();
       A sum = 0;
       for (int64_t bin = 0; bin < s.bins(); ++bin) {
-        if (geometry.offset_cell(bin / s.out_w, bin % s.out_w) == part) sum += plane[bin];
+        if (geometry.offset_cell(bin / s.out_w, bin % s.out_w) == cell) sum += plane[bin];
       }
       offsets[i] = static_cast<T>(sum);
     }
@@ -234,8 +234,8 @@ __global__ void __launch_bounds__(kRoiThreads, 1)
     for (int64_t i = thread; i < s.rois * s.bins(); i += threads) {
       const int64_t bin = i % s.bins(), roi = i / s.bins();
       A sum = 0;
-      for (int64_t block = 0; block < s.blocks; ++block) {
-        sum += by_bin[((roi * s.blocks + block) * 3 + 2) * s.bins() + bin];
+      for (int64_t set = 0; set < s.channel_sets; ++set) {
+        sum += by_bin[((roi * s.channel_sets + set) * 3 + 2) * s.bins() + bin];
       }
       masks[i] = static_cast<T>(sum);
     }

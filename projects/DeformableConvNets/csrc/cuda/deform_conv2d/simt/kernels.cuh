@@ -284,7 +284,7 @@ DCN_HOST_DEVICE int64_t weight_tiles(const OperandsView<T>& operands) {
 // positions, into `partials` (parts, out_channels, taps, group_channels).
 template <typename T>
 __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor<T>)
-    weight_gradient_kernel(const OperandsView<T> operands, const PlanesView<const T> grad_output, const int64_t parts,
+    weight_gradient_kernel(const OperandsView<T> operands, const PlanesView<const T> grad_output, const int64_t splits,
                            Accumulate<T>* partials) {
   using A = Accumulate<T>;
   struct Shared {
@@ -296,8 +296,8 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor<T>)
   const int64_t out_tiles = divide_up(s.group_out_channels(), kTile);
   const int64_t segment_tiles = divide_up(operands.segment, kTile);
 
-  for (int64_t work = blockIdx.x; work < weight_tiles(operands) * parts; work += gridDim.x) {
-    const int64_t part = work / weight_tiles(operands), weight_tile = work % weight_tiles(operands);
+  for (int64_t work = blockIdx.x; work < weight_tiles(operands) * splits; work += gridDim.x) {
+    const int64_t split = work / weight_tiles(operands), weight_tile = work % weight_tiles(operands);
     const int64_t tap = weight_tile / out_tiles % s.taps(), channel_tile = weight_tile / out_tiles / s.taps();
     const int64_t segment = channel_tile / segment_tiles * operands.segment, end = segment + operands.segment;
     const int64_t begin = segment + channel_tile % segment_tiles * kTile;
@@ -306,7 +306,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor<T>)
     const int64_t out_end = (group + 1) * s.group_out_channels();
 
     Product<A> product;
-    for (int64_t t = position_tiles(s) * part / parts; t < position_tiles(s) * (part + 1) / parts; ++t) {
+    for (int64_t t = position_tiles(s) * split / splits; t < position_tiles(s) * (split + 1) / splits; ++t) {
       const PositionTile tile = position_tile(s, t);
       const T* image = operands.image(tile.image);
       locate<T, A>(operands, tile, begin / s.deform_channels(), tap, shared.corners, nullptr);
@@ -329,8 +329,8 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor<T>)
       for (int j = 0; j < kEach; ++j) {
         const int64_t c = begin + Product<A>::column(j);
         if (o >= out_end || c >= end) continue;
-        partials[((part * s.out_channels + o) * s.taps() + tap) * s.group_channels() + c - group * s.group_channels()] =
-            product.value[i][j];
+        partials[((split * s.out_channels + o) * s.taps() + tap) * s.group_channels() + c -
+                 group * s.group_channels()] = product.value[i][j];
       }
     }
   }

@@ -44,10 +44,10 @@ struct ListGather {
   };
   static_assert(kMostTaps * kHalfWarps * kRoom < 1 << 15);
 
-  // The units that some entries of a list name.
+  // The chunks that some entries of a list name.
   template <int kCount>
   struct Group {
-    Unit grad[kCount];
+    Chunk grad[kCount];
 
     // Loads those of the first `count` of position(k), of the channels from `channel` on.
     template <typename Position>
@@ -55,19 +55,19 @@ struct ListGather {
       const char* first = reinterpret_cast<const char*>(gather.grads + channel);
 #pragma unroll
       for (int k = 0; k < kCount; ++k) {
-        grad[k] = Unit{{0, 0, 0, 0}};
-        if (k < count) grad[k] = load_unit(first + multiply_wide(static_cast<uint32_t>(position(k)), gather.pitch));
+        grad[k] = Chunk{{0, 0, 0, 0}};
+        if (k < count) grad[k] = load_chunk(first + multiply_wide(static_cast<uint32_t>(position(k)), gather.pitch));
       }
     }
     template <typename Weight>
-    __device__ __forceinline__ void add_to(float (&sum)[kUnitElements<kKind>], int count, const Weight& weight) const {
+    __device__ __forceinline__ void add_to(float (&sum)[kChunkElements<kKind>], int count, const Weight& weight) const {
 #pragma unroll
       for (int k = 0; k < kCount; ++k) {
         const float by = k < count ? weight(k) : 0.0f;
-        float values[kUnitElements<kKind>];
+        float values[kChunkElements<kKind>];
         to_floats<kKind>(grad[k], values);
 #pragma unroll
-        for (int e = 0; e < kUnitElements<kKind>; ++e) sum[e] += by * values[e];
+        for (int e = 0; e < kChunkElements<kKind>; ++e) sum[e] += by * values[e];
       }
     }
   };
@@ -77,7 +77,7 @@ struct ListGather {
   struct BasicState {
     Group<kTogether> group[kGroups];
     List list;
-    uint32_t unit;
+    uint32_t chunk;
     const Table* table;
     int first;  // channel of the conv group
 
@@ -85,14 +85,14 @@ struct ListGather {
         : first(column_begin / gather.group_columns * gather.group_channels) {}
 
     __device__ __forceinline__ int channel() const {
-      return first + static_cast<int>(unit >> 6) * kUnitElements<kKind>;
+      return first + static_cast<int>(chunk >> 6) * kChunkElements<kKind>;
     }
 
     // Makes the lists of the step's taps. All threads call it together.
     __device__ __forceinline__ void fill(Table& table, const ListGather& gather, const ProductSizes& sizes, int,
                                          const Step& step) {
       // Found again, so that a loop need not keep it in registers.
-      const ProductTile tile(sizes, 0, sizes.packing.padded / sizes.segment_tiles);
+      const ProductTile tile(sizes, 0, sizes.packing.padded / sizes.stripe_tiles);
       const int deform_group = tile.column() / static_cast<int>(gather.sizes.deform_channels());
       const int thread = static_cast<int>(thread_index()), row = thread % kProductRows, half = thread / kProductRows;
       const int image = (tile.row + row) / sizes.image_rows, pixel = sizes.place(tile.row + row);
@@ -159,7 +159,7 @@ struct ListGather {
 
     // Loads what the first entries of a row's list name.
     __device__ __forceinline__ void start(const Table& lists, const ListGather& gather, const Pair& given, int row) {
-      table = &lists, unit = given.bits;
+      table = &lists, chunk = given.bits;
       list = given.exists() ? table->list[given.tap()][row] : List{0};
       const ListEntry<float>* entries = table->entries + list.begin();
 #pragma unroll
@@ -169,8 +169,8 @@ struct ListGather {
       }
     }
     // Adds them up, and what else the list has.
-    __device__ __forceinline__ Unit finish(const ListGather& gather) const {
-      float sum[kUnitElements<kKind>] = {};
+    __device__ __forceinline__ Chunk finish(const ListGather& gather) const {
+      float sum[kChunkElements<kKind>] = {};
       const int count = list.count();
       const ListEntry<float>* entries = table->entries + list.begin();
 #pragma unroll
@@ -196,7 +196,7 @@ struct ListGather {
           more.add_to(sum, 1, [&](int) { return entry.weight; });
         }
       }
-      return to_unit<kKind>(sum);
+      return to_chunk<kKind>(sum);
     }
   };
   using State = BasicState<1>;

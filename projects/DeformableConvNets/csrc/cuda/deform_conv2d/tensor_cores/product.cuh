@@ -31,35 +31,35 @@ struct ProductSizes {
   Packing packing;
   int rows, image_rows;  // of all images, of one
   PatchOrder order;      // of an image's rows
-  int columns;           // of all segments
-  int segment_tiles;     // of columns
+  int columns;           // of all stripes
+  int stripe_tiles;      // of columns
   int splits;            // parts of the sum, each with a result of its own in `partials`, or 1
 
   DCN_HOST_DEVICE int place(int row) const { return order.place(row % image_rows); }  // on its image's map
   DCN_HOST_DEVICE int row_tiles() const { return (rows + kProductRows - 1) / kProductRows; }
-  DCN_HOST_DEVICE int tiles() const { return packing.segments * segment_tiles; }  // of columns
+  DCN_HOST_DEVICE int tiles() const { return packing.stripes * stripe_tiles; }  // of columns
   DCN_HOST_DEVICE int64_t work() const { return int64_t{row_tiles()} * tiles() * splits; }
 };
 
 // The part of a product that this block computes.
 struct ProductTile {
-  int segment, first_column, columns;  // of the segment's columns, those from the first on
-  int segment_columns;
+  int stripe, first_column, columns;  // of the stripe's columns, those from the first on
+  int stripe_columns;
   int row;    // the first
   int split;  // sums over steps [begin, end)
   int begin, end;
 
   __device__ __forceinline__ ProductTile(const ProductSizes& sizes, int steps, int tile_columns) {
     const int block = static_cast<int>(block_index()), index = block % sizes.tiles(), rest = block / sizes.tiles();
-    segment = index / sizes.segment_tiles, first_column = index % sizes.segment_tiles * tile_columns;
-    segment_columns = sizes.packing.columns, columns = segment_columns - first_column;
+    stripe = index / sizes.stripe_tiles, first_column = index % sizes.stripe_tiles * tile_columns;
+    stripe_columns = sizes.packing.columns, columns = stripe_columns - first_column;
     row = rest % sizes.row_tiles() * kProductRows, split = rest / sizes.row_tiles();
     begin = static_cast<int>(int64_t{steps} * split / sizes.splits);
     end = static_cast<int>(int64_t{steps} * (split + 1) / sizes.splits);
   }
 
-  // The first, counted over all segments.
-  __device__ __forceinline__ int column() const { return segment * segment_columns + first_column; }
+  // The first, counted over all stripes.
+  __device__ __forceinline__ int column() const { return stripe * stripe_columns + first_column; }
 };
 
 template <typename T>
@@ -121,10 +121,10 @@ constexpr int kProductBlocks = kColumns > kMostSharedColumns || kKind == Kind::k
 // Bytes of dynamic shared memory of product_kernel.
 template <Kind kKind, int kColumns, typename Gather>
 constexpr int product_bytes() {
-  // Of channels_last results, and of others: store_tile ends each line of a tile with a unit.
+  // Of channels_last results, and of others: store_tile ends each line of a tile with a chunk.
   constexpr int kElement = static_cast<int>(sizeof(Element<kKind>));
-  constexpr int kLast = kProductRows * (kColumns * kElement + kUnitBytes);
-  constexpr int kFirst = kColumns * (kProductRows * kElement + kUnitBytes);
+  constexpr int kLast = kProductRows * (kColumns * kElement + kChunkBytes);
+  constexpr int kFirst = kColumns * (kProductRows * kElement + kChunkBytes);
   constexpr int kStaged = kLast > kFirst ? kLast : kFirst;
   constexpr int kLoop = 2 * kOperandBytes + kProductStages<kColumns, Gather> * kColumns * kRowBytes;
   return (kLoop > kStaged ? kLoop : kStaged) + static_cast<int>(sizeof(typename Gather::Table));
@@ -138,7 +138,7 @@ __device__ __forceinline__ void store_tile(const ProductSizes& sizes, const Prod
                                            const ProductTile& tile, unsigned char* shared, int* places) {
   const int row_begin = tile.row, column_begin = tile.column(), columns = tile.columns;
   using T = Element<kKind>;
-  constexpr int kVector = kUnitElements<kKind>;
+  constexpr int kVector = kChunkElements<kKind>;
   T* staged = reinterpret_cast<T*>(shared);
   const bool channels_last = output.planes.channel_stride == 1;
   const int row_pitch = channels_last ? kColumns + kVector : 1,
@@ -176,7 +176,7 @@ __device__ __forceinline__ void store_tile(const ProductSizes& sizes, const Prod
       T* to = first + int64_t{places[row]} * sizes.columns + column;
       const T* from = staged + row * row_pitch + column;
       if (aligned && column + kVector <= columns) {
-        store_unit(to, *reinterpret_cast<const Unit*>(from));
+        store_chunk(to, *reinterpret_cast<const Chunk*>(from));
       } else {
         for (int e = 0; e < kVector && column + e < columns; ++e) to[e] = from[e];
       }
@@ -194,7 +194,7 @@ __device__ __forceinline__ void store_tile(const ProductSizes& sizes, const Prod
 
 template <Kind kKind, int kColumns, typename Gather>
 __global__ void __launch_bounds__((kBlockThreads<kColumns, Gather>), (kProductBlocks<kKind, kColumns, Gather>))
-    product_kernel(const ProductSizes sizes, const Gather gather, const Unit* packed,
+    product_kernel(const ProductSizes sizes, const Gather gather, const Chunk* packed,
                    const ProductOutput<Element<kKind>> output) {
   constexpr int kThreads = kBlockThreads<kColumns, Gather>;
   using Grid = WarpGrid<kColumns, kThreads>;
@@ -208,9 +208,9 @@ __global__ void __launch_bounds__((kBlockThreads<kColumns, Gather>), (kProductBl
 
   const int thread = static_cast<int>(threadIdx.x), warp = thread / kWarp;
   const int warp_row = warp / Grid::kAcross * Grid::kWarpRows, warp_column = warp % Grid::kAcross * Grid::kWarpColumns;
-  // A thread gathers one unit of every kGatherRows-th row, so that 8 neighbouring lanes read 128 neighbouring bytes.
-  constexpr int kGatherRows = kThreads / kRowUnits, kGathers = kProductRows / kGatherRows;
-  const int gather_row = thread / kRowUnits, gather_column = thread % kRowUnits;
+  // A thread gathers one chunk of every kGatherRows-th row, so that 8 neighbouring lanes read 128 neighbouring bytes.
+  constexpr int kGatherRows = kThreads / kRowChunks, kGathers = kProductRows / kGatherRows;
+  const int gather_row = thread / kRowChunks, gather_column = thread % kRowChunks;
   unsigned char* const gathered = shared + swizzled(gather_row, gather_column);
   const Packing& packing = sizes.packing;
   const int steps = packing.reduction.steps();
@@ -219,14 +219,14 @@ __global__ void __launch_bounds__((kBlockThreads<kColumns, Gather>), (kProductBl
 
   // Indices take fewer registers than pointers.
   const uint32_t weights =
-      static_cast<uint32_t>(tile.segment * packing.segment_units()) + tile.first_column * kRowUnits + thread;
-  SharedAddress next_stage = stages + thread * kUnitBytes;
+      static_cast<uint32_t>(tile.stripe * packing.stripe_chunks()) + tile.first_column * kRowChunks + thread;
+  SharedAddress next_stage = stages + thread * kChunkBytes;
   const auto copy_weights = [&](int step) {
     if (step < tile.end) {
-      const Unit* from = packed + (weights + static_cast<uint32_t>(step * packing.step_units()));
+      const Chunk* from = packed + (weights + static_cast<uint32_t>(step * packing.step_chunks()));
 #pragma unroll
-      for (int i = 0; i < kColumns * kRowUnits / kThreads; ++i) {
-        copy_async(next_stage + i * kThreads * kUnitBytes, from + i * kThreads);
+      for (int i = 0; i < kColumns * kRowChunks / kThreads; ++i) {
+        copy_async(next_stage + i * kThreads * kChunkBytes, from + i * kThreads);
       }
     }
     commit_copies();
@@ -236,7 +236,7 @@ __global__ void __launch_bounds__((kBlockThreads<kColumns, Gather>), (kProductBl
   for (int i = 0; i < kStages - 1; ++i) copy_weights(tile.begin + i);
 
   const auto pair_of = [&](int step) {
-    return reinterpret_cast<const Pair*>(packed + packing.weight_units())[step * kRowUnits + gather_column];
+    return reinterpret_cast<const Pair*>(packed + packing.weight_chunks())[step * kRowChunks + gather_column];
   };
   Pair next = pair_of(tile.begin);  // that is gathered
   typename GatherState<kColumns, Gather>::Type state(gather, tile.column());
@@ -244,7 +244,7 @@ __global__ void __launch_bounds__((kBlockThreads<kColumns, Gather>), (kProductBl
   __syncthreads();
   for_slices<kLargeTable<Gather>, kGathers>([&](int slice) {
     state.start(table, gather, next, gather_row + kGatherRows * slice);
-    *reinterpret_cast<Unit*>(gathered + kGatherRows * slice * kRowBytes) = state.finish(gather);
+    *reinterpret_cast<Chunk*>(gathered + kGatherRows * slice * kRowBytes) = state.finish(gather);
   });
   const auto pair_after = [&](int step) { return pair_of(step + 1 < tile.end ? step + 1 : tile.end - 1); };
   next = pair_after(tile.begin);
@@ -275,7 +275,7 @@ __global__ void __launch_bounds__((kBlockThreads<kColumns, Gather>), (kProductBl
       if (gathers) state.start(table, gather, next, gather_row + kGatherRows * slice);
       product.add_slice(operands + half, warp_row, stage, warp_column, slice);
       if (gathers) {
-        *reinterpret_cast<Unit*>(gathered + next_half + kGatherRows * slice * kRowBytes) = state.finish(gather);
+        *reinterpret_cast<Chunk*>(gathered + next_half + kGatherRows * slice * kRowBytes) = state.finish(gather);
       }
     });
     product.end_step();
@@ -358,9 +358,9 @@ __global__ void __launch_bounds__(256) finish_together_kernel(const ProductSizes
   };
   // As sums are only split where partial results are small, all of them can be counted in 31 bits.
   const int count = sizes.rows * sizes.columns;
-  for (int64_t unit = int64_t{blockIdx.x} * 256 + threadIdx.x; unit < count / kFinishTogether;
-       unit += int64_t{gridDim.x} * 256) {
-    const int at = static_cast<int>(unit) * kFinishTogether, row = at / sizes.columns;
+  for (int64_t chunk = int64_t{blockIdx.x} * 256 + threadIdx.x; chunk < count / kFinishTogether;
+       chunk += int64_t{gridDim.x} * 256) {
+    const int at = static_cast<int>(chunk) * kFinishTogether, row = at / sizes.columns;
     const int column = at - row * sizes.columns;
     float sum[kFinishTogether] = {};
     if (output.bias) {
@@ -369,7 +369,7 @@ __global__ void __launch_bounds__(256) finish_together_kernel(const ProductSizes
     }
 #pragma unroll 4
     for (int k = 0; k < sizes.splits; ++k) {
-      const Unit loaded = load_unit(output.partials + int64_t{k} * count + at);
+      const Chunk loaded = load_chunk(output.partials + int64_t{k} * count + at);
 #pragma unroll
       for (int e = 0; e < kFinishTogether; ++e) sum[e] += bits_to_float(loaded.word[e]);
     }
@@ -386,8 +386,8 @@ void run_product(const DeviceScope& device, const Tensor& like, ProductSizes siz
                  const WeightsView<const Element<kKind>>& weights, const Element<kKind>* bias,
                  const PlanesView<Element<kKind>>& planes, int splits) {
   using T = Element<kKind>;
-  sizes.segment_tiles = (sizes.packing.columns + kColumns - 1) / kColumns;
-  sizes.packing.padded = sizes.segment_tiles * kColumns;
+  sizes.stripe_tiles = (sizes.packing.columns + kColumns - 1) / kColumns;
+  sizes.packing.padded = sizes.stripe_tiles * kColumns;
   sizes.splits = splits;
   const PackedWeightTensor packed(KindConstant<kKind>(), device, like, sizes.packing, weights);
   ProductOutput<T> output{bias, planes, nullptr};
@@ -400,10 +400,10 @@ void run_product(const DeviceScope& device, const Tensor& like, ProductSizes siz
   const auto kernel = product_kernel<kKind, kColumns, Gather>;
   constexpr int kThreads = kBlockThreads<kColumns, Gather>;
   DCN_LAUNCH_SHARED(kernel, sizes.work(), kThreads, (product_bytes<kKind, kColumns, Gather>()), device.stream(), sizes,
-                    gather, packed.units(), output);
+                    gather, packed.chunks(), output);
   if (splits > 1 && planes.channel_stride == 1 && sizes.columns % kFinishTogether == 0) {
-    const int64_t units = int64_t{sizes.rows} * sizes.columns / kFinishTogether;
-    DCN_LAUNCH(finish_together_kernel<T>, std::min(divide_up(units, 256), kMaxBlocks), 256, device.stream(), sizes,
+    const int64_t chunks = int64_t{sizes.rows} * sizes.columns / kFinishTogether;
+    DCN_LAUNCH(finish_together_kernel<T>, std::min(divide_up(chunks, 256), kMaxBlocks), 256, device.stream(), sizes,
                output);
   } else if (splits > 1) {
     const int64_t tiles = divide_up(sizes.rows, kFinishTile) * divide_up(sizes.columns, kFinishTile);
