@@ -8,14 +8,14 @@
 namespace dcn::cpu {
 namespace {
 
-// What a tile keeps in the second-level cache: its columns, and in the backward pass also a segment's weight gradient.
-// More positions of a tile read the packed weight less often.
+// Limits of a tile of output positions. Its columns stay in the second-level cache; so does a segment's weight gradient
+// in the backward pass. A tile of more positions reads the packed weight less often.
 struct TileLimits {
   int64_t column_bytes, positions;
 };
 constexpr TileLimits kForwardTile{int64_t{256} << 10, 120}, kBackwardTile{int64_t{576} << 10, 240};
 constexpr int64_t kWeightBytes = int64_t{1200} << 10;
-// Segments from which on a task packs an image's output gradients once, and keeps them.
+// A task with at least that many segments packs an image's output gradients once, and keeps them.
 constexpr int64_t kKeptPanelSegments = 4;
 
 // Positions of a tile whose columns have `bytes` per position, if `workers` threads share `positions`.
@@ -31,7 +31,7 @@ int64_t tile_size(TileLimits most, int64_t bytes, int64_t positions, int64_t wor
 template <typename T>
 class ForwardTile {
  public:
-  ForwardTile(const Operands<T>& operands, const GroupedPanels<T>& weight, int64_t tile, int64_t taps)
+  ForwardTile(const OperandTensors<T>& operands, const GroupedPanels<T>& weight, int64_t tile, int64_t taps)
       : operands_(operands),
         weight_(weight),
         taps_(taps),
@@ -92,7 +92,7 @@ class ForwardTile {
     }
   }
 
-  const Operands<T>& operands_;
+  const OperandTensors<T>& operands_;
   const GroupedPanels<T>& weight_;
   int64_t taps_;
   TileOffsets<T> offsets_;
@@ -106,8 +106,8 @@ class ForwardTile {
 template <typename T>
 class BackwardTask {
  public:
-  BackwardTask(const Operands<T>& operands, const T* grad_output, bool channels_last, int64_t tile,
-               int64_t segment_channels, bool keeps_panels, const Gradients<T>& gradients)
+  BackwardTask(const OperandTensors<T>& operands, const T* grad_output, bool channels_last, int64_t tile,
+               int64_t segment_channels, bool keeps_panels, const GradientsView<T>& gradients)
       : operands_(operands),
         grad_output_(grad_output),
         channels_last_(channels_last),
@@ -230,13 +230,13 @@ class BackwardTask {
     }
   }
 
-  const Operands<T>& operands_;
+  const OperandTensors<T>& operands_;
   const T* grad_output_;
   bool channels_last_;
   int64_t tile_;
   bool keeps_panels_;  // of all tiles of an image, for the segments that follow
   int64_t packed_image_ = -1, packed_group_ = -1;
-  Gradients<T> gradients_;
+  GradientsView<T> gradients_;
   PanelShape<T> grad_panels_;
   TileOffsets<T> offsets_;
   TapBuffer<T> samples_;
@@ -255,7 +255,7 @@ Tensor dense_forward(const DeformConv2dSizes& s, const Tensor& input, const Samp
   const bool channels_last = is_channels_last(input);
   Tensor output = empty_4d(input, {s.batch, s.out_channels, s.out_h, s.out_w}, scalar_type_of<T>(), channels_last);
   if (output.numel() == 0) return output;
-  const Operands<T> operands(s, input, sampling, weight);
+  const OperandTensors<T> operands(s, input, sampling, weight);
   std::optional<Tensor> dense_bias;
   if (bias) dense_bias = dense(*bias, scalar_type_of<T>());
   const T* bias_data = dense_bias ? dense_bias->template const_data_ptr<T>() : nullptr;
@@ -284,7 +284,7 @@ template <typename T>
 std::array<Tensor, 4> dense_backward(const DeformConv2dSizes& s, const Tensor& grad, const Tensor& input,
                                      const SamplingInputs& sampling, const Tensor& weight,
                                      const NeededGradients& need) {
-  const Operands<T> operands(s, input, sampling, weight);
+  const OperandTensors<T> operands(s, input, sampling, weight);
   const bool channels_last = is_channels_last(grad);
   const Tensor grad_output =
       dense(grad, scalar_type_of<T>(), channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
@@ -292,28 +292,28 @@ std::array<Tensor, 4> dense_backward(const DeformConv2dSizes& s, const Tensor& g
 
   // Tasks: images first, then channels, until there is one for each thread.
   const int64_t workers = torch::stable::get_num_threads();
-  const int64_t image_parts = std::clamp<int64_t>(s.batch, 1, workers);
-  const int64_t wanted_parts = divide_up(workers, image_parts);
+  const int64_t image_shares = std::clamp<int64_t>(s.batch, 1, workers);
+  const int64_t wanted_shares = divide_up(workers, image_shares);
   const int64_t weight_bytes = s.taps() * std::max<int64_t>(s.group_out_channels(), 1) * int64_t{sizeof(T)};
   const int64_t fitting = std::clamp<int64_t>(kWeightBytes / weight_bytes, 16, 128) / 16 * 16;
-  const int64_t segment_channels = std::min(fitting, std::max<int64_t>(divide_up(s.channels, wanted_parts), 16));
+  const int64_t segment_channels = std::min(fitting, std::max<int64_t>(divide_up(s.channels, wanted_shares), 16));
   const std::vector<Segment> segments = segments_of(s, segment_channels);
-  const int64_t channel_parts = std::min(wanted_parts, static_cast<int64_t>(segments.size()));
+  const int64_t channel_shares = std::min(wanted_shares, static_cast<int64_t>(segments.size()));
 
-  GradientTensors<T> gradients(s, input, sampling, weight, need, image_parts, channel_parts);
+  GradientTensors<T> gradients(s, input, sampling, weight, need, image_shares, channel_shares);
   if (s.batch > 0 && s.out_channels > 0) {
     const int64_t widest = std::min(segment_channels, s.group_channels());
     const int64_t tile = tile_size<T>(kBackwardTile, s.taps() * widest * int64_t{sizeof(T)}, s.positions(), 1);
-    torch::stable::parallel_for(0, image_parts * channel_parts, 1, [&](int64_t first, int64_t last) {
+    torch::stable::parallel_for(0, image_shares * channel_shares, 1, [&](int64_t first, int64_t last) {
       for (int64_t task = first; task < last; ++task) {
-        const int64_t image_part = task / channel_parts, channel_part = task % channel_parts;
-        const Range range = part_of(static_cast<int64_t>(segments.size()), channel_parts, channel_part);
+        const int64_t image_share = task / channel_shares, channel_share = task % channel_shares;
+        const Range range = share_of(static_cast<int64_t>(segments.size()), channel_shares, channel_share);
         // Where an image's output gradients are small beside the weight, they are packed once for all segments.
         const bool keeps_panels = s.batch == 1 && range.end - range.begin >= kKeptPanelSegments;
         BackwardTask<T> worker(operands, grad_data, channels_last, tile, widest, keeps_panels,
-                               gradients.of(image_part, channel_part));
+                               gradients.of(image_share, channel_share));
         for (int64_t i = range.begin; i < range.end; ++i) {
-          worker.run(segments[i], part_of(s.batch, image_parts, image_part));
+          worker.run(segments[i], share_of(s.batch, image_shares, image_share));
         }
       }
     });

@@ -35,7 +35,8 @@ struct TileStart {
   const T *y, *x;
 };
 
-// Offsets of one tap for consecutive output positions, in input pixels, and the modulation, null where there is none.
+// Offsets of one tap for consecutive output positions, in input pixels, and the modulation, null where there is
+// none.
 template <typename T>
 struct TapOffsets {
   const T *y, *x, *mask;

@@ -148,8 +148,8 @@ template <typename Place>
 
 // Row r of column c goes to place(c)[r].
 template <typename T, typename Place>
-[[gnu::always_inline]] inline void transpose_blocks(const T* from, int64_t from_stride, int64_t rows, int64_t columns,
-                                                    const Place& place) {
+[[gnu::always_inline]] inline void transpose_all(const T* from, int64_t from_stride, int64_t rows, int64_t columns,
+                                                 const Place& place) {
   constexpr int64_t lanes = kLanes<T>;
   const int64_t whole_rows = rows / lanes * lanes, whole_columns = columns / lanes * lanes;
   for (int64_t c = 0; c < whole_columns; c += lanes) {
@@ -164,13 +164,13 @@ template <typename T, typename Place>
 
 template <typename T>
 void transpose(const T* from, int64_t from_stride, int64_t rows, int64_t columns, T* to, int64_t to_stride) {
-  transpose_blocks(from, from_stride, rows, columns, [=](int64_t c) { return to + c * to_stride; });
+  transpose_all(from, from_stride, rows, columns, [=](int64_t c) { return to + c * to_stride; });
 }
 
 template <typename T>
 void transpose_to_places(const T* from, int64_t from_stride, int64_t rows, int64_t columns, T* to,
                          const int64_t* places) {
-  transpose_blocks(from, from_stride, rows, columns, [=](int64_t c) { return to + places[c]; });
+  transpose_all(from, from_stride, rows, columns, [=](int64_t c) { return to + places[c]; });
 }
 
 }  // namespace
