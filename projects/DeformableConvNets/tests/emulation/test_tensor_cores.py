@@ -18,8 +18,7 @@ from dcn_d2.ops import reference
 from tests.ops.samples import ConvSample, by_name
 
 from .emulator import GREEDY_WARP, ROUND_ROBIN, SANITIZED, call, emulate
-from .test_cuda_kernels import barriers as barriers_of
-from .test_cuda_kernels import conv_values
+from .test_cuda_kernels import barriers, conv_values
 
 # Of csrc/cuda/mma.cuh.
 KINDS = {"float16": 0, "bfloat16": 1, "tf32": 2}
@@ -229,27 +228,21 @@ def test_samples_that_all_read_the_same_pixels(
     assert torch.equal(emulate("deform_conv2d", values)["input"], found["input"])
 
 
-@pytest.mark.parametrize("line", barriers_of("deform_conv2d/sampling/sample_lists.cuh"))
-def test_a_removed_barrier_of_lists_is_noticed(configure: Any, line: int) -> None:
+@pytest.mark.parametrize(("file", "line"), barriers("deform_conv2d/sampling"))
+def test_a_removed_barrier_of_lists_is_noticed(configure: Any, file: str, line: int) -> None:
     sample = ConvSample("one_place", channels=8, out_channels=8, size=(20, 20), batch=1, kernel=(1, 2), padding=(0, 1))
     values = on_one_place(conv_values(sample, torch.float32), sample)
     configure(ROUND_ROBIN)
     expected = emulate("deform_conv2d", values)["input"]
 
     def run(schedule: int) -> bool:
-        configure(schedule, line, "deform_conv2d/sampling/sample_lists.cuh")
+        configure(schedule, line, file)
         try:
             return not torch.equal(emulate("deform_conv2d", values)["input"], expected)
         except RuntimeError as error:
             return "emulated kernel" in str(error)
 
     assert any(changes_something(functools.partial(run, schedule)) for schedule in (ROUND_ROBIN, GREEDY_WARP))
-
-
-def barriers() -> list[tuple[str, int]]:
-    """Files and lines of the barriers of the kernels that the tests of this file run."""
-    files = [f"deform_conv2d/tensor_cores/{name}.cuh" for name in ("product", "offset_gradient", "weight_gradient")]
-    return [(file, number) for file in files for number in barriers_of(file)]
 
 
 def changes_something(run: Callable[[], bool]) -> bool:
@@ -265,7 +258,7 @@ def changes_something(run: Callable[[], bool]) -> bool:
     return os.waitpid(pid, 0)[1] != 0
 
 
-@pytest.mark.parametrize(("file", "line"), barriers())
+@pytest.mark.parametrize(("file", "line"), barriers("deform_conv2d/tensor_cores"))
 def test_a_removed_barrier_is_noticed(configure: Any, device: Any, file: str, line: int) -> None:
     """The emulator finds each of the kernels' barriers missing, so it would find one that was forgotten."""
     for multiprocessors, sample in (

@@ -1,7 +1,7 @@
 // Copyright (c) the dcn_d2 authors. SPDX-License-Identifier: Apache-2.0
 // deform_conv2d on CUDA: forward entry point.
 #include "cuda/deform_conv2d/host.cuh"
-#include "cuda/deform_conv2d/simt/kernels.cuh"
+#include "cuda/deform_conv2d/simt/forward.cuh"
 
 namespace dcn::cuda {
 namespace {

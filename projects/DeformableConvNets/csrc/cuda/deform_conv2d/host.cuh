@@ -5,6 +5,7 @@
 #include <numeric>
 
 #include "cuda/deform_conv2d/plan.cuh"
+#include "cuda/deform_conv2d/tensor_cores/product.cuh"
 #include "cuda/memory_format.cuh"
 
 namespace dcn::cuda {

@@ -5,7 +5,7 @@
 #include <numeric>
 #include <optional>
 
-#include "cuda/deform_conv2d/tensor_cores/product.cuh"
+#include "cuda/deform_conv2d/tensor_cores/product_sizes.cuh"
 #include "cuda/deform_conv2d/tensor_cores/sample_gather.cuh"
 
 namespace dcn::cuda {

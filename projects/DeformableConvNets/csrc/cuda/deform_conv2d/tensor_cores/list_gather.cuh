@@ -3,7 +3,7 @@
 #pragma once
 
 #include "cuda/deform_conv2d/sampling/sample_lists.cuh"
-#include "cuda/deform_conv2d/tensor_cores/product.cuh"
+#include "cuda/deform_conv2d/tensor_cores/product_sizes.cuh"
 
 namespace dcn::cuda {
 

@@ -3,7 +3,7 @@
 // kept in shared memory for all channels.
 #pragma once
 
-#include "cuda/deform_conv2d/tensor_cores/product.cuh"
+#include "cuda/deform_conv2d/tensor_cores/product_sizes.cuh"
 
 namespace dcn::cuda {
 
