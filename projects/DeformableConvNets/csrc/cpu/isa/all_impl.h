@@ -181,6 +181,9 @@ void backward_pass(const ImageChannels<T>& from, const TapSamples<T>* samples, i
         store(column_of_tap + c, column);
       }
       for (int64_t c = whole; c < channels; ++c) {
+        // Compilers do not vectorise this loop then. If they did so for some of the template's cases only, these would
+        // round the sums of `tail` differently, and a gradient would depend on which others are wanted.
+        if (kOffset) __asm__ volatile("");
         const T gradient = column_of_tap[c];
         T column = 0;
         for (int k = 0; k < 4; ++k) {
