@@ -14,7 +14,7 @@ bool uses_bfloat16_path(const DeformConv2dSizes& s, ScalarType dtype);
 Tensor bfloat16_forward(const DeformConv2dSizes& s, const Tensor& input, const SamplingInputs& sampling,
                         const Tensor& weight, const std::optional<Tensor>& bias);
 
-// Gradients in any dtype: input, offset (or what holds it and the mask), weight, mask; empty where not needed.
+// Gradients in any dtype: input, offset (or the branch's output), weight, mask; empty where not needed.
 std::array<Tensor, 4> bfloat16_backward(const DeformConv2dSizes& s, const Tensor& grad, const Tensor& input,
                                         const SamplingInputs& sampling, const Tensor& weight,
                                         const NeededGradients& need);

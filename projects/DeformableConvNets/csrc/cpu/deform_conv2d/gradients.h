@@ -8,13 +8,13 @@ namespace dcn::cpu {
 
 // Where a backward task adds its results. Null where a gradient is not needed.
 template <typename T>
-struct Gradients {
+struct GradientsView {
   T* input;                        // (batch, pixels, channels)
   T* offset;                       // (deform_groups, taps, 2, positions) for every image
   T* mask;                         // (deform_groups, taps, positions) for every image
   int64_t offset_size, mask_size;  // from one image to the next
   bool logits;                     // the mask's gradient is by its logits
-  Weight<T> weight;
+  WeightView<T> weight;
 
   // Adds what follows from the dots of a tap, for positions from `begin` on of image n.
   void add_to_offsets(const DeformConv2dSizes& s, int64_t n, int64_t deform_group, int64_t tap, int64_t begin,
@@ -26,70 +26,69 @@ struct Gradients {
   }
 };
 
-// The tensors behind Gradients, zero at first. The work is cut into `image_parts` of the images times `channel_parts`
-// of the channels: those that share an image have offset gradients of their own, those that share a channel have weight
-// gradients of their own, which are summed at the end.
+// The tensors behind GradientsView, zero at first. The work is cut into `image_shares` of the images times
+// `channel_shares` of the channels: each share of the channels has offset gradients of its own, and each share of the
+// images has weight gradients of its own. They are added up at the end.
 template <typename T>
 class GradientTensors {
  public:
   GradientTensors(const DeformConv2dSizes& s, const Tensor& input, const SamplingInputs& sampling, const Tensor& weight,
-                  const NeededGradients& need, int64_t image_parts, int64_t channel_parts)
+                  const NeededGradients& need, int64_t image_shares, int64_t channel_shares)
       : input_(input),
         sampling_(sampling),
         weight_(weight),
         need_(need),
         grad_input_(empty_4d(input, {s.batch, s.channels, s.height, s.width}, scalar_type_of<T>(), true)),
-        grad_offset_(zeros(need.offset ? channel_parts : 0, sampling.branch_output.value_or(sampling.offset).numel())),
-        grad_mask_(zeros(has_own_mask() ? channel_parts : 0, has_own_mask() ? sampling.mask->numel() : 0)),
+        grad_offset_(zeros(need.offset ? channel_shares : 0, sampling.branch_output.value_or(sampling.offset).numel())),
+        grad_mask_(zeros(has_own_mask() ? channel_shares : 0, has_own_mask() ? sampling.mask->numel() : 0)),
         // The tasks write all of it, unless there are none.
-        grad_weight_(s.batch > 0 && s.out_channels > 0 ? empty(need.weight ? image_parts : 0, weight.numel())
-                                                       : zeros(need.weight ? image_parts : 0, weight.numel())) {
+        grad_weight_(s.batch > 0 && s.out_channels > 0 ? empty(need.weight ? image_shares : 0, weight.numel())
+                                                       : zeros(need.weight ? image_shares : 0, weight.numel())) {
     if (need.input) torch::stable::zero_(grad_input_);
     const int64_t plane_pairs = s.deform_groups * s.taps() * s.positions();
     offset_size_ = plane_pairs * (sampling.branch_output ? 3 : 2);
     mask_size_ = plane_pairs * (sampling.branch_output ? 3 : 1);
   }
 
-  Gradients<T> of(int64_t image_part, int64_t channel_part) {
-    Gradients<T> part{};
-    part.offset_size = offset_size_, part.mask_size = mask_size_, part.logits = sampling_.branch_output.has_value();
-    if (need_.input) part.input = grad_input_.template mutable_data_ptr<T>();
-    if (need_.offset) part.offset = part_of_tensor(grad_offset_, channel_part);
-    if (need_.offset && part.logits) part.mask = part.offset + offset_size_ / 3 * 2;
-    if (has_own_mask()) part.mask = part_of_tensor(grad_mask_, channel_part);
-    if (need_.weight) part.weight = {part_of_tensor(grad_weight_, image_part), is_channels_last(weight_)};
-    return part;
+  GradientsView<T> of(int64_t image_share, int64_t channel_share) {
+    GradientsView<T> view{};
+    view.offset_size = offset_size_, view.mask_size = mask_size_, view.logits = sampling_.branch_output.has_value();
+    if (need_.input) view.input = grad_input_.template mutable_data_ptr<T>();
+    if (need_.offset) view.offset = share_in(grad_offset_, channel_share);
+    if (need_.offset && view.logits) view.mask = view.offset + offset_size_ / 3 * 2;
+    if (has_own_mask()) view.mask = share_in(grad_mask_, channel_share);
+    if (need_.weight) view.weight = {share_in(grad_weight_, image_share), is_channels_last(weight_)};
+    return view;
   }
 
-  // Input, offset (or what holds it and the mask), weight, mask, in the dtype of the computation; empty where not
-  // needed.
+  // Input, offset (or the branch's output), weight, mask, in the dtype of the computation; empty where not needed.
   std::array<Tensor, 4> finish() const {
     const Tensor none = empty_result(input_);
     return {need_.input ? like_input<T>(grad_input_, input_) : none, need_.offset ? offset_gradient() : none,
-            need_.weight ? weight_gradient() : none, has_own_mask() ? sum_parts(grad_mask_, *sampling_.mask) : none};
+            need_.weight ? weight_gradient() : none, has_own_mask() ? sum_shares(grad_mask_, *sampling_.mask) : none};
   }
 
  private:
   bool has_own_mask() const { return need_.offset && dcn::has_own_mask(sampling_); }
   Tensor weight_gradient() const {
-    const Tensor sum = sum_parts(grad_weight_, weight_);
+    const Tensor sum = sum_shares(grad_weight_, weight_);
     if (!is_channels_last(weight_)) return sum;
     const int64_t kernel_h = weight_.size(2), kernel_w = weight_.size(3);
     const Tensor values = torch::stable::reshape(sum, {weight_.size(0), kernel_h, kernel_w, weight_.size(1)});
     return torch::stable::transpose(torch::stable::transpose(values, 1, 3), 2, 3);
   }
   Tensor offset_gradient() const {
-    if (!sampling_.branch_output) return sum_parts(grad_offset_, sampling_.offset);
-    return like_input<T>(sum_parts(grad_offset_, *sampling_.branch_output), *sampling_.branch_output);
+    if (!sampling_.branch_output) return sum_shares(grad_offset_, sampling_.offset);
+    return like_input<T>(sum_shares(grad_offset_, *sampling_.branch_output), *sampling_.branch_output);
   }
-  Tensor zeros(int64_t parts, int64_t count) const {
-    return torch::stable::new_zeros(input_, {parts, count}, scalar_type_of<T>());
+  Tensor zeros(int64_t shares, int64_t count) const {
+    return torch::stable::new_zeros(input_, {shares, count}, scalar_type_of<T>());
   }
-  Tensor empty(int64_t parts, int64_t count) const {
-    return torch::stable::new_empty(input_, {parts, count}, scalar_type_of<T>());
+  Tensor empty(int64_t shares, int64_t count) const {
+    return torch::stable::new_empty(input_, {shares, count}, scalar_type_of<T>());
   }
-  static T* part_of_tensor(Tensor& parts, int64_t index) {
-    return parts.template mutable_data_ptr<T>() + index * parts.size(1);
+  static T* share_in(Tensor& shares, int64_t index) {
+    return shares.template mutable_data_ptr<T>() + index * shares.size(1);
   }
 
   const Tensor& input_;

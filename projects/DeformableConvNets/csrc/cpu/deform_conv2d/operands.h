@@ -15,15 +15,15 @@ namespace dcn::cpu {
 
 // The tensors of one call, dense, in the dtype of the computation.
 template <typename T>
-struct Operands {
+struct OperandTensors {
   Tensor image_tensor, weight_tensor;
   DeformConv2dSizes sizes;
-  Offsets<T> offsets;
+  OffsetTensors<T> offsets;
   const T* images;
-  Weight<const T> weight;
+  WeightView<const T> weight;
   std::vector<T> zeros;
 
-  Operands(const DeformConv2dSizes& s, const Tensor& input, const SamplingInputs& sampling, const Tensor& weight)
+  OperandTensors(const DeformConv2dSizes& s, const Tensor& input, const SamplingInputs& sampling, const Tensor& weight)
       : image_tensor(to_channels_last<T>(input)),
         weight_tensor(dense(weight, scalar_type_of<T>(),
                             is_channels_last(weight) ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous)),

@@ -8,9 +8,9 @@ namespace dcn::cpu {
 
 // The gradients of bins as (bins, channels), RoI by RoI.
 template <typename T>
-class BinGradients {
+class BinGradientTensor {
  public:
-  BinGradients(const Tensor& grad, const RoiPoolSizes& s)
+  BinGradientTensor(const Tensor& grad, const RoiPoolSizes& s)
       : sizes_(s),
         channels_last_(is_channels_last(grad)),
         tensor_(
@@ -47,45 +47,46 @@ class BinGradients {
   const T* data_;
 };
 
-// What both passes below read, and what they add to. A part of the work is some channels; `sums` has, for each part,
-// what RoiPoolKernels::backward adds up for every RoI, block and bin, or is empty where that is not needed.
+// What both passes below read, and what they add to. A share of the work is some of the channels. For each
+// share, `sums` has what RoiPoolKernels::backward adds up for every RoI, channel set and bin; it is empty where that is
+// not needed.
 template <typename T>
 struct RoiPoolBackward {
-  const RoiPoolOperands<T>& operands;
+  const RoiPoolOperandTensors<T>& operands;
   const std::vector<RoiBins<T>>& bins;
-  const BinGradients<T>& gradients;
+  const BinGradientTensor<T>& gradients;
   T* grad_image;  // in the memory format of the operands' image, or null
   std::vector<T>& sums;
 
-  T* sums_of(int64_t part, int64_t r, int64_t block) const {
+  T* sums_of(int64_t share, int64_t r, int64_t set) const {
     const RoiPoolSizes& s = operands.sizes;
-    return sums.empty() ? nullptr : sums.data() + ((part * s.rois + r) * s.channel_sets + block) * s.bins() * 3;
+    return sums.empty() ? nullptr : sums.data() + ((share * s.rois + r) * s.channel_sets + set) * s.bins() * 3;
   }
   T* grad_image_of(int64_t n) const { return grad_image ? grad_image + n * operands.image_size() : nullptr; }
 };
 
 // Threads share out the channels, so each adds to pixels of its own and the order of all sums is fixed.
 template <typename T>
-void pool_backward_channels_last(const RoiPoolBackward<T>& pass, int64_t parts) {
+void pool_backward_channels_last(const RoiPoolBackward<T>& pass, int64_t shares) {
   const RoiPoolSizes& s = pass.operands.sizes;
   const std::vector<int64_t> order = neighbouring_order(pass.operands.rows);
-  torch::stable::parallel_for(0, parts, 1, [&](int64_t first, int64_t last) {
+  torch::stable::parallel_for(0, shares, 1, [&](int64_t first, int64_t last) {
     const Scratch<T> buffer = scratch<T>(pass.gradients.buffer_size(s.set_channels()));
-    for (int64_t part = first; part < last; ++part) {
-      const Range mine = part_of(s.channels, parts, part);
+    for (int64_t share = first; share < last; ++share) {
+      const Range mine = share_of(s.channels, shares, share);
       for (const int64_t r : order) {
         const int64_t n = pass.operands.rows.image(r);
-        for (int64_t block = mine.begin / s.set_channels(); block * s.set_channels() < mine.end; ++block) {
-          const Range channels{std::max(mine.begin, block * s.set_channels()),
-                               std::min(mine.end, (block + 1) * s.set_channels())};
+        for (int64_t set = mine.begin / s.set_channels(); set * s.set_channels() < mine.end; ++set) {
+          const Range channels{std::max(mine.begin, set * s.set_channels()),
+                               std::min(mine.end, (set + 1) * s.set_channels())};
           const int64_t count = channels.end - channels.begin;
           const auto gradient = pass.gradients.rows(r, channels, count, buffer.get());
           const T* image = pass.operands.image(n);
           T* grad_image = pass.grad_image_of(n);
-          kernels<T>().roi_pool.backward(pass.operands.pixels(pass.bins[r], block, s.channels, channels, count),
+          kernels<T>().roi_pool.backward(pass.operands.pixels(pass.bins[r], set, s.channels, channels, count),
                                          image ? image + channels.begin : nullptr, gradient.first, gradient.stride,
                                          grad_image ? grad_image + channels.begin : nullptr,
-                                         pass.sums_of(part, r, block));
+                                         pass.sums_of(share, r, set));
         }
       }
     }
@@ -93,17 +94,17 @@ void pool_backward_channels_last(const RoiPoolBackward<T>& pass, int64_t parts) 
 }
 
 template <typename T>
-void pool_backward_contiguous(const RoiPoolBackward<T>& pass, int64_t parts, int64_t width,
+void pool_backward_contiguous(const RoiPoolBackward<T>& pass, int64_t shares, int64_t width,
                               const std::vector<Range>& ranges) {
   const RoiPoolSizes& s = pass.operands.sizes;
   const std::vector<Visit> visits = visits_by_row(pass.operands.rows, pass.bins);
   const bool reads = pass.operands.images != nullptr, writes = pass.grad_image != nullptr;
-  torch::stable::parallel_for(0, parts, 1, [&](int64_t first, int64_t last) {
-    std::optional<ChannelBlock<T>> map, grad_map;
+  torch::stable::parallel_for(0, shares, 1, [&](int64_t first, int64_t last) {
+    std::optional<ChannelCacheBlock<T>> map, grad_map;
     if (reads) map.emplace(s, width);
     if (writes) grad_map.emplace(s, width);
     const Scratch<T> buffer = scratch<T>(pass.gradients.buffer_size(width));
-    const auto run_range = [&](int64_t part, Range channels) {
+    const auto run_range = [&](int64_t share, Range channels) {
       int64_t done = 0;  // images whose gradient is written
       const auto fill_until = [&](int64_t n) {
         for (; writes && done < n; ++done) grad_map->fill_zeros(pass.grad_image_of(done), 0, s.height);
@@ -124,12 +125,12 @@ void pool_backward_contiguous(const RoiPoolBackward<T>& pass, int64_t parts, int
           }
           grad_map->clear(visit.rows.end);
         }
-        const int64_t block = channels.begin / s.set_channels();
+        const int64_t set = channels.begin / s.set_channels();
         const auto gradient = pass.gradients.rows(visit.roi, channels, width, buffer.get());
         kernels<T>().roi_pool.backward(
-            pass.operands.pixels(pass.bins[visit.roi], block, s.cells * width, channels, width),
+            pass.operands.pixels(pass.bins[visit.roi], set, s.cells * width, channels, width),
             reads ? map->data() : nullptr, gradient.first, gradient.stride, writes ? grad_map->data() : nullptr,
-            pass.sums_of(part, visit.roi, block));
+            pass.sums_of(share, visit.roi, set));
         // Rows that no RoI reads any more are done.
         if (writes) grad_map->write(pass.grad_image_of(visit.image), ends ? s.height : visits[v + 1].first_row);
         if (ends) done = visit.image + 1;
@@ -137,30 +138,30 @@ void pool_backward_contiguous(const RoiPoolBackward<T>& pass, int64_t parts, int
       if (writes) grad_map->begin(channels, 0);
       fill_until(s.batch);
     };
-    for (int64_t part = first; part < last; ++part) {
-      const Range mine = part_of(static_cast<int64_t>(ranges.size()), parts, part);
-      for (int64_t i = mine.begin; i < mine.end; ++i) run_range(part, ranges[i]);
+    for (int64_t share = first; share < last; ++share) {
+      const Range mine = share_of(static_cast<int64_t>(ranges.size()), shares, share);
+      for (int64_t i = mine.begin; i < mine.end; ++i) run_range(share, ranges[i]);
     }
   });
 }
 
 // Gradients of offset and mask, from the sums.
 template <typename T, typename Geometry>
-void add_shift_gradients(const RoiPoolBackward<T>& pass, const Geometry& geometry, int64_t parts, T* grad_offset,
+void add_shift_gradients(const RoiPoolBackward<T>& pass, const Geometry& geometry, int64_t shares, T* grad_offset,
                          T* grad_mask) {
   const RoiPoolSizes& s = pass.operands.sizes;
   for (int64_t r = 0; r < s.rois; ++r) {
-    for (int64_t block = 0; block < s.channel_sets; ++block) {
-      const BinPixels<T>* bins = pass.bins[r].bins() + block * s.bins();
-      const BinShift<T>* shifts = pass.bins[r].shifts() + block * s.bins();
+    for (int64_t set = 0; set < s.channel_sets; ++set) {
+      const BinPixels<T>* bins = pass.bins[r].bins() + set * s.bins();
+      const BinShift<T>* shifts = pass.bins[r].shifts() + set * s.bins();
       for (int64_t b = 0; b < s.bins(); ++b) {
         T sums[3] = {0, 0, 0};
-        for (int64_t part = 0; part < parts; ++part) {
-          for (int k = 0; k < 3; ++k) sums[k] += pass.sums_of(part, r, block)[3 * b + k];
+        for (int64_t share = 0; share < shares; ++share) {
+          for (int k = 0; k < 3; ++k) sums[k] += pass.sums_of(share, r, set)[3 * b + k];
         }
         if (grad_offset) {
           T* out =
-              grad_offset + pass.operands.rows.offset_index(r, block, geometry.offset_cell(b / s.out_w, b % s.out_w));
+              grad_offset + pass.operands.rows.offset_index(r, set, geometry.offset_cell(b / s.out_w, b % s.out_w));
           out[0] += sums[0] * shifts[b].unit_x * bins[b].scale;
           out[s.offset_cells] += sums[1] * shifts[b].unit_y * bins[b].scale;
         }
@@ -177,13 +178,13 @@ std::array<Tensor, 3> roi_pool_backward(const char* op, const RoiPoolSizes& s, c
                                         const std::optional<Tensor>& mask, bool need_input, bool need_offset,
                                         const Geometry& geometry) {
   need_offset = need_offset && (offset || mask);
-  const RoiPoolOperands<T> operands(op, s, input, rois, offset, mask, need_offset);
-  const BinGradients<T> gradients(grad, s);
+  const RoiPoolOperandTensors<T> operands(op, s, input, rois, offset, mask, need_offset);
+  const BinGradientTensor<T> gradients(grad, s);
   const std::vector<RoiBins<T>> bins = find_all_bins(operands.rows, geometry);
-  const int64_t width = block_width<T>(s);
-  const std::vector<Range> ranges = block_ranges(s, width);
+  const int64_t width = cache_block_width<T>(s);
+  const std::vector<Range> ranges = channel_ranges(s, width);
   const int64_t most = operands.channels_last ? s.channels / kernels<T>().lanes : static_cast<int64_t>(ranges.size());
-  const int64_t parts = std::clamp<int64_t>(torch::stable::get_num_threads(), 1, std::max<int64_t>(most, 1));
+  const int64_t shares = std::clamp<int64_t>(torch::stable::get_num_threads(), 1, std::max<int64_t>(most, 1));
 
   const Tensor none = empty_result(grad);
   const auto zeros_like = [&](const std::optional<Tensor>& tensor) {
@@ -198,17 +199,17 @@ std::array<Tensor, 3> roi_pool_backward(const char* op, const RoiPoolSizes& s, c
   const auto data_of = [](const Tensor& tensor) {
     return tensor.numel() ? tensor.template mutable_data_ptr<T>() : nullptr;
   };
-  std::vector<T> sums(need_offset ? parts * s.rois * s.channel_sets * s.bins() * 3 : 0);
+  std::vector<T> sums(need_offset ? shares * s.rois * s.channel_sets * s.bins() * 3 : 0);
   const RoiPoolBackward<T> pass{operands, bins, gradients, need_input ? data_of(results[0]) : nullptr, sums};
   if (s.channels > 0) {
     if (operands.channels_last) {
-      pool_backward_channels_last(pass, parts);
+      pool_backward_channels_last(pass, shares);
     } else {
-      pool_backward_contiguous(pass, parts, width, ranges);
+      pool_backward_contiguous(pass, shares, width, ranges);
     }
   }
   if (!sums.empty()) {
-    add_shift_gradients(pass, geometry, parts, data_of(results[1]), data_of(results[2]));
+    add_shift_gradients(pass, geometry, shares, data_of(results[1]), data_of(results[2]));
   }
   if (need_input) {
     if (operands.channels_last) results[0] = torch::stable::transpose(torch::stable::transpose(results[0], 2, 3), 1, 2);

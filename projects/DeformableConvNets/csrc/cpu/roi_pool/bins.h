@@ -66,24 +66,24 @@ struct BinShift {
 
 // Where the operands of a call are that say where bins lie.
 template <typename T>
-struct RoiRows {
+struct RoiRowsView {
   RoiPoolSizes sizes;
   const T *rois, *offsets, *masks;  // offsets and masks may be null
 
   int64_t image(int64_t r) const { return static_cast<int64_t>(rois[5 * r]); }
-  // In the offsets: that of a part in x. In y it is `parts` values behind.
-  int64_t offset_index(int64_t r, int64_t block, int64_t part) const {
-    return (r * sizes.channel_sets + block) * 2 * sizes.offset_cells + part;
+  // Index in the offsets of the x of an offset cell. Its y is `offset_cells` values behind.
+  int64_t offset_index(int64_t r, int64_t set, int64_t offset_cell) const {
+    return (r * sizes.channel_sets + set) * 2 * sizes.offset_cells + offset_cell;
   }
   T modulation(int64_t r, int64_t b) const { return masks ? masks[r * sizes.bins() + b] : T(1); }
 };
 
-// All bins of one RoI, for each block of channels.
+// All bins of one RoI, for each channel set.
 template <typename T>
 class RoiBins {
  public:
   template <typename Geometry>
-  void find(const Geometry& geometry, const RoiRows<T>& from, int64_t r) {
+  void find(const Geometry& geometry, const RoiRowsView<T>& from, int64_t r) {
     const RoiPoolSizes& s = from.sizes;
     used_ = 0;
     bins_.clear();
@@ -94,12 +94,12 @@ class RoiBins {
     std::vector<AxisRange> rows, columns;
     for (int64_t h = 0; !from.offsets && h < s.out_h; ++h) rows.push_back(sum_of(y, h, T(0)));
     for (int64_t w = 0; !from.offsets && w < s.out_w; ++w) columns.push_back(sum_of(x, w, T(0)));
-    for (int64_t block = 0; block < s.channel_sets; ++block) {
+    for (int64_t set = 0; set < s.channel_sets; ++set) {
       for (int64_t b = 0; b < s.bins(); ++b) {
         const int64_t h = b / s.out_w, w = b % s.out_w;
         AxisRange bin_rows, bin_columns;
         if (from.offsets) {
-          const T* offset = from.offsets + from.offset_index(r, block, geometry.offset_cell(h, w));
+          const T* offset = from.offsets + from.offset_index(r, set, geometry.offset_cell(h, w));
           bin_rows = sum_of(y, h, offset[s.offset_cells]), bin_columns = sum_of(x, w, offset[0]);
         } else {
           bin_rows = rows[h], bin_columns = columns[w];
@@ -161,7 +161,7 @@ class RoiBins {
 // RoIs in an order in which neighbours on the map follow each other, image by image: along a Z-shaped curve through
 // their centres.
 template <typename T>
-std::vector<int64_t> neighbouring_order(const RoiRows<T>& from) {
+std::vector<int64_t> neighbouring_order(const RoiRowsView<T>& from) {
   const int64_t count = from.sizes.rois;
   const auto centre = [&](int64_t r, int axis) { return from.rois[5 * r + 1 + axis] + from.rois[5 * r + 3 + axis]; };
   T low[2], high[2];
@@ -200,7 +200,7 @@ struct Visit {
 // RoIs image by image in the order in which the last of the rows that they read comes, so that an image can be worked
 // through from top to bottom.
 template <typename T>
-std::vector<Visit> visits_by_row(const RoiRows<T>& from, const std::vector<RoiBins<T>>& bins) {
+std::vector<Visit> visits_by_row(const RoiRowsView<T>& from, const std::vector<RoiBins<T>>& bins) {
   std::vector<Visit> visits;
   for (int64_t r = 0; r < from.sizes.rois; ++r) visits.push_back({r, from.image(r), bins[r].rows(), 0});
   std::stable_sort(visits.begin(), visits.end(), [](const Visit& a, const Visit& b) {

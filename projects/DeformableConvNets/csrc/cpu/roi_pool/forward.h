@@ -3,7 +3,7 @@
 // into row weights times column weights, so every pixel under a bin is read once, however many samples fall on it.
 //
 // A channels_last map is read where it is, RoI by RoI. Of any other one a few channels at a time are brought into that
-// order, row by row as the RoIs need them, for all RoIs in turns.
+// order, row by row as the RoIs need them, for all RoIs one after the other.
 #pragma once
 
 #if defined(__x86_64__)
@@ -16,17 +16,17 @@
 
 namespace dcn::cpu {
 
-// The operands of one call, dense, in the dtype of the computation.
+// The tensors of one call, dense, in the dtype of the computation.
 template <typename T>
-struct RoiPoolOperands {
+struct RoiPoolOperandTensors {
   RoiPoolSizes sizes;
   bool channels_last;
   std::optional<Tensor> image_tensor, roi_tensor, offset_tensor, mask_tensor;
   const T* images = nullptr;
-  RoiRows<T> rows;
+  RoiRowsView<T> rows;
 
-  RoiPoolOperands(const char* op, const RoiPoolSizes& s, const Tensor& input, const Tensor& rois,
-                  const std::optional<Tensor>& offset, const std::optional<Tensor>& mask, bool need_image)
+  RoiPoolOperandTensors(const char* op, const RoiPoolSizes& s, const Tensor& input, const Tensor& rois,
+                        const std::optional<Tensor>& offset, const std::optional<Tensor>& mask, bool need_image)
       : sizes(s), channels_last(is_channels_last(input) && s.cells == 1) {
     if (need_image) {
       images = data_of(image_tensor, input, channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
@@ -43,11 +43,12 @@ struct RoiPoolOperands {
   int64_t image_size() const { return sizes.input_channels() * sizes.pixels(); }
   const T* image(int64_t n) const { return images ? images + n * image_size() : nullptr; }
 
-  // Block `block` of the bins of a RoI, of which `channels` are looked at, in a map with that many values per pixel.
-  RoiPixels<T> pixels(const RoiBins<T>& bins, int64_t block, int64_t pixel_stride, Range channels,
+  // The bins of a RoI for channel set `set`, of which `channels` are computed, in a map with that many values per
+  // pixel.
+  RoiPixels<T> pixels(const RoiBins<T>& bins, int64_t set, int64_t pixel_stride, Range channels,
                       int64_t readable) const {
     return {bins.entries(),
-            bins.bins() + block * sizes.bins(),
+            bins.bins() + set * sizes.bins(),
             sizes.bins(),
             sizes.width * pixel_stride,
             pixel_stride,
@@ -64,7 +65,7 @@ struct RoiPoolOperands {
 };
 
 template <typename T, typename Geometry>
-std::vector<RoiBins<T>> find_all_bins(const RoiRows<T>& rows, const Geometry& geometry) {
+std::vector<RoiBins<T>> find_all_bins(const RoiRowsView<T>& rows, const Geometry& geometry) {
   std::vector<RoiBins<T>> bins(rows.sizes.rois);
   torch::stable::parallel_for(0, rows.sizes.rois, 16, [&](int64_t first, int64_t last) {
     for (int64_t r = first; r < last; ++r) bins[r].find(geometry, rows, r);
@@ -87,7 +88,7 @@ inline void finish_writes() {
 }
 
 template <typename T, typename Geometry>
-void pool_channels_last(const RoiPoolOperands<T>& operands, const Geometry& geometry, T* out) {
+void pool_channels_last(const RoiPoolOperandTensors<T>& operands, const Geometry& geometry, T* out) {
   const RoiPoolSizes& s = operands.sizes;
   const std::vector<int64_t> order = neighbouring_order(operands.rows);
   torch::stable::parallel_for(0, s.rois, 1, [&](int64_t first, int64_t last) {
@@ -96,9 +97,9 @@ void pool_channels_last(const RoiPoolOperands<T>& operands, const Geometry& geom
     for (int64_t i = first; i < last; ++i) {
       const int64_t r = order[i];
       bins.find(geometry, operands.rows, r);
-      for (int64_t block = 0; block < s.channel_sets; ++block) {
-        const Range channels{block * s.set_channels(), (block + 1) * s.set_channels()};
-        const RoiPixels<T> roi = operands.pixels(bins, block, s.channels, channels, s.set_channels());
+      for (int64_t set = 0; set < s.channel_sets; ++set) {
+        const Range channels{set * s.set_channels(), (set + 1) * s.set_channels()};
+        const RoiPixels<T> roi = operands.pixels(bins, set, s.channels, channels, s.set_channels());
         kernels<T>().roi_pool.forward(roi, operands.image(operands.rows.image(r)) + channels.begin, buffer.get(),
                                       out + (r * s.channels + channels.begin) * s.bins(), past_caches<T>(s));
       }
@@ -108,26 +109,26 @@ void pool_channels_last(const RoiPoolOperands<T>& operands, const Geometry& geom
 }
 
 template <typename T, typename Geometry>
-void pool_contiguous(const RoiPoolOperands<T>& operands, const Geometry& geometry, T* out) {
+void pool_contiguous(const RoiPoolOperandTensors<T>& operands, const Geometry& geometry, T* out) {
   const RoiPoolSizes& s = operands.sizes;
   const std::vector<RoiBins<T>> bins = find_all_bins(operands.rows, geometry);
   const std::vector<Visit> visits = visits_by_row(operands.rows, bins);
-  const int64_t width = block_width<T>(s);
-  const std::vector<Range> ranges = block_ranges(s, width);
+  const int64_t width = cache_block_width<T>(s);
+  const std::vector<Range> ranges = channel_ranges(s, width);
   // Where there are more threads than ranges of channels, they share out the RoIs too.
   const auto range_count = static_cast<int64_t>(ranges.size());
   const int64_t shares = std::min(s.rois, divide_up(torch::stable::get_num_threads(), range_count));
   torch::stable::parallel_for(0, range_count * shares, 1, [&](int64_t first, int64_t last) {
-    ChannelBlock<T> map(s, width);
+    ChannelCacheBlock<T> map(s, width);
     const Scratch<T> buffer = scratch<T>(s.bins() * kernels<T>().roi_pool.buffer_size);
     for (int64_t i = first; i < last; ++i) {
-      const Range channels = ranges[i / shares], mine = part_of(s.rois, shares, i % shares);
+      const Range channels = ranges[i / shares], mine = share_of(s.rois, shares, i % shares);
       for (int64_t v = mine.begin; v < mine.end; ++v) {
         const Visit& visit = visits[v];
         if (v == mine.begin || visit.image != visits[v - 1].image) map.begin(channels, visit.first_row);
         map.read(operands.image(visit.image), visit.rows.end);
-        const int64_t block = channels.begin / s.set_channels();
-        const RoiPixels<T> roi = operands.pixels(bins[visit.roi], block, map.pixel_stride(), channels, width);
+        const int64_t set = channels.begin / s.set_channels();
+        const RoiPixels<T> roi = operands.pixels(bins[visit.roi], set, map.pixel_stride(), channels, width);
         kernels<T>().roi_pool.forward(roi, map.data(), buffer.get(),
                                       out + (visit.roi * s.channels + channels.begin) * s.bins(), past_caches<T>(s));
       }
@@ -141,7 +142,7 @@ template <typename T, typename Geometry>
 Tensor roi_pool_forward(const char* op, const RoiPoolSizes& s, const Tensor& input, const Tensor& rois,
                         const std::optional<Tensor>& offset, const std::optional<Tensor>& mask,
                         const Geometry& geometry) {
-  const RoiPoolOperands<T> operands(op, s, input, rois, offset, mask, true);
+  const RoiPoolOperandTensors<T> operands(op, s, input, rois, offset, mask, true);
   Tensor output = empty_4d(input, {s.rois, s.channels, s.out_h, s.out_w}, scalar_type_of<T>(), false);
   if (output.numel() == 0) return output;
   T* out = output.template mutable_data_ptr<T>();

@@ -1,113 +1,23 @@
 // Copyright (c) the dcn_d2 authors. SPDX-License-Identifier: Apache-2.0
-// The path of dense.h: the columns of a tile of output positions are gathered into the cache and multiplied there; the
-// column matrix of a whole image never exists.
+// The backward pass of dense.h: the gradient columns of a tile of output positions are multiplied out in the cache,
+// spread to the input and the offsets, and overwritten with the samples, from which the weight's gradient is computed.
 #include "cpu/deform_conv2d/dense.h"
-
-#include <utility>
 
 namespace dcn::cpu {
 namespace {
 
-// What a tile keeps in the second-level cache: its columns, and in the backward pass also a segment's weight gradient.
-// More positions of a tile read the packed weight less often.
-struct TileLimits {
-  int64_t column_bytes, positions;
-};
-constexpr TileLimits kForwardTile{int64_t{256} << 10, 120}, kBackwardTile{int64_t{576} << 10, 240};
+constexpr TileLimits kBackwardTile{int64_t{576} << 10, 240};
 constexpr int64_t kWeightBytes = int64_t{1200} << 10;
-// Segments from which on a task packs an image's output gradients once, and keeps them.
+// A task with at least that many segments packs an image's output gradients once, and keeps them.
 constexpr int64_t kKeptPanelSegments = 4;
-
-// Positions of a tile whose columns have `bytes` per position, if `workers` threads share `positions`.
-template <typename T>
-int64_t tile_size(TileLimits most, int64_t bytes, int64_t positions, int64_t workers) {
-  const int64_t rows = kernels<T>().rows;
-  const int64_t fitting = std::min({most.column_bytes / bytes, most.positions, divide_up(positions, workers)});
-  return std::max<int64_t>(divide_up(fitting, rows) * rows, rows);
-}
-
-// Writes output positions of one image. A tile's columns are gathered for some taps at a time, as (positions, taps,
-// channels), and multiplied with the packed weight of these taps.
-template <typename T>
-class ForwardTile {
- public:
-  ForwardTile(const Operands<T>& operands, const GroupedPanels<T>& weight, int64_t tile, int64_t taps)
-      : operands_(operands),
-        weight_(weight),
-        taps_(taps),
-        offsets_(operands.offsets, tile),
-        samples_(taps, tile, false),
-        column_stride_(taps * operands.sizes.channels + kernels<T>().lanes),
-        columns_(scratch<T>(tile * column_stride_)),
-        output_(scratch<T>(tile * operands.sizes.out_channels)) {}
-
-  // Positions [begin, end) of image n. `output` is (batch, out_channels, positions), or (batch, positions,
-  // out_channels) for channels_last.
-  void run(int64_t n, int64_t begin, int64_t end, const T* bias, T* output, bool channels_last) {
-    const DeformConv2dSizes& s = operands_.sizes;
-    const int64_t count = end - begin;
-    T* out = channels_last ? output + (n * s.positions() + begin) * s.out_channels : output_.get();
-    offsets_.load(n, begin, count);
-    for (int64_t tap = 0; tap < s.taps(); tap += taps_) {
-      const int64_t taps = std::min(taps_, s.taps() - tap);
-      gather(n, count, tap, taps);
-      multiply(tap, taps, count, out);
-    }
-    for (int64_t p = 0; bias && p < count; ++p) {
-      kernels<T>().add_scaled(out + p * s.out_channels, bias, T(1), s.out_channels);
-    }
-    if (!channels_last) {
-      kernels<T>().transpose(out, s.out_channels, count, s.out_channels,
-                             output + n * s.out_channels * s.positions() + begin, s.positions());
-    }
-  }
-
- private:
-  void gather(int64_t n, int64_t count, int64_t tap, int64_t taps) {
-    const DeformConv2dSizes& s = operands_.sizes;
-    const int64_t channels = s.deform_channels();
-    for (int64_t group = 0; group < s.deform_groups; ++group) {
-      const TapSamples<T>* samples = samples_.locate(offsets_, group, tap, taps, count);
-      kernels<T>().gather(operands_.channels(n, group * channels, channels), samples, taps,
-                          columns_.get() + group * channels, column_stride_, s.channels);
-    }
-  }
-
-  void multiply(int64_t tap, int64_t taps, int64_t count, T* out) const {
-    const DeformConv2dSizes& s = operands_.sizes;
-    for (int64_t g = 0; g < s.groups; ++g) {
-      TileProduct<T> product{};
-      product.a = columns_.get() + g * s.group_channels();
-      product.a_row = column_stride_;
-      product.a_chunk = s.channels;
-      product.chunks = taps;
-      product.depth = s.group_channels();
-      weight_.set_right(product, g, tap * s.group_channels());
-      product.c = out + g * s.group_out_channels();
-      product.c_row = s.out_channels;
-      product.rows = count;
-      product.columns = s.group_out_channels();
-      product.accumulate = tap > 0;
-      kernels<T>().multiply(product);
-    }
-  }
-
-  const Operands<T>& operands_;
-  const GroupedPanels<T>& weight_;
-  int64_t taps_;
-  TileOffsets<T> offsets_;
-  TapBuffer<T> samples_;
-  int64_t column_stride_;
-  Scratch<T> columns_, output_;
-};
 
 // Backward of some images and some channels. Tasks of other channels or images write elsewhere, so there is nothing
 // to lock, and the order of all sums is fixed.
 template <typename T>
 class BackwardTask {
  public:
-  BackwardTask(const Operands<T>& operands, const T* grad_output, bool channels_last, int64_t tile,
-               int64_t segment_channels, bool keeps_panels, const Gradients<T>& gradients)
+  BackwardTask(const OperandTensors<T>& operands, const T* grad_output, bool channels_last, int64_t tile,
+               int64_t segment_channels, bool keeps_panels, const GradientsView<T>& gradients)
       : operands_(operands),
         grad_output_(grad_output),
         channels_last_(channels_last),
@@ -214,8 +124,15 @@ class BackwardTask {
       return kernels<T>().gather(channels, samples, s.taps(), columns_.get(), width, segment.count);
     }
     T* grad_image = gradients_.input ? gradients_.input + operands_.image_begin(n) + segment.begin : nullptr;
-    kernels<T>().backward(channels, samples, s.taps(), columns_.get(), width, segment.count, grad_image,
-                          gradients_.offset ? dots_.get() : nullptr, tile_, trash_.data());
+    ColumnsBackward<T> pass{};
+    pass.columns = columns_.get();
+    pass.column_stride = width;
+    pass.tap_stride = segment.count;
+    pass.grad_image = grad_image;
+    pass.trash = trash_.data();
+    if (gradients_.offset) pass.dots = dots_.get();
+    pass.dot_stride = tile_;
+    kernels<T>().backward(channels, samples, s.taps(), pass);
     for (int64_t tap = 0; gradients_.offset && tap < s.taps(); ++tap) {
       const T* first = dots_.get() + tap * 4 * tile_;
       const T* const dots[4] = {first, first + tile_, first + 2 * tile_, first + 3 * tile_};
@@ -223,13 +140,13 @@ class BackwardTask {
     }
   }
 
-  const Operands<T>& operands_;
+  const OperandTensors<T>& operands_;
   const T* grad_output_;
   bool channels_last_;
   int64_t tile_;
   bool keeps_panels_;  // of all tiles of an image, for the segments that follow
   int64_t packed_image_ = -1, packed_group_ = -1;
-  Gradients<T> gradients_;
+  GradientsView<T> gradients_;
   PanelShape<T> grad_panels_;
   TileOffsets<T> offsets_;
   TapBuffer<T> samples_;
@@ -243,41 +160,10 @@ class BackwardTask {
 }  // namespace
 
 template <typename T>
-Tensor dense_forward(const DeformConv2dSizes& s, const Tensor& input, const SamplingInputs& sampling,
-                     const Tensor& weight, const std::optional<Tensor>& bias) {
-  const bool channels_last = is_channels_last(input);
-  Tensor output = empty_4d(input, {s.batch, s.out_channels, s.out_h, s.out_w}, scalar_type_of<T>(), channels_last);
-  if (output.numel() == 0) return output;
-  const Operands<T> operands(s, input, sampling, weight);
-  std::optional<Tensor> dense_bias;
-  if (bias) dense_bias = dense(*bias, scalar_type_of<T>());
-  const T* bias_data = dense_bias ? dense_bias->template const_data_ptr<T>() : nullptr;
-  T* out = output.template mutable_data_ptr<T>();
-
-  const GroupedPanels<T> panels = pack_forward_weight(s, operands.weight);
-  // Taps at a time: all that leave room for a tile of many positions.
-  const int64_t positions = s.positions(), tap_bytes = s.channels * int64_t{sizeof(T)};
-  const int64_t most_taps =
-      std::clamp<int64_t>(kForwardTile.column_bytes / (kForwardTile.positions * tap_bytes), 1, s.taps());
-  const int64_t taps = divide_up(s.taps(), divide_up(s.taps(), most_taps));  // in rounds of nearly equal length
-  const int64_t tile =
-      tile_size<T>(kForwardTile, taps * tap_bytes, s.batch * positions, torch::stable::get_num_threads());
-  const int64_t tiles = divide_up(positions, tile);
-  torch::stable::parallel_for(0, s.batch * tiles, 1, [&](int64_t first, int64_t last) {
-    ForwardTile<T> worker(operands, panels, tile, taps);
-    for (int64_t t = first; t < last; ++t) {
-      const int64_t begin = t % tiles * tile;
-      worker.run(t / tiles, begin, std::min(begin + tile, positions), bias_data, out, channels_last);
-    }
-  });
-  return output;
-}
-
-template <typename T>
 std::array<Tensor, 4> dense_backward(const DeformConv2dSizes& s, const Tensor& grad, const Tensor& input,
                                      const SamplingInputs& sampling, const Tensor& weight,
                                      const NeededGradients& need) {
-  const Operands<T> operands(s, input, sampling, weight);
+  const OperandTensors<T> operands(s, input, sampling, weight);
   const bool channels_last = is_channels_last(grad);
   const Tensor grad_output =
       dense(grad, scalar_type_of<T>(), channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
@@ -285,28 +171,28 @@ std::array<Tensor, 4> dense_backward(const DeformConv2dSizes& s, const Tensor& g
 
   // Tasks: images first, then channels, until there is one for each thread.
   const int64_t workers = torch::stable::get_num_threads();
-  const int64_t image_parts = std::clamp<int64_t>(s.batch, 1, workers);
-  const int64_t wanted_parts = divide_up(workers, image_parts);
+  const int64_t image_shares = std::clamp<int64_t>(s.batch, 1, workers);
+  const int64_t wanted_shares = divide_up(workers, image_shares);
   const int64_t weight_bytes = s.taps() * std::max<int64_t>(s.group_out_channels(), 1) * int64_t{sizeof(T)};
   const int64_t fitting = std::clamp<int64_t>(kWeightBytes / weight_bytes, 16, 128) / 16 * 16;
-  const int64_t segment_channels = std::min(fitting, std::max<int64_t>(divide_up(s.channels, wanted_parts), 16));
+  const int64_t segment_channels = std::min(fitting, std::max<int64_t>(divide_up(s.channels, wanted_shares), 16));
   const std::vector<Segment> segments = segments_of(s, segment_channels);
-  const int64_t channel_parts = std::min(wanted_parts, static_cast<int64_t>(segments.size()));
+  const int64_t channel_shares = std::min(wanted_shares, static_cast<int64_t>(segments.size()));
 
-  GradientTensors<T> gradients(s, input, sampling, weight, need, image_parts, channel_parts);
+  GradientTensors<T> gradients(s, input, sampling, weight, need, image_shares, channel_shares);
   if (s.batch > 0 && s.out_channels > 0) {
     const int64_t widest = std::min(segment_channels, s.group_channels());
     const int64_t tile = tile_size<T>(kBackwardTile, s.taps() * widest * int64_t{sizeof(T)}, s.positions(), 1);
-    torch::stable::parallel_for(0, image_parts * channel_parts, 1, [&](int64_t first, int64_t last) {
+    torch::stable::parallel_for(0, image_shares * channel_shares, 1, [&](int64_t first, int64_t last) {
       for (int64_t task = first; task < last; ++task) {
-        const int64_t image_part = task / channel_parts, channel_part = task % channel_parts;
-        const Range range = part_of(static_cast<int64_t>(segments.size()), channel_parts, channel_part);
+        const int64_t image_share = task / channel_shares, channel_share = task % channel_shares;
+        const Range range = share_of(static_cast<int64_t>(segments.size()), channel_shares, channel_share);
         // Where an image's output gradients are small beside the weight, they are packed once for all segments.
         const bool keeps_panels = s.batch == 1 && range.end - range.begin >= kKeptPanelSegments;
         BackwardTask<T> worker(operands, grad_data, channels_last, tile, widest, keeps_panels,
-                               gradients.of(image_part, channel_part));
+                               gradients.of(image_share, channel_share));
         for (int64_t i = range.begin; i < range.end; ++i) {
-          worker.run(segments[i], part_of(s.batch, image_parts, image_part));
+          worker.run(segments[i], share_of(s.batch, image_shares, image_share));
         }
       }
     });
@@ -314,13 +200,9 @@ std::array<Tensor, 4> dense_backward(const DeformConv2dSizes& s, const Tensor& g
   return gradients.finish();
 }
 
-#define DCN_INSTANTIATE(T)                                                                                        \
-  template Tensor dense_forward<T>(const DeformConv2dSizes&, const Tensor&, const SamplingInputs&, const Tensor&, \
-                                   const std::optional<Tensor>&);                                                 \
-  template std::array<Tensor, 4> dense_backward<T>(const DeformConv2dSizes&, const Tensor&, const Tensor&,        \
-                                                   const SamplingInputs&, const Tensor&, const NeededGradients&);
-DCN_INSTANTIATE(float)
-DCN_INSTANTIATE(double)
-#undef DCN_INSTANTIATE
+template std::array<Tensor, 4> dense_backward<float>(const DeformConv2dSizes&, const Tensor&, const Tensor&,
+                                                     const SamplingInputs&, const Tensor&, const NeededGradients&);
+template std::array<Tensor, 4> dense_backward<double>(const DeformConv2dSizes&, const Tensor&, const Tensor&,
+                                                      const SamplingInputs&, const Tensor&, const NeededGradients&);
 
 }  // namespace dcn::cpu
