@@ -109,11 +109,12 @@ inline RoiPoolSizes sizes_of(const DeformPsRoiPoolSizes& s) {
 }
 
 // Raises an error that names the operand and both values where something does not fit.
-inline DeformPsRoiPoolSizes check_deform_psroi_pool(
-    const Tensor& input, const Tensor& rois, const std::optional<Tensor>& offset, const std::optional<Tensor>& mask,
-    const std::vector<int64_t>& output_size, double spatial_scale, int64_t group_size,
-    const std::optional<std::vector<int64_t>>& part_size, int64_t sample_per_part, double trans_std) {
+inline DeformPsRoiPoolSizes check_deform_psroi_pool(const RoiPoolInputs& given, const std::vector<int64_t>& output_size,
+                                                    double spatial_scale, int64_t group_size,
+                                                    const std::optional<std::vector<int64_t>>& part_size,
+                                                    int64_t sample_per_part, double trans_std) {
   const char* op = "deform_psroi_pool";
+  const auto& [input, rois, offset, mask] = given;
   check_input_dtype(op, input);
   check_operand(op, "input", input, input, 4);
   check_rois(op, rois, input);
