@@ -21,11 +21,11 @@ struct DeformPsRoiPoolSizes {
 
   DCN_HOST_DEVICE int64_t cells() const { return group_size * group_size; }
   DCN_HOST_DEVICE int64_t class_channels() const { return out_channels / classes; }
-  // Which group of input channels bin (h, w) reads: input channel = out channel * cells() + cell.
+  // The group of input channels that bin (h, w) reads: input channel = output channel * cells() + cell.
   DCN_HOST_DEVICE int64_t cell(int64_t h, int64_t w) const {
     return h * group_size / out_h * group_size + w * group_size / out_w;
   }
-  // Which offset of the part_h x part_w plane moves bin (h, w).
+  // The offset of the part_h x part_w plane that moves bin (h, w).
   DCN_HOST_DEVICE int64_t offset_cell(int64_t h, int64_t w) const {
     return h * part_h / out_h * part_w + w * part_w / out_w;
   }
@@ -109,11 +109,12 @@ inline RoiPoolSizes sizes_of(const DeformPsRoiPoolSizes& s) {
 }
 
 // Raises an error that names the operand and both values where something does not fit.
-inline DeformPsRoiPoolSizes check_deform_psroi_pool(
-    const Tensor& input, const Tensor& rois, const std::optional<Tensor>& offset, const std::optional<Tensor>& mask,
-    const std::vector<int64_t>& output_size, double spatial_scale, int64_t group_size,
-    const std::optional<std::vector<int64_t>>& part_size, int64_t sample_per_part, double trans_std) {
+inline DeformPsRoiPoolSizes check_deform_psroi_pool(const RoiPoolInputs& given, const std::vector<int64_t>& output_size,
+                                                    double spatial_scale, int64_t group_size,
+                                                    const std::optional<std::vector<int64_t>>& part_size,
+                                                    int64_t sample_per_part, double trans_std) {
   const char* op = "deform_psroi_pool";
+  const auto& [input, rois, offset, mask] = given;
   check_input_dtype(op, input);
   check_operand(op, "input", input, input, 4);
   check_rois(op, rois, input);

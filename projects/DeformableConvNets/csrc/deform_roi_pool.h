@@ -131,11 +131,10 @@ inline RoiPoolSizes sizes_of(const DeformRoiPoolSizes& s) {
 }
 
 // Raises an error that names the operand and both values where something does not fit.
-inline DeformRoiPoolSizes check_deform_roi_pool(const Tensor& input, const Tensor& rois,
-                                                const std::optional<Tensor>& offset, const std::optional<Tensor>& mask,
-                                                const std::vector<int64_t>& output_size, double spatial_scale,
-                                                int64_t sampling_ratio, double gamma) {
+inline DeformRoiPoolSizes check_deform_roi_pool(const RoiPoolInputs& given, const std::vector<int64_t>& output_size,
+                                                double spatial_scale, int64_t sampling_ratio, double gamma) {
   const char* op = "deform_roi_pool";
+  const auto& [input, rois, offset, mask] = given;
   check_input_dtype(op, input);
   check_operand(op, "input", input, input, 4);
   check_rois(op, rois, input);

@@ -1,5 +1,5 @@
 // Copyright (c) the dcn_d2 authors. SPDX-License-Identifier: Apache-2.0
-// What the RoI poolings have in common: the sizes of their operands, and what the code that they share asks of each.
+// What the RoI poolings have in common: operands and their sizes, and what the code that they share asks of each.
 //
 // An operator brings its geometry: where the bins of a RoI sample. It is a class template over the type of positions,
 // for the host and for the devices, so that there is one text of it (deform_roi_pool.h, deform_psroi_pool.h):
@@ -15,6 +15,7 @@
 #pragma once
 
 #include "sample.h"
+#include "tensor.h"
 
 namespace dcn {
 
@@ -27,6 +28,17 @@ struct RoiPoolSizes {
   DCN_HOST_DEVICE int64_t pixels() const { return height * width; }
   DCN_HOST_DEVICE int64_t set_channels() const { return channels / channel_sets; }
   DCN_HOST_DEVICE int64_t input_channels() const { return channels * cells; }
+};
+
+// The tensors that a caller gives to a RoI pooling.
+struct RoiPoolInputs {
+  const Tensor &input, &rois;
+  const std::optional<Tensor>&offset, &mask;
+};
+
+// Which gradients the caller asked for.
+struct NeededRoiPoolGradients {
+  bool input, offset;  // the mask's comes with the offset's
 };
 
 // Samples [begin, end) of a bin along one axis.

@@ -1,5 +1,6 @@
 // Copyright (c) the dcn_d2 authors. SPDX-License-Identifier: Apache-2.0
-// Where a sample falls, what it reads and how it moves: the maths that the CPU and the CUDA sources share.
+// Bilinear sampling: which pixels a sample reads, with which weights, and how these change as it moves. The CPU and the
+// CUDA sources share it. Where samples fall is in the operators' headers, deform_conv2d.h and deform_*roi_pool.h.
 //
 // Bilinear sampling is the product of two axes, so everything here is about one axis. A sample in the plane reads
 // its (up to) four neighbours with weight y.weight[i] * x.weight[j]; its derivative by the position in y is
@@ -71,7 +72,7 @@ DCN_HOST_DEVICE AxisSample<T> sample_axis_half_pixel(T position, int32_t size) {
   const T clamped = position < T(0) ? T(0) : position > last ? last : position;
   const auto below = static_cast<int32_t>(clamped);  // the floor, as it is not negative
   const T fraction = clamped - T(below);
-  // Of a map longer than 2^24, float32 may round the last index up to one past it.
+  // In a map longer than 2^24, float32 may round the last index up to one past it.
   const int32_t low = below < size ? below : size - 1;
   if (fraction == T(0)) return {low, {true, false}, {T(1), T(0)}, {T(0), T(0)}};
   return {low, {true, true}, {T(1) - fraction, fraction}, {T(-1), T(1)}};

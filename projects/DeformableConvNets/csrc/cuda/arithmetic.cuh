@@ -11,7 +11,7 @@
 
 namespace dcn::cuda {
 
-constexpr int kRowChunks = 8;  // of a row: what is summed over in one step
+constexpr int kRowChunks = 8;  // chunks of a row: what is summed over in one step
 constexpr int kRowBytes = kRowChunks * kChunkBytes;
 
 DCN_HOST_DEVICE unsigned swizzled(unsigned row, unsigned chunk) {
@@ -25,14 +25,14 @@ using Element = std::conditional_t<kKind == Kind::kHalf, torch::headeronly::Half
 template <Kind kKind>
 constexpr int kChunkElements = kChunkBytes / static_cast<int>(sizeof(Element<kKind>));
 
-// To 11 bits, the nearest, ties away from zero. Infinities and NaN stay what they are.
+// Rounds to 11 bits: to the nearest, ties away from zero. Infinities and NaN stay what they are.
 __device__ __forceinline__ uint32_t round_to_tf32(float value) {
   const uint32_t bits = float_to_bits(value);
   const bool finite = (bits & 0x7f800000u) != 0x7f800000u;
   return (finite ? bits + 0x1000u : bits) & (finite ? 0xffffe000u : 0xffffffffu);
 }
 
-// The elements of a chunk as floats, and back: rounded to what the tensor cores take.
+// The elements of a chunk as floats. to_chunk turns them back, rounded to what the tensor cores take.
 template <Kind kKind>
 __device__ __forceinline__ void to_floats(const Chunk& chunk, float (&values)[kChunkElements<kKind>]) {
   if constexpr (kChunkElements<kKind> == 4) {
@@ -60,27 +60,27 @@ __device__ __forceinline__ Chunk to_chunk(const float (&values)[kChunkElements<k
   return chunk;
 }
 
-// Splits a float32 into two parts of 11 bits, of which the sum is the value to 22 bits.
+// Splits a float32 into two halves of 11 bits, whose sum is the value to 22 bits.
 __device__ __forceinline__ void split(uint32_t bits, uint32_t& high, uint32_t& low) {
   high = bits & 0xffffe000u;
   const float value = bits_to_float(bits), rest = value - bits_to_float(high);
   low = bits == high ? 0 : round_to_tf32(rest);  // an infinity has no rest
 }
 
-// A warp's part of the product of a block: kRows times 16 rows by kColumns times 8 columns. kColumns is even. With
-// kRaw, rows were copied from memory, so that tf32 rows are still to be rounded.
+// A warp's share of a thread block's product: 16 * kRows rows by 8 * kColumns columns. kColumns is even. With kRaw,
+// rows were copied from memory as they are, so rows of kTF32 are rounded here.
 template <Kind kKind, int kRows, int kColumns, bool kRaw = false>
 struct WarpProduct {
-  // The tensor cores round sums towards zero, which over thousands of them costs more than float32 may lose. So
-  // kFloat32 lets them add up one step only.
+  // The tensor cores round sums towards zero. Over thousands of additions that would cost more accuracy than float32
+  // may lose, so with kFloat32 they add up one step only.
   static constexpr bool kSplit = kKind == Kind::kFloat32;
   static constexpr int kStepRows = kSplit ? kRows : 1, kStepColumns = kSplit ? kColumns : 1;
 
   float value[kRows][kColumns][4] = {};
   float step[kStepRows][kStepColumns][4] = {};
 
-  // Adds the product of chunks 2 `slice` and 2 `slice` + 1 of the rows of both operands from `a_row` and `b_row` on,
-  // which are multiples of eight.
+  // Adds the product of chunks 2 * slice and 2 * slice + 1 of both operands. `a_row` and `b_row` are their first rows,
+  // multiples of eight.
   __device__ __forceinline__ void add_slice(SharedAddress a, unsigned a_row, SharedAddress b, unsigned b_row,
                                             unsigned slice) {
     const unsigned lane = threadIdx.x % kWarp;
@@ -105,7 +105,7 @@ struct WarpProduct {
     }
   }
 
-  // Adds the product of fragments that were loaded.
+  // Adds the product of fragments that are loaded already.
   __device__ __forceinline__ void add_fragments(uint32_t (&left)[kRows][4], const uint32_t (&right)[kColumns][2]) {
     round_raw(left);
 #pragma unroll
@@ -147,7 +147,7 @@ struct WarpProduct {
     }
   }
 
-  // After the slices of a step.
+  // Called after the slices of a step.
   __device__ __forceinline__ void end_step() {
     if constexpr (kSplit) {
 #pragma unroll
@@ -161,7 +161,7 @@ struct WarpProduct {
     }
   }
 
-  // Where value[i][j][e] lies in the warp's part.
+  // Where value[i][j][e] lies in the warp's share.
   __device__ __forceinline__ static int row(int i, int e) {
     return 16 * i + static_cast<int>(threadIdx.x) % kWarp / 4 + e / 2 * 8;
   }

@@ -1,6 +1,6 @@
 // Copyright (c) the dcn_d2 authors. SPDX-License-Identifier: Apache-2.0
-// The functions of csrc/cuda/mma.cuh for the CPU: what each lane gives to an instruction of a whole warp is put into
-// the warp's exchange, and each lane takes its part of the result from there, by the layouts in the PTX manual.
+// The functions of csrc/cuda/mma.cuh for the CPU. What each lane gives to an instruction of a whole warp goes into the
+// warp's exchange, and each lane takes its share of the result from there, by the layouts in the PTX manual.
 #pragma once
 
 #include <torch/headeronly/util/BFloat16.h>
@@ -59,7 +59,7 @@ template <Kind kKind>
 uint32_t multiply_add_pairs(uint32_t a, uint32_t b, uint32_t c) {
   float low[3], high[3];
   unpack<kKind>(a, low[0], high[0]), unpack<kKind>(b, low[1], high[1]), unpack<kKind>(c, low[2], high[2]);
-  // Of two such floats a float holds the product exactly; the sum is rounded twice, which shows only next to a tie.
+  // A float holds the product of two 16-bit floats exactly. The sum is rounded twice, which shows only next to a tie.
   return pack<kKind>(low[0] * low[1] + low[2], high[0] * high[1] + high[2]);
 }
 template <int kCount, bool kTransposed = false>
@@ -107,7 +107,7 @@ void multiply(float (&sum)[kRows][kAll][4], int first, const uint32_t (&a)[kRows
   const auto lane = threadIdx.x % emulate::kWarpLanes;
   const unsigned g = lane / 4, t = lane % 4;
   constexpr int kElements = kKind == Kind::kHalf || kKind == Kind::kBFloat16 ? 2 : 1;
-  for (unsigned word = 0; word < 8; ++word) {  // of the 32 bytes of each row
+  for (unsigned word = 0; word < 8; ++word) {  // the words of 32 bytes of each row
     for (int i = 0; i < kRows; ++i) {
       for (unsigned e = 0; e < 4; ++e) {
         const auto left = elements<kKind>(all.from<Fragments>(g * 4 + word % 4)->a[i][e / 2 + 2 * (word / 4)]);

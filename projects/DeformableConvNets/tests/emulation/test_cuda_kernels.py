@@ -1,5 +1,5 @@
 # Copyright (c) the dcn_d2 authors. SPDX-License-Identifier: Apache-2.0
-"""Runs the CUDA sources, entry points included, on the CPU: see emulate.h for what that proves and what not."""
+"""Runs the CUDA sources, entry points included, on the CPU: see emulate.h for what that proves and what it does not."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ from .emulator import (
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 
-# The samples of all operators' tests, and such as cross the borders of the kernels' tiles and warps.
+# The samples of all operators' tests, and further ones that cross the borders of the kernels' tiles and warps.
 EMULATED_CONV_SAMPLES = [
     *(sample for sample in CONV_SAMPLES if sample.name != "many_positions"),
     EMPTY_BATCH,
@@ -64,7 +64,7 @@ for operator in ("deform_roi_pool", "deform_psroi_pool"):
         (operator, RoiSample("several_passes", channels=260, output_size=(1, 2))),
         (operator, RoiSample("several_tiles_of_bins", output_size=(5, 7))),
     ]
-# Of one axis more samples than are listed at a time.
+# More samples along one axis than a kernel lists at a time.
 POOLING_SAMPLES += [
     ("deform_roi_pool", RoiSample("several_runs", output_size=(2, 1), geometry={"sampling_ratio": 19})),
     ("deform_psroi_pool", RoiSample("several_runs", output_size=(2, 1), geometry={"sample_per_part": 19})),
@@ -272,6 +272,7 @@ def removal_is_noticed(configure: Any, operator: str, values: dict[str, Any], fi
     return noticed
 
 
+@pytest.mark.unsanitized
 @pytest.mark.parametrize(("file", "line"), barriers("deform_conv2d/simt"))
 def test_a_removed_barrier_is_noticed(configure: Any, file: str, line: int) -> None:
     """The emulator finds each of the kernels' barriers missing, so it would find one that was forgotten."""
@@ -281,6 +282,7 @@ def test_a_removed_barrier_is_noticed(configure: Any, file: str, line: int) -> N
     )
 
 
+@pytest.mark.unsanitized
 @pytest.mark.parametrize(("file", "line"), barriers("memory_format.cuh") + barriers("roi_pool"))
 def test_a_removed_barrier_of_pooling_is_noticed(configure: Any, file: str, line: int) -> None:
     """With maps of several tiles, and blocks that have several tiles of bins and passes over the channels."""
@@ -292,6 +294,7 @@ def test_a_removed_barrier_of_pooling_is_noticed(configure: Any, file: str, line
 
 
 @pytest.mark.slow
+@pytest.mark.unsanitized
 @pytest.mark.skipif(SANITIZED in os.environ, reason="runs in this process")
 def test_under_sanitizers(tmp_path: Path) -> None:
     """Repeats the tests of this file under the address and the undefined behaviour sanitizers."""
@@ -312,7 +315,7 @@ def test_under_sanitizers(tmp_path: Path) -> None:
     }
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "--capture=sys"]
     result = subprocess.run(
-        [*command, str(HERE), "-k", "not barrier and not sanitizers"],
+        [*command, str(HERE), "-m", "not unsanitized"],
         cwd=PROJECT,
         env=environment,
         capture_output=True,

@@ -173,12 +173,12 @@ void add_shift_gradients(const RoiPoolBackward<T>& pass, const Geometry& geometr
 
 // Gradients of input, offset and mask in the dtype of the computation; empty where not needed.
 template <typename T, typename Geometry>
-std::array<Tensor, 3> roi_pool_backward(const char* op, const RoiPoolSizes& s, const Tensor& grad, const Tensor& input,
-                                        const Tensor& rois, const std::optional<Tensor>& offset,
-                                        const std::optional<Tensor>& mask, bool need_input, bool need_offset,
+std::array<Tensor, 3> roi_pool_backward(const char* op, const RoiPoolSizes& s, const Tensor& grad,
+                                        const RoiPoolInputs& given, const NeededRoiPoolGradients& need,
                                         const Geometry& geometry) {
-  need_offset = need_offset && (offset || mask);
-  const RoiPoolOperandTensors<T> operands(op, s, input, rois, offset, mask, need_offset);
+  const Tensor& input = given.input;
+  const bool need_offset = need.offset && (given.offset || given.mask);
+  const RoiPoolOperandTensors<T> operands(op, s, given, need_offset);
   const BinGradientTensor<T> gradients(grad, s);
   const std::vector<RoiBins<T>> bins = find_all_bins(operands.rows, geometry);
   const int64_t width = cache_block_width<T>(s);
@@ -190,8 +190,8 @@ std::array<Tensor, 3> roi_pool_backward(const char* op, const RoiPoolSizes& s, c
   const auto zeros_like = [&](const std::optional<Tensor>& tensor) {
     return need_offset && tensor ? torch::stable::new_zeros(grad, tensor->sizes(), scalar_type_of<T>()) : none;
   };
-  std::array<Tensor, 3> results{none, zeros_like(offset), zeros_like(mask)};
-  if (need_input) {
+  std::array<Tensor, 3> results{none, zeros_like(given.offset), zeros_like(given.mask)};
+  if (need.input) {
     results[0] = operands.channels_last
                      ? torch::stable::new_zeros(input, {s.batch, s.height, s.width, s.channels}, scalar_type_of<T>())
                      : empty_4d(input, {s.batch, s.input_channels(), s.height, s.width}, scalar_type_of<T>(), false);
@@ -200,7 +200,7 @@ std::array<Tensor, 3> roi_pool_backward(const char* op, const RoiPoolSizes& s, c
     return tensor.numel() ? tensor.template mutable_data_ptr<T>() : nullptr;
   };
   std::vector<T> sums(need_offset ? shares * s.rois * s.channel_sets * s.bins() * 3 : 0);
-  const RoiPoolBackward<T> pass{operands, bins, gradients, need_input ? data_of(results[0]) : nullptr, sums};
+  const RoiPoolBackward<T> pass{operands, bins, gradients, need.input ? data_of(results[0]) : nullptr, sums};
   if (s.channels > 0) {
     if (operands.channels_last) {
       pool_backward_channels_last(pass, shares);
@@ -211,7 +211,7 @@ std::array<Tensor, 3> roi_pool_backward(const char* op, const RoiPoolSizes& s, c
   if (!sums.empty()) {
     add_shift_gradients(pass, geometry, shares, data_of(results[1]), data_of(results[2]));
   }
-  if (need_input) {
+  if (need.input) {
     if (operands.channels_last) results[0] = torch::stable::transpose(torch::stable::transpose(results[0], 2, 3), 1, 2);
     results[0] = like_input<T>(results[0], input);
   }
@@ -221,19 +221,15 @@ std::array<Tensor, 3> roi_pool_backward(const char* op, const RoiPoolSizes& s, c
 // The gradients by input, offset and mask of the operator `op`, for every dtype; empty where not needed.
 template <template <typename> class Geometry, typename Sizes>
 std::tuple<Tensor, Tensor, Tensor> roi_pool_gradients(const char* op, const Sizes& s, const Tensor& grad,
-                                                      const Tensor& input, const Tensor& rois,
-                                                      const std::optional<Tensor>& offset,
-                                                      const std::optional<Tensor>& mask, bool need_input,
-                                                      bool need_offset) {
+                                                      const RoiPoolInputs& given, const NeededRoiPoolGradients& need) {
+  const Tensor& input = given.input;
   const RoiPoolSizes sizes = sizes_of(s);
   const std::string name = std::string(op) + "_backward";
   check_operand(name.c_str(), "grad", grad, input, 4);
   check_shape(name.c_str(), "grad", grad, {sizes.rois, sizes.channels, sizes.out_h, sizes.out_w});
   std::array<Tensor, 3> gradients = input.scalar_type() == ScalarType::Double
-                                        ? roi_pool_backward<double>(op, sizes, grad, input, rois, offset, mask,
-                                                                    need_input, need_offset, Geometry<double>{s})
-                                        : roi_pool_backward<float>(op, sizes, grad, input, rois, offset, mask,
-                                                                   need_input, need_offset, Geometry<float>{s});
+                                        ? roi_pool_backward<double>(op, sizes, grad, given, need, Geometry<double>{s})
+                                        : roi_pool_backward<float>(op, sizes, grad, given, need, Geometry<float>{s});
   // The input's has its format already, see like_input; those that are not needed have one dimension.
   for (size_t i = 0; i < gradients.size(); ++i) {
     const bool found = gradients[i].dim() == 4;

@@ -12,9 +12,10 @@ namespace {
 Tensor deform_psroi_pool(Tensor input, Tensor rois, std::optional<Tensor> offset, std::vector<int64_t> output_size,
                          double spatial_scale, int64_t group_size, std::optional<std::vector<int64_t>> part_size,
                          int64_t sample_per_part, double trans_std, std::optional<Tensor> mask) {
-  const auto s = check_deform_psroi_pool(input, rois, offset, mask, output_size, spatial_scale, group_size, part_size,
-                                         sample_per_part, trans_std);
-  return roi_pool<DeformPsRoiPoolGeometry>("deform_psroi_pool", s, input, rois, offset, mask);
+  const RoiPoolInputs given{input, rois, offset, mask};
+  const auto s =
+      check_deform_psroi_pool(given, output_size, spatial_scale, group_size, part_size, sample_per_part, trans_std);
+  return roi_pool<DeformPsRoiPoolGeometry>("deform_psroi_pool", s, given);
 }
 
 std::tuple<Tensor, Tensor, Tensor> deform_psroi_pool_backward(
@@ -22,10 +23,10 @@ std::tuple<Tensor, Tensor, Tensor> deform_psroi_pool_backward(
     std::vector<int64_t> output_size, double spatial_scale, int64_t group_size,
     std::optional<std::vector<int64_t>> part_size, int64_t sample_per_part, double trans_std, bool need_input,
     bool need_offset, bool /*deterministic*/) {
-  const auto s = check_deform_psroi_pool(input, rois, offset, mask, output_size, spatial_scale, group_size, part_size,
-                                         sample_per_part, trans_std);
-  return roi_pool_gradients<DeformPsRoiPoolGeometry>("deform_psroi_pool", s, grad, input, rois, offset, mask,
-                                                     need_input, need_offset);
+  const RoiPoolInputs given{input, rois, offset, mask};
+  const auto s =
+      check_deform_psroi_pool(given, output_size, spatial_scale, group_size, part_size, sample_per_part, trans_std);
+  return roi_pool_gradients<DeformPsRoiPoolGeometry>("deform_psroi_pool", s, grad, given, {need_input, need_offset});
 }
 
 }  // namespace

@@ -25,9 +25,9 @@ struct RoiPoolOperandTensors {
   const T* images = nullptr;
   RoiRowsView<T> rows;
 
-  RoiPoolOperandTensors(const char* op, const RoiPoolSizes& s, const Tensor& input, const Tensor& rois,
-                        const std::optional<Tensor>& offset, const std::optional<Tensor>& mask, bool need_image)
-      : sizes(s), channels_last(is_channels_last(input) && s.cells == 1) {
+  RoiPoolOperandTensors(const char* op, const RoiPoolSizes& s, const RoiPoolInputs& given, bool need_image)
+      : sizes(s), channels_last(is_channels_last(given.input) && s.cells == 1) {
+    const auto& [input, rois, offset, mask] = given;
     if (need_image) {
       images = data_of(image_tensor, input, channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
     }
@@ -139,11 +139,9 @@ void pool_contiguous(const RoiPoolOperandTensors<T>& operands, const Geometry& g
 
 // `geometry` is all that an operator adds; see roi_pool_sizes.h.
 template <typename T, typename Geometry>
-Tensor roi_pool_forward(const char* op, const RoiPoolSizes& s, const Tensor& input, const Tensor& rois,
-                        const std::optional<Tensor>& offset, const std::optional<Tensor>& mask,
-                        const Geometry& geometry) {
-  const RoiPoolOperandTensors<T> operands(op, s, input, rois, offset, mask, true);
-  Tensor output = empty_4d(input, {s.rois, s.channels, s.out_h, s.out_w}, scalar_type_of<T>(), false);
+Tensor roi_pool_forward(const char* op, const RoiPoolSizes& s, const RoiPoolInputs& given, const Geometry& geometry) {
+  const RoiPoolOperandTensors<T> operands(op, s, given, true);
+  Tensor output = empty_4d(given.input, {s.rois, s.channels, s.out_h, s.out_w}, scalar_type_of<T>(), false);
   if (output.numel() == 0) return output;
   T* out = output.template mutable_data_ptr<T>();
   if (operands.channels_last) {
@@ -156,12 +154,11 @@ Tensor roi_pool_forward(const char* op, const RoiPoolSizes& s, const Tensor& inp
 
 // The operator `op`, whose bins Geometry<T> finds, for every dtype.
 template <template <typename> class Geometry, typename Sizes>
-Tensor roi_pool(const char* op, const Sizes& s, const Tensor& input, const Tensor& rois,
-                const std::optional<Tensor>& offset, const std::optional<Tensor>& mask) {
-  const ScalarType dtype = input.scalar_type();
+Tensor roi_pool(const char* op, const Sizes& s, const RoiPoolInputs& given) {
+  const ScalarType dtype = given.input.scalar_type();
   const Tensor output = dtype == ScalarType::Double
-                            ? roi_pool_forward<double>(op, sizes_of(s), input, rois, offset, mask, Geometry<double>{s})
-                            : roi_pool_forward<float>(op, sizes_of(s), input, rois, offset, mask, Geometry<float>{s});
+                            ? roi_pool_forward<double>(op, sizes_of(s), given, Geometry<double>{s})
+                            : roi_pool_forward<float>(op, sizes_of(s), given, Geometry<float>{s});
   return as_result(output, dtype, false);
 }
 

@@ -1,12 +1,12 @@
 // Copyright (c) the dcn_d2 authors. SPDX-License-Identifier: Apache-2.0
-// deform_conv2d on CUDA: backward entry point. No gradient depends on the order in which threads happen to run.
+// deform_conv2d on CUDA: backward entry points. No gradient depends on the order in which threads happen to run.
 #include "cuda/deform_conv2d/backward_tensor_cores.cuh"
 #include "cuda/deform_conv2d/simt/backward.cuh"
 
 namespace dcn::cuda {
 namespace {
 
-// Gradients by input, offset, weight and mask; empty where not needed.
+// Computes the gradients by input, offset, weight and mask, each where it is asked for.
 template <typename T>
 class Backward {
  public:
@@ -44,7 +44,8 @@ class Backward {
     return gradient;
   }
 
-  // Of the tensors that the caller gave: the mask's is left as it is without a mask or where both are one tensor.
+  // The gradients by the tensors that the caller gave. `grad_mask` stays as it is if there is no mask, or if offset and
+  // mask came in one tensor: then `grad_offset` is the gradient by that.
   void by_offset_and_mask(Tensor& grad_offset, Tensor& grad_mask) const {
     const int64_t channels = s_.deform_groups * s_.taps();
     SampleGradientsView<T> gradients{};
@@ -90,7 +91,7 @@ class Backward {
   }
 
  private:
-  // Makes a tensor for gradients by offsets or masks. Kernels write all of it, or else it is zero.
+  // Makes a tensor for the gradient by offset or mask. Kernels write all of it; where none runs it is zero.
   PlanesView<T> allocate(Tensor& gradient, int64_t channels, bool channels_last) const {
     gradient = empty_4d(input_, {s_.batch, channels, s_.out_h, s_.out_w}, input_.scalar_type(), channels_last);
     if (empty_) torch::stable::zero_(gradient);

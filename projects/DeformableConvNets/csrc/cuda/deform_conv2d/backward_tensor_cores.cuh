@@ -9,8 +9,8 @@
 
 namespace dcn::cuda {
 
-// The sizes of products over output channels, and what else the gradients on tensor cores have in common. Nothing
-// where they cannot compute them.
+// The groups of products over output channels, for all gradients on tensor cores. Nothing where tensor cores cannot
+// compute them. `grads` is the gradient by the output.
 template <Kind kKind>
 std::optional<Grouping> backward_grouping(const Device& device, const OperandsView<Element<kKind>>& operands,
                                           const void* grads) {
@@ -32,7 +32,7 @@ inline Packing transposed_packing(const DeformConv2dSizes& s, const Grouping& gr
   return packing;
 }
 
-// Calls make(lists) for lists of some images after the other.
+// Calls make(lists) for the lists of all images, some images at a time.
 template <typename T, typename Make>
 void for_listed_images(const DeviceScope& device, const OperandsView<T>& operands, const Tensor& like,
                        const Make& make) {
@@ -44,6 +44,7 @@ void for_listed_images(const DeviceScope& device, const OperandsView<T>& operand
   }
 }
 
+// Computes the gradient by the input, or returns false where tensor cores cannot.
 template <Kind kKind>
 bool input_gradient_on_tensor_cores(KindConstant<kKind>, const DeviceScope& device,
                                     const OperandsView<Element<kKind>>& operands, const Tensor& input,
@@ -73,6 +74,7 @@ bool input_gradient_on_tensor_cores(KindConstant<kKind>, const DeviceScope& devi
   return true;
 }
 
+// Computes the gradients by offset and mask, or returns false where tensor cores cannot.
 template <Kind kKind>
 bool offset_gradient_on_tensor_cores(KindConstant<kKind>, const DeviceScope& device,
                                      const OperandsView<Element<kKind>>& operands, const Tensor& input,
@@ -130,6 +132,7 @@ void run_weight_gradient(const DeviceScope& device, WeightGradientSizes sizes,
                     partials->tensor.template mutable_data_ptr<float>());
 }
 
+// Computes partial gradients by the weight, or returns false where tensor cores cannot.
 template <Kind kKind>
 bool weight_gradient_on_tensor_cores(KindConstant<kKind>, const DeviceScope& device,
                                      const OperandsView<Element<kKind>>& operands, const Tensor& input,

@@ -1,12 +1,12 @@
 // Copyright (c) the dcn_d2 authors. SPDX-License-Identifier: Apache-2.0
-// deform_conv2d on CUDA: forward entry point.
+// deform_conv2d on CUDA: forward entry points.
 #include "cuda/deform_conv2d/host.cuh"
 #include "cuda/deform_conv2d/simt/forward.cuh"
 
 namespace dcn::cuda {
 namespace {
 
-// On tensor cores. False where they cannot compute it.
+// Computes the output on tensor cores, or returns false where they cannot.
 template <Kind kKind>
 bool forward_on_tensor_cores(KindConstant<kKind>, const DeviceScope& device,
                              const OperandsView<Element<kKind>>& operands, const Tensor& input,

@@ -1,5 +1,5 @@
 // Copyright (c) the dcn_d2 authors. SPDX-License-Identifier: Apache-2.0
-// What the entry points of deform_conv2d share.
+// What the entry points of deform_conv2d share: the tensors that kernels read, and the choice of tensor-core kernels.
 #pragma once
 
 #include <numeric>
@@ -17,7 +17,7 @@ PlanesView<T> planes(T* data, int64_t channels, int64_t positions, bool channels
                        : PlanesView<T>{data, channels * positions, positions, 1};
 }
 
-// Keeps the tensors alive that the kernels read. Copies only what the kernels cannot read as it lies.
+// The tensors that the kernels read, kept alive. Copies only what the kernels cannot read as it lies.
 template <typename T>
 struct OperandTensors {
   Tensor input, offset, weight;
@@ -40,19 +40,19 @@ struct OperandTensors {
   }
 
  private:
-  // With one stride for rows and columns together.
+  // The tensor, or a copy, in which one stride leads from position to position, over the ends of rows.
   static Tensor with_flat_planes(const Tensor& tensor) {
     const bool line = tensor.size(2) == 1 || tensor.size(3) == 1;
     const bool flat = line || tensor.stride(2) == tensor.stride(3) * tensor.size(3);
     return flat ? tensor : dense(tensor, tensor.scalar_type());
   }
-  // That stride. The strides of dimensions of size 1 mean nothing, also in tensors that torch calls contiguous.
+  // That stride. Strides of dimensions of size 1 mean nothing, even in tensors that torch calls contiguous.
   static int64_t plane_stride(const Tensor& tensor) {
     return tensor.size(3) == 1 ? tensor.stride(2) : tensor.stride(3);
   }
 };
 
-// Calls function(KindConstant) with the kind that goes with T; gives what that gives, or false where there is none.
+// Calls function(KindConstant) with the kind of product for T and returns its result, or false where there is no kind.
 template <typename T, typename Function>
 bool with_kind(bool allow_tf32, const Function& function) {
   if constexpr (std::is_same_v<T, torch::headeronly::Half>) {
@@ -66,7 +66,7 @@ bool with_kind(bool allow_tf32, const Function& function) {
   }
 }
 
-// Whether a tile may have 128 or 256 columns: elsewhere registers would not suffice.
+// Whether a tile may have 256 columns (wide) or 128 (middle). Where not, registers would not suffice.
 template <Kind kKind, typename Gather>
 constexpr bool kWideTiles = kChunkElements<kKind> == 8 || (kKind == Kind::kTF32 && Gather::kLean);
 template <Kind kKind, typename Gather>
@@ -83,7 +83,7 @@ int64_t most_columns(const Device& device) {
   return 64;
 }
 
-// Runs the product with the tiles and splits that are estimated to be the fastest.
+// Runs the product with the tiles and splits that cut_product estimates to be the fastest.
 template <Kind kKind, typename Gather, typename... Arguments>
 void run_cut_product(const DeviceScope& device, const Tensor& like, const ProductSizes& sizes,
                      const Arguments&... arguments) {

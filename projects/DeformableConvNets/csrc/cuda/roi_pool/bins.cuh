@@ -2,8 +2,9 @@
 // RoI pooling on CUDA: how the work is shared out, and which pixels a bin reads.
 //
 // The sum of a bin's samples factors into row weights times column weights, so that every pixel under a bin is read
-// once, however many samples fall on it. A block has up to kBinTile bins of one RoI. Each of its warps first lists rows
-// and columns of its own bins, one lane for an axis; then it goes from bin to bin, its lanes sharing out the channels.
+// once, however many samples fall on it. A thread block has up to kBinTile bins of one RoI. Each of its warps first
+// lists the rows and columns of its own bins, one lane for each axis of a bin. Then it goes from bin to bin, and its
+// lanes share out the channels.
 #pragma once
 
 #include "cuda/memory_format.cuh"
@@ -15,9 +16,9 @@ constexpr int kBinTile = 16;
 constexpr int kRoiWarps = 4;
 constexpr int kRoiThreads = kRoiWarps * kWarp;
 constexpr int kBinsPerWarp = kBinTile / kRoiWarps;
-constexpr int kLaneChannels = 8;                      // of a lane, at a time
-constexpr int kPassChannels = kLaneChannels * kWarp;  // of a warp, at a time
-constexpr int kAxisSamples = 8;                       // of an axis, at a time
+constexpr int kLaneChannels = 8;                      // channels of a lane at a time
+constexpr int kPassChannels = kLaneChannels * kWarp;  // channels of a warp at a time
+constexpr int kAxisSamples = 8;                       // samples of an axis at a time
 
 // The operands of one call, dense.
 template <typename T>
@@ -25,11 +26,11 @@ struct RoiPoolOperandsView {
   RoiPoolSizes sizes;
   const T* images;            // (batch, cells, pixels, channels)
   const Accumulate<T>* rois;  // (rois, 5)
-  const T* offsets;           // (rois, blocks, 2, parts), or null
+  const T* offsets;           // (rois, channel_sets, 2, offset_cells), or null
   const T* masks;             // (rois, bins), or null
 
-  // Whether a RoI names an image of the batch. On CUDA an error could not be raised without stopping the device: such a
-  // RoI gives NaN, and no gradients.
+  // Whether a RoI names an image of the batch. If not, it gives NaN and no gradients: a kernel can raise an error only
+  // by stopping the device.
   __device__ __forceinline__ bool on_image(int64_t roi) const {
     using A = Accumulate<T>;
     const A image = rois[5 * roi];
@@ -58,7 +59,7 @@ DCN_HOST_DEVICE int64_t bin_tiles(const RoiPoolSizes& s) {
 // A row or a column of pixels that samples of a bin touch.
 template <typename A>
 struct PixelLine {
-  int64_t at;       // of its first pixel, in images, from the start of the cell's image
+  int64_t at;       // where its first pixel is, counted in values from the start of the cell's image
   A weight, slope;  // sums over the samples; `slope` is the derivative of `weight` by the bin's position
 };
 
@@ -123,7 +124,7 @@ __device__ __forceinline__ void list_samples(AxisList<A>& list, const Samples& s
   list.count = count;
 }
 
-// Lists one axis of a bin.
+// Lists one axis of a bin, for one pair of runs.
 template <typename T, template <typename> class Geometry>
 __device__ __forceinline__ void list_axis(const RoiPoolOperandsView<T>& operands,
                                           const Geometry<Accumulate<T>>& geometry, const BinTile& tile, int b,
@@ -161,7 +162,7 @@ __device__ __forceinline__ void list_axis(const RoiPoolOperandsView<T>& operands
   list_samples(list, samples, column ? pair % columns : pair / columns, column ? s.channels : s.channels * s.width);
 }
 
-// Lists the bins of this warp: of a tile's bins, every kRoiWarps-th. Returns whether any of them has another pair of
+// Lists the bins of this warp, every kRoiWarps-th of the tile. Returns whether any of them has another pair of
 // runs after `pair`; most have one only.
 template <typename T, template <typename> class Geometry>
 __device__ __forceinline__ bool list_bins(const RoiPoolOperandsView<T>& operands,
@@ -188,14 +189,14 @@ __device__ __forceinline__ void for_each_pixel(const BinLists<A>& lists, const V
   }
 }
 
-// Neighbouring values that a lane reads or writes in one go.
+// Neighbouring values that a lane reads or writes at once.
 template <typename T, int kCount>
 struct alignas(sizeof(T) * kCount) Vector {
   T value[kCount];
 };
 
-// Of a pass over kPassChannels channels, those that a lane has: vectors of kVector channels, side by side with its
-// neighbours' vectors.
+// The channels of a lane in a pass over kPassChannels channels: vectors of kVector channels. The vectors of
+// neighbouring lanes lie side by side.
 template <int kVector>
 struct LaneChannels {
   static constexpr int kVectors = kLaneChannels / kVector;

@@ -9,8 +9,9 @@ namespace {
 
 Tensor deform_roi_pool(Tensor input, Tensor rois, std::optional<Tensor> offset, std::vector<int64_t> output_size,
                        double spatial_scale, int64_t sampling_ratio, double gamma, std::optional<Tensor> mask) {
-  const auto s = check_deform_roi_pool(input, rois, offset, mask, output_size, spatial_scale, sampling_ratio, gamma);
-  return roi_pool<DeformRoiPoolGeometry>(s, {input, rois, offset, mask});
+  const RoiPoolInputs given{input, rois, offset, mask};
+  const auto s = check_deform_roi_pool(given, output_size, spatial_scale, sampling_ratio, gamma);
+  return roi_pool<DeformRoiPoolGeometry>(s, given);
 }
 
 std::tuple<Tensor, Tensor, Tensor> deform_roi_pool_backward(Tensor grad, Tensor input, Tensor rois,
@@ -18,7 +19,8 @@ std::tuple<Tensor, Tensor, Tensor> deform_roi_pool_backward(Tensor grad, Tensor 
                                                             std::vector<int64_t> output_size, double spatial_scale,
                                                             int64_t sampling_ratio, double gamma, bool need_input,
                                                             bool need_offset, bool deterministic) {
-  const auto s = check_deform_roi_pool(input, rois, offset, mask, output_size, spatial_scale, sampling_ratio, gamma);
+  const RoiPoolInputs given{input, rois, offset, mask};
+  const auto s = check_deform_roi_pool(given, output_size, spatial_scale, sampling_ratio, gamma);
   return roi_pool_gradients<DeformRoiPoolGeometry>("deform_roi_pool_backward", s, grad, {input, rois, offset, mask},
                                                    {need_input, need_offset}, deterministic);
 }

@@ -7,17 +7,6 @@
 
 namespace dcn::cuda {
 
-// The tensors that a caller gives to a RoI pooling.
-struct RoiPoolInputs {
-  const Tensor &input, &rois;
-  const std::optional<Tensor>&offset, &mask;
-};
-
-// Which gradients the caller asked for.
-struct NeededRoiPoolGradients {
-  bool input, offset;  // the mask's comes with the offset's
-};
-
 // The dense tensors that the kernels read, kept alive.
 template <typename T>
 struct RoiPoolOperandTensors {

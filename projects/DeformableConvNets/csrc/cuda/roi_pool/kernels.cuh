@@ -1,17 +1,18 @@
 // Copyright (c) the dcn_d2 authors. SPDX-License-Identifier: Apache-2.0
-// RoI pooling on CUDA: the kernels. A warp pools one bin after the other, see roi_pool_bins.cuh.
+// RoI pooling on CUDA: the kernels. A warp pools one bin after the other, see bins.cuh.
 #pragma once
 
 #include "cuda/roi_pool/bins.cuh"
 
 namespace dcn::cuda {
 
-// How many channels a pass has that begins with channel `pass` of a block.
+// How many channels a pass has that begins with channel `pass` of a channel set.
 __device__ __forceinline__ int pass_channels(const RoiPoolSizes& s, int64_t pass) {
   return static_cast<int>(s.set_channels() - pass < kPassChannels ? s.set_channels() - pass : kPassChannels);
 }
 
-// Blocks that a multiprocessor shall hold at least: what the compiler may spend registers on without spilling.
+// Blocks that a multiprocessor must hold at least. The compiler may use as many registers as that leaves, and then
+// spills none.
 template <typename T>
 constexpr int kPoolBlocks = sizeof(T) == 8 ? 3 : 5;
 template <typename T>
@@ -78,28 +79,28 @@ __global__ void __launch_bounds__(kRoiThreads, kPoolBlocks<T>)
   }
 }
 
-// The gradient by the output. Of its channels and bins, one has stride 1.
+// The gradient by the output. Either its channels or its bins have stride 1.
 template <typename T>
 struct RoiPoolGradView {
   const T* values;
   int64_t channel_stride, bin_stride;  // a RoI has channels * bins values
 };
 
-// Where gradients go. Null where not needed.
+// Where gradients go. Pointers are null where gradients are not needed.
 template <typename T>
 struct RoiPoolGradientsView {
   using A = Accumulate<T>;
-  Sums<A> images;    // as images
+  Sums<A> images;    // shaped as the operands' images
   const int* codes;  // exponents of the output's gradient and of the masks, where images are summed in fixed point
   int log2_terms;
-  T* offsets;  // as offsets, where every bin has an offset of its own
-  T* masks;    // as masks, where there is one block of channels
-  A* bins;     // (rois, blocks, 3, bins): by x, by y, by mask; what is not written directly is summed later
+  T* offsets;  // shaped as the offsets, where every bin has an offset of its own
+  T* masks;    // shaped as the masks, where there is one channel set
+  A* bins;     // (rois, channel_sets, 3, bins), by x, y and mask, where gradients of bins are summed later
 
   __device__ __forceinline__ bool needs_samples() const { return offsets || masks || bins; }
 };
 
-// Puts the gradients of a tile of bins into shared memory; `first` is the first of `channels` channels.
+// Puts the output gradients of a tile of bins into shared memory, for `channels` channels from `first` on.
 template <typename T, int kVector, int kVectors>
 __device__ __forceinline__ void read_grad(const RoiPoolGradView<T>& grad_output, const RoiPoolSizes& s,
                                           const BinTile& tile, int64_t first, int channels,
@@ -115,7 +116,7 @@ __device__ __forceinline__ void read_grad(const RoiPoolGradView<T>& grad_output,
   }
 }
 
-// Writes the gradients of a tile's bins by x, y and mask. The bins of a RoI on no image have zeros.
+// Writes the gradients of a tile's bins by x, y and mask. They are zero for a RoI that names no image.
 template <typename T>
 __device__ __forceinline__ void write_bins(const RoiPoolGradientsView<T>& gradients, const RoiPoolSizes& s,
                                            const BinTile& tile, const Accumulate<T> (&by)[kBinTile][3]) {
@@ -211,8 +212,8 @@ __global__ void __launch_bounds__(kRoiThreads, kPoolGradientBlocks<T>)
   }
 }
 
-// Sums `by_bin` (rois, blocks, 3, bins), in order, where bins share an offset or blocks a mask. `offsets` and `masks`
-// are null where not needed.
+// Sums `by_bin` (rois, channel_sets, 3, bins), in order, where bins share an offset or channel sets share a mask.
+// `offsets` and `masks` are null where not needed.
 template <typename T, template <typename> class Geometry>
 __global__ void __launch_bounds__(kRoiThreads, 1)
     sum_bins_kernel(const RoiPoolSizes s, const Geometry<Accumulate<T>> geometry, const Accumulate<T>* by_bin,

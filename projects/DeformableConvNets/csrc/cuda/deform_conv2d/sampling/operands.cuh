@@ -8,7 +8,7 @@
 
 namespace dcn::cuda {
 
-// A tensor (batch, channels, positions) of any strides.
+// A tensor (batch, channels, positions) with any strides.
 template <typename T>
 struct PlanesView {
   T* data;
@@ -19,7 +19,7 @@ struct PlanesView {
   }
 };
 
-// The weight of any strides: output channels, counted over all conv groups, by input channels of one group by taps.
+// The weight with any strides: output channels, counted over all conv groups, by input channels of one group, by taps.
 template <typename T>
 struct WeightsView {
   T* data;
@@ -30,12 +30,13 @@ struct WeightsView {
   }
 };
 
-// Gradients by where samples fall.
+// Where the gradients by offset and mask go.
 template <typename T>
 struct SampleGradientsView {
-  PlanesView<T> offsets, masks;  // as the offsets and masks; the latter's data is null where there are none
+  PlanesView<T> offsets, masks;  // shaped as offset and mask; masks.data is null where there is no mask
 };
 
+// What the kernels read.
 template <typename T>
 struct OperandsView {
   DeformConv2dSizes sizes;
@@ -56,13 +57,14 @@ struct Place {
   A modulation;
 };
 
-// The derivative of the modulation by the mask that the caller gave.
+// The derivative of the modulation by the mask, or by its logits if the caller gave those.
 template <typename T, typename A>
 __device__ __forceinline__ A modulation_slope(const OperandsView<T>& operands, A modulation) {
   return operands.logits ? modulation * (A(1) - modulation) : A(1);
 }
 
-// The only place where offsets and masks are read. Indices are int where they fit, which is cheaper to divide.
+// Where a sample falls. Nothing else reads offsets and masks. Index is int where indices fit: that is cheaper to
+// divide.
 template <typename A, typename T, typename Index>
 __device__ __forceinline__ Place<A> place_sample(const OperandsView<T>& operands, Index image, Index position,
                                                  Index deform_group, Index tap) {

@@ -1,7 +1,7 @@
 // Copyright (c) the dcn_d2 authors. SPDX-License-Identifier: Apache-2.0
-// The samples that read a pixel, listed for every tap and deform group by the four pixels that they lie between. With
-// them the gradient by the input is a gather as well: nothing is added by atomics, and the order of sums does not
-// change from run to run.
+// The samples that read a pixel. For every tap and deform group they are listed by cells: a cell is the square between
+// four pixels, some of which may not exist. With these lists the gradient by the input is a gather as well: nothing is
+// added by atomics, and the order of sums is the same in every run.
 #pragma once
 
 #include "cuda/deform_conv2d/sampling/operands.cuh"
@@ -14,7 +14,7 @@ constexpr int kListThreads = 256;
 template <typename A>
 struct alignas(4 * sizeof(A)) ListedSample {
   int32_t position;  // counted over the images of `SampleListsView`
-  A y, x;            // by how much it lies beyond the upper left pixel
+  A y, x;            // how far it lies beyond the upper left pixel
   A modulation;
 };
 
@@ -25,11 +25,11 @@ struct alignas(2 * sizeof(A)) ListEntry {
   A weight;  // modulated by the mask
 };
 
-// What reads a pixel: the samples of the cells above it and of those below. Of each two, the left one comes first.
+// What reads a pixel: the samples of the two cells above it, then those of the two below. The left cell comes first.
 template <typename A>
 struct PixelSamples {
   struct Row {
-    int32_t begin, middle, end;  // of the left cell, of the right one, of what comes after
+    int32_t begin, middle, end;  // where the left cell's samples begin, the right one's, and what comes after
   };
   Row rows[2];
 
@@ -45,18 +45,17 @@ struct PixelSamples {
   }
 };
 
-// Between how many pixels of an image, of which some may not exist, samples can lie.
+// The number of cells of an image, for one tap and deform group.
 DCN_HOST_DEVICE int64_t image_cells(const DeformConv2dSizes& s) { return (s.height + 1) * (s.width + 1); }
 
-// Lists of the samples of some images. Those of cell i are [starts[i], starts[i + 1]), in the order of positions.
+// Lists of the samples of some images. Cell i has samples [starts[i], starts[i + 1]), in the order of positions.
 template <typename A>
 struct SampleListsView {
   int64_t first_image, images;
   const int32_t* starts;
   const ListedSample<A>* samples;
 
-  // The one with this lower right pixel, which may not exist. It has an index of 32 bits: SampleListTensors looks after
-  // that.
+  // The index of the cell with this lower right pixel, which may not exist. It fits 32 bits: SampleListTensors checks.
   __device__ __forceinline__ static int32_t cell(const DeformConv2dSizes& s, int32_t image, int32_t deform_group,
                                                  int32_t tap, int32_t y, int32_t x) {
     const int32_t plane =
@@ -74,7 +73,7 @@ struct SampleListsView {
 DCN_HOST_DEVICE int64_t image_samples(const DeformConv2dSizes& s) { return s.deform_groups * s.taps() * s.positions(); }
 DCN_HOST_DEVICE int64_t image_lists(const DeformConv2dSizes& s) { return s.deform_groups * s.taps() * image_cells(s); }
 
-// Calls visit(cell, sample) for this thread's samples, but for those that read no pixel.
+// Calls visit(cell, sample) for this thread's samples, except those that read no pixel.
 template <typename A, typename T, typename Visit>
 __device__ __forceinline__ void for_each_listed(const OperandsView<T>& operands, int64_t first_image, int64_t images,
                                                 const Visit& visit) {
@@ -116,8 +115,8 @@ __global__ void __launch_bounds__(kListThreads, 1)
   });
 }
 
-// Puts what all threads of the block see into the order of positions: a bitonic network of which every comparison moves
-// the greater one up, so that what a list lacks to a power of two need not exist.
+// All threads of the block together put one list into the order of positions. It is a bitonic network in which every
+// comparison moves the greater one up. So the list may have any length: what it lacks to a power of two need not exist.
 template <typename A>
 __device__ __forceinline__ void sort_together(ListedSample<A>* list, int32_t count) {
   const auto end = static_cast<uint32_t>(count);
@@ -136,8 +135,9 @@ __device__ __forceinline__ void sort_together(ListedSample<A>* list, int32_t cou
   }
 }
 
-// Puts every list into the order of positions, of which none comes twice. A thread sorts a short list; most have no
-// more than two samples. The block sorts the others together, so that lists of any length take bearable time.
+// Puts every list into the order of positions; no position comes twice in a list. A thread sorts a short list alone,
+// and most have no more than two samples. The threads of a block sort a long list together, so that it takes bearable
+// time.
 template <typename A>
 __global__ void __launch_bounds__(kListThreads, 1)
     sort_lists_kernel(const int32_t* starts, const int64_t lists, ListedSample<A>* samples) {
@@ -163,7 +163,8 @@ __global__ void __launch_bounds__(kListThreads, 1)
       }
     }
     __syncthreads();
-    // At its end all have seen all of them, even where the count is zero again.
+    // A fast thread may clear the count for its next round before a slow one tests it here. Both leave the loop: after
+    // the last list's barrier the index has reached the count, whichever they see.
     for (int32_t i = 0; i < shared.count; ++i) {
       const int32_t from = starts[shared.list[i]];
       sort_together(samples + from, starts[shared.list[i] + 1] - from);
@@ -171,7 +172,7 @@ __global__ void __launch_bounds__(kListThreads, 1)
   }
 }
 
-// Keeps the lists of some images alive.
+// The lists of some images, kept alive.
 template <typename A>
 struct SampleListTensors {
   Tensor starts, samples;
@@ -202,7 +203,7 @@ struct SampleListTensors {
   }
 };
 
-// How many images' lists are made at a time: they shall not take much more memory than the images.
+// For how many images lists are made at a time: they must not take much more memory than the images.
 template <typename A>
 int64_t listed_images(const DeformConv2dSizes& s) {
   constexpr int64_t kMostBytes = int64_t{256} << 20;

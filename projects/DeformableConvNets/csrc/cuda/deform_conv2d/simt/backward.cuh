@@ -156,7 +156,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor<T>)
   }
 }
 
-// Work of one part of the positions: tiles of the weight.
+// The work of one split of the positions: tiles of the weight.
 template <typename T>
 DCN_HOST_DEVICE int64_t weight_tiles(const OperandsView<T>& operands) {
   const DeformConv2dSizes& s = operands.sizes;
@@ -164,8 +164,8 @@ DCN_HOST_DEVICE int64_t weight_tiles(const OperandsView<T>& operands) {
   return channel_tiles * s.taps() * divide_up(s.group_out_channels(), kTile);
 }
 
-// A block sums one tap of up to kTile output channels by up to kTile input channels over one of `parts` parts of the
-// positions, into `partials` (parts, out_channels, taps, group_channels).
+// A block sums one tap of up to kTile output channels by up to kTile input channels over one of `splits` splits of the
+// positions, into `partials` (splits, out_channels, taps, group_channels).
 template <typename T>
 __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor<T>)
     weight_gradient_kernel(const OperandsView<T> operands, const PlanesView<const T> grad_output, const int64_t splits,

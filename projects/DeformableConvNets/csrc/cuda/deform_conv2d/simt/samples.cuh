@@ -31,7 +31,7 @@ struct CornerDerivatives {
   A by_y[4], by_x[4], by_mask[4];
 };
 
-// Locates the samples of one tap for a tile of positions; those past its end read nothing. `derivatives` may be null.
+// Locates the samples of one tap for a tile of positions; those beyond its end read nothing. `derivatives` may be null.
 template <typename T, typename A>
 __device__ __forceinline__ void locate(const OperandsView<T>& operands, const PositionTile& tile, int64_t deform_group,
                                        int64_t tap, Corners<A>* corners, CornerDerivatives<A>* derivatives) {
@@ -55,7 +55,7 @@ __device__ __forceinline__ void locate(const OperandsView<T>& operands, const Po
   }
 }
 
-// `channel` points to the channel in the image's first pixel.
+// The value of a sample. `channel` points to its channel in the image's first pixel.
 template <typename T, typename A>
 __device__ __forceinline__ A read_sample(const T* channel, int64_t channels, const Corners<A>& corners) {
   A value = 0;

@@ -7,9 +7,10 @@
 
 namespace dcn::cuda {
 
-constexpr int kOffsetColumns = 64;  // channels at a time
+constexpr int kOffsetColumns = 64;  // channels of a tile
 constexpr int kOffsetStages = 3;
-// Chunks of samples that a thread has under way, the first of them while the tensor cores are busy: as registers allow.
+// How many chunks of samples a thread has under way, and how many of these it loads while the tensor cores are busy: as
+// many as registers allow.
 template <Kind kKind>
 constexpr int kOffsetAhead = kKind == Kind::kTF32 ? 1 : 2;
 template <Kind kKind>
@@ -17,21 +18,21 @@ constexpr int kOffsetEarly = kKind == Kind::kTF32 ? 0 : 1;
 constexpr int kOffsetStageBytes = kOperandBytes + kOffsetColumns * kRowBytes;
 
 struct OffsetGradientSizes {
-  Packing packing;      // columns are input channels, of stripes that lie in one conv group and one deform group
-  int rows, positions;  // of all images, of one
-  int deform_stripes;   // of a deform group
+  Packing packing;      // columns are input channels; a stripe lies in one conv group and in one deform group
+  int rows, positions;  // positions of all images, and of one
+  int deform_stripes;   // stripes of a deform group
   int stripe_tiles;
 
   DCN_HOST_DEVICE int row_tiles() const { return (rows + kProductRows - 1) / kProductRows; }
 };
 
 struct OffsetGradientShared {
-  unsigned char stages[kOffsetStages][kOffsetStageBytes];  // of output gradients, then of weights
+  unsigned char stages[kOffsetStages][kOffsetStageBytes];  // each holds output gradients, then weights
   PackedSample samples[kProductRows];
-  float dots[2][kProductRows][4];  // of either half of the channels, with each corner
+  float dots[2][kProductRows][4];  // products with each corner, for either half of the channels
 };
 
-// Blocks that a multiprocessor shall hold: 12.0 has shared memory for one.
+// Blocks that a multiprocessor must hold at least: 12.0 has shared memory for one.
 template <Kind kKind>
 constexpr int kOffsetBlocks = kKind == Kind::kFloat32 || kCompiledCapability >= 120 ? 1 : 2;
 
@@ -75,7 +76,7 @@ __global__ void __launch_bounds__(kProductThreads, kOffsetBlocks<kKind>)
     shared.samples[thread] = sample;
   }
 
-  // Steps of all stripes and their tiles of channels follow each other.
+  // The steps go through all stripes, and in each through its tiles of channels.
   const int steps = packing.reduction.steps(), first_stripe = share.deform_group * sizes.deform_stripes;
   const int end_stripe = first_stripe + sizes.deform_stripes;
   int next_stripe = first_stripe, next_column = 0, next_step = 0;
@@ -125,11 +126,11 @@ __global__ void __launch_bounds__(kProductThreads, kOffsetBlocks<kKind>)
   for (int i = 0; i < kOffsetStages - 1; ++i) copy_operands(i);
 
   using Product = WarpProduct<kKind, 2, 4, true>;
-  // A lane has four rows of a tile, and of each eight channels, in so many chunks.
+  // A lane has four rows of a tile, and eight channels of each row, in kChunks chunks.
   constexpr int kChunks = 8 / kChunk, kLoads = 4 * kChunks;
-  float dots[4][4] = {};  // of a lane's rows with each corner
+  float dots[4][4] = {};  // products of a lane's rows with each corner
   Chunk corner[kOffsetAhead<kKind>][4];
-  int stripe = first_stripe, column = 0;  // of the tile
+  int stripe = first_stripe, column = 0;  // the tile that is multiplied
   const int lane_column = warp_column + static_cast<int>(threadIdx.x % 4 * 8);
   // Loads the corners of one chunk of one row.
   const auto load = [&](int index) {
@@ -174,7 +175,7 @@ __global__ void __launch_bounds__(kProductThreads, kOffsetBlocks<kKind>)
           const int c = index % kChunks * kChunk + e;
           dot += product.value[i][c / 2][2 * half + c % 2] * values[e];
         }
-        // An infinite product shall not meet what does not exist.
+        // An infinite product must not meet what does not exist.
         if (sample.exists(k) && column + lane_column + index % kChunks * kChunk < packing.columns) dots[row][k] += dot;
       }
       if (index + kOffsetAhead<kKind> < kLoads) load(index + kOffsetAhead<kKind>);

@@ -1,6 +1,7 @@
 // Copyright (c) the dcn_d2 authors. SPDX-License-Identifier: Apache-2.0
 // The implicit matrix product on tensor cores: rows that a Gather puts together in shared memory, by packed weights.
-// deform_conv2d's forward gathers samples; its gradient by the input gathers output gradients (sample_lists.cuh).
+// The forward pass of deform_conv2d gathers samples (sample_gather.cuh). The gradient by the input gathers output
+// gradients (list_gather.cuh).
 #pragma once
 
 #include "cuda/deform_conv2d/tensor_cores/product_results.cuh"
@@ -16,7 +17,7 @@ __global__ void __launch_bounds__((kBlockThreads<kColumns, Gather>), (kProductBl
   constexpr int kStages = kProductStages<kColumns, Gather>;
   constexpr int kStageBytes = kColumns * kRowBytes;
   DCN_DYNAMIC_SHARED(shared);
-  // Two tiles of gathered rows, then stages of weights, then the table.
+  // Shared memory holds two tiles of gathered rows, then stages of weights, then the table.
   const SharedAddress operands = shared_address(shared), stages = operands + 2 * kOperandBytes;
   auto& table = *reinterpret_cast<typename Gather::Table*>(shared + product_bytes<kKind, kColumns, Gather>() -
                                                            sizeof(typename Gather::Table));
@@ -53,7 +54,7 @@ __global__ void __launch_bounds__((kBlockThreads<kColumns, Gather>), (kProductBl
   const auto pair_of = [&](int step) {
     return reinterpret_cast<const Pair*>(packed + packing.weight_chunks())[step * kRowChunks + gather_column];
   };
-  Pair next = pair_of(tile.begin);  // that is gathered
+  Pair next = pair_of(tile.begin);  // what is gathered next
   typename GatherState<kColumns, Gather>::Type state(gather, tile.column());
   state.fill(table, gather, sizes, tile.row, Step(packing.reduction, tile.begin));
   __syncthreads();
@@ -66,7 +67,7 @@ __global__ void __launch_bounds__((kBlockThreads<kColumns, Gather>), (kProductBl
 
   WarpProduct<kKind, Grid::kWarpRows / 16, Grid::kWarpColumns / 8> product;
   SharedAddress stage = stages;
-  unsigned half = 0;  // of the gathered rows, in bytes
+  unsigned half = 0;  // which of the two tiles of gathered rows is multiplied: its offset in bytes
   for (int step = tile.begin; step < tile.end; ++step) {
     wait_copies<kStages - 2>();
     __syncthreads();
@@ -79,8 +80,8 @@ __global__ void __launch_bounds__((kBlockThreads<kColumns, Gather>), (kProductBl
       }
     }
     const Pair after_next = pair_after(step + 1);
-    // After the last step nothing is gathered; with a large table by the same code, so that what a thread keeps lives
-    // for a slice only.
+    // After the last step nothing is left to gather. With a large table the code runs all the same, on a pair that does
+    // not exist: what a thread keeps then lives for one slice only.
     const bool any = kLargeTable<Gather> || more;
     if (kLargeTable<Gather> && !more) next.bits = 0;
     const unsigned next_half = half ^ kOperandBytes;
@@ -124,7 +125,7 @@ __global__ void __launch_bounds__((kBlockThreads<kColumns, Gather>), (kProductBl
   }
 }
 
-// The product's results, with `bias` added, in `planes`: launches what that takes.
+// Launches all that the product takes: its results, with `bias` added, go to `planes`.
 template <Kind kKind, int kColumns, typename Gather>
 void run_product(const DeviceScope& device, const Tensor& like, ProductSizes sizes, const Gather& gather,
                  const WeightsView<const Element<kKind>>& weights, const Element<kKind>* bias,

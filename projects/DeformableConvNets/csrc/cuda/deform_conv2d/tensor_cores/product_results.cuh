@@ -7,8 +7,8 @@
 
 namespace dcn::cuda {
 
-// A warp's part of a tile goes to memory: bias added, through shared memory so that neighbouring threads write
-// neighbouring elements.
+// Writes a warp's share of a tile to memory, with the bias added: through shared memory, so that neighbouring threads
+// write neighbouring elements.
 template <Kind kKind, int kColumns, int kThreads, typename Product>
 __device__ __forceinline__ void store_tile(const ProductSizes& sizes, const ProductOutput<Element<kKind>>& output,
                                            const Product& product, int warp_row, int warp_column,
@@ -71,7 +71,8 @@ __device__ __forceinline__ void store_tile(const ProductSizes& sizes, const Prod
 
 constexpr int kFinishTile = 32;
 
-// Adds up partials in their order, and the bias. A block writes tiles of 32 rows by 32 columns, with 8 rows of threads.
+// Adds up the partial results in their order, and the bias. A block writes tiles of 32 rows by 32 columns, with 8 rows
+// of threads.
 template <typename T>
 __global__ void __launch_bounds__(256, 1) finish_kernel(const ProductSizes sizes, const ProductOutput<T> output) {
   struct Shared {
@@ -108,7 +109,7 @@ __global__ void __launch_bounds__(256, 1) finish_kernel(const ProductSizes sizes
   }
 }
 
-// The same for channels_last results of a multiple of kFinishTogether columns: a thread adds up neighbouring ones.
+// The same for channels_last results whose columns are a multiple of kFinishTogether: a thread adds up as many columns.
 constexpr int kFinishTogether = 4;
 
 template <typename T>
@@ -116,7 +117,7 @@ __global__ void __launch_bounds__(256) finish_together_kernel(const ProductSizes
   struct alignas(kFinishTogether * sizeof(T)) Together {
     T value[kFinishTogether];
   };
-  // As sums are only split where partial results are small, all of them can be counted in 31 bits.
+  // Sums are split only where partial results are small, so 31 bits can count all of them.
   const int count = sizes.rows * sizes.columns;
   for (int64_t chunk = int64_t{blockIdx.x} * 256 + threadIdx.x; chunk < count / kFinishTogether;
        chunk += int64_t{gridDim.x} * 256) {

@@ -8,11 +8,11 @@
 namespace dcn::cuda {
 
 constexpr int kProductThreads = 256;
-constexpr int kProductRows = 128;  // of a block's tile
+constexpr int kProductRows = 128;  // rows of a block's tile
 constexpr int kOperandBytes = kProductRows * kRowBytes;
 
-// The order in which a product's rows go through a map: by bands of some lines, and column by column therein. So the
-// rows of a tile lie close together in both directions, and what they read is read again while it is in the cache.
+// The order in which a product's rows go through a map: band by band of some lines, and column by column in a band. So
+// the rows of a tile lie close together in both directions, and what they read is read again while it is in the cache.
 struct PatchOrder {
   static constexpr int kBand = 8;
 
@@ -29,21 +29,21 @@ struct PatchOrder {
 // Sizes of one product: (rows, columns), where rows are the pixels of all images and columns are channels.
 struct ProductSizes {
   Packing packing;
-  int rows, image_rows;  // of all images, of one
-  PatchOrder order;      // of an image's rows
-  int columns;           // of all stripes
-  int stripe_tiles;      // of columns
+  int rows, image_rows;  // rows of all images, and of one
+  PatchOrder order;      // the order of an image's rows
+  int columns;           // columns of all stripes
+  int stripe_tiles;      // tiles of a stripe's columns
   int splits;            // parts of the sum, each with a result of its own in `partials`, or 1
 
   DCN_HOST_DEVICE int place(int row) const { return order.place(row % image_rows); }  // on its image's map
   DCN_HOST_DEVICE int row_tiles() const { return (rows + kProductRows - 1) / kProductRows; }
-  DCN_HOST_DEVICE int tiles() const { return packing.stripes * stripe_tiles; }  // of columns
+  DCN_HOST_DEVICE int tiles() const { return packing.stripes * stripe_tiles; }  // of the columns
   DCN_HOST_DEVICE int64_t work() const { return int64_t{row_tiles()} * tiles() * splits; }
 };
 
-// The part of a product that this block computes.
+// What this thread block computes of a product.
 struct ProductTile {
-  int stripe, first_column, columns;  // of the stripe's columns, those from the first on
+  int stripe, first_column, columns;  // the stripe's columns from the first one on, and how many those are
   int stripe_columns;
   int row;    // the first
   int split;  // sums over steps [begin, end)
@@ -58,7 +58,7 @@ struct ProductTile {
     end = static_cast<int>(int64_t{steps} * (split + 1) / sizes.splits);
   }
 
-  // The first, counted over all stripes.
+  // The first column, counted over all stripes.
   __device__ __forceinline__ int column() const { return stripe * stripe_columns + first_column; }
 };
 
@@ -73,8 +73,8 @@ struct ProductOutput {
 template <typename Gather>
 constexpr bool kLargeTable = sizeof(typename Gather::Table) > 2 * kOperandBytes;
 
-// Threads of a block. With twice as many a tile of 256 columns is gathered once for all of them, by warps which hold no
-// more than those of a tile of 128.
+// Threads of a block. A tile of 256 columns has twice as many threads as others, so that it is gathered once for all of
+// its columns and a warp holds no more than in a tile of 128.
 template <int kColumns, typename Gather>
 constexpr int kBlockThreads =
     kColumns == 256 && Gather::kLean && !kLargeTable<Gather> ? 2 * kProductThreads : kProductThreads;
@@ -86,11 +86,11 @@ struct WarpGrid {
   static constexpr int kWarpRows = kProductRows / kDown, kWarpColumns = kColumns / kAcross;
 };
 
-// Fewer where the shared memory is needed for columns or the table.
+// Stages of weights in shared memory: fewer where the columns or the table need the memory.
 template <int kColumns, typename Gather>
 constexpr int kProductStages = kColumns == 256 || kLargeTable<Gather> ? 2 : 3;
 
-// Calls visit(slice) for kCount slices of a step: for all by the same code, or each by its own.
+// Calls visit(slice) for kCount slices of a step, in a loop if kSameCode, else unrolled.
 template <bool kSameCode, int kCount, typename Visit>
 __device__ __forceinline__ void for_slices(const Visit& visit) {
   if constexpr (kSameCode) {
@@ -108,8 +108,9 @@ struct GatherState {
   using Type = typename Gather::State;
 };
 
-// Blocks that a multiprocessor shall hold at least: what the compiler may spend registers on without spilling. Two with
-// 128 columns need 200 KB of shared memory, which GPUs before 9.0 and those of 12.0 have not.
+// Blocks that a multiprocessor must hold at least. The compiler may use as many registers as that leaves, and then
+// spills none. Two blocks with 128 columns need 200 KB of shared memory, which GPUs before 9.0 and those of 12.0 do not
+// have.
 #if defined(__CUDA_ARCH__) && (__CUDA_ARCH__ < 900 || __CUDA_ARCH__ >= 1200)
 constexpr int kMostSharedColumns = 64;
 #else
@@ -121,7 +122,7 @@ constexpr int kProductBlocks = kColumns > kMostSharedColumns || kKind == Kind::k
 // Bytes of dynamic shared memory of product_kernel.
 template <Kind kKind, int kColumns, typename Gather>
 constexpr int product_bytes() {
-  // Of channels_last results, and of others: store_tile ends each line of a tile with a chunk.
+  // The bytes of a tile's results, channels_last and otherwise: store_tile pads each line of a tile by a chunk.
   constexpr int kElement = static_cast<int>(sizeof(Element<kKind>));
   constexpr int kLast = kProductRows * (kColumns * kElement + kChunkBytes);
   constexpr int kFirst = kColumns * (kProductRows * kElement + kChunkBytes);

@@ -7,14 +7,20 @@
 
 namespace dcn::cuda {
 
-constexpr int kMostTaps = 9;  // whose samples a block locates at a time
+constexpr int kMostTaps = 9;  // taps whose samples a block locates at a time
 
-// The channels of one group in `segments` equal segments of `chunks` chunks each. Summed over: blocks of up to
-// kMostTaps taps, therein segments, therein blocks of up to eight chunks, therein taps (a tile's neighbouring taps read
-// the same pixels), therein chunks. Eight pairs of tap and chunk make a step; a block's last step may have fewer.
+// The order of a sum over taps and over the channels of a group, which are `segments` segments of `chunks` chunks:
+//   for each group of up to kMostTaps taps
+//     for each segment
+//       for each group of up to kRowChunks chunks
+//         for each tap of its group: the neighbouring taps of a tile read the same pixels
+//           for each chunk of its group
+// The two inner loops are a stretch. Its pairs of tap and chunk are cut into steps of kRowChunks pairs; the last step
+// of a stretch may have fewer.
 struct Reduction {
   int taps, segments, chunks;
 
+  // The steps of one group of taps.
   DCN_HOST_DEVICE int steps_of(int group_taps) const {
     const int rest = (group_taps * (chunks % kRowChunks) + kRowChunks - 1) / kRowChunks;
     return segments * (chunks / kRowChunks * group_taps + rest);
@@ -22,7 +28,6 @@ struct Reduction {
   DCN_HOST_DEVICE int steps() const {
     return taps / kMostTaps * steps_of(kMostTaps) + (taps % kMostTaps ? steps_of(taps % kMostTaps) : 0);
   }
-  // The blocks of taps and chunks that steps go through one after the other, and the first step of each.
   DCN_HOST_DEVICE int chunk_groups() const { return (chunks + kRowChunks - 1) / kRowChunks; }
   DCN_HOST_DEVICE int stretches() const { return (taps + kMostTaps - 1) / kMostTaps * segments * chunk_groups(); }
   DCN_HOST_DEVICE int first_step(int stretch) const {
@@ -36,10 +41,10 @@ struct Reduction {
 
 // One step of a Reduction.
 struct Step {
-  int tap, taps;      // of the block: the first and how many
-  int segment;        //
-  int chunk, chunks;  // of the block: the first, counted in the segment, and how many
-  int index, length;  // of the step in the block, and the block's steps
+  int tap, taps;      // the stretch's first tap, and how many it has
+  int segment;        // the segment of the stretch
+  int chunk, chunks;  // the stretch's first chunk, counted in its segment, and how many it has
+  int index, length;  // the index of the step in the stretch, and how many steps that has
 
   DCN_HOST_DEVICE Step(const Reduction& r, int step) {
     tap = segment = chunk = 0, index = step;
@@ -50,18 +55,12 @@ struct Step {
     }
   }
 
-  DCN_HOST_DEVICE void advance(const Reduction& r) {
-    if (++index < length) return;
-    index = 0;
-    next_stretch(r);
-  }
-
-  // Whether it is the first for its taps and segment.
+  // Whether it is the first step for its taps and segment.
   DCN_HOST_DEVICE bool starts_segment() const { return index == 0 && chunk == 0; }
 
-  // Of the pair in column `column` of this step, the tap, counted in the block: none if that is not below `taps`.
+  // The tap of the pair in column `column` of this step, counted in the stretch. There is no such pair from `taps` on.
   DCN_HOST_DEVICE int tap_of(int column) const { return (index * kRowChunks + column) / chunks; }
-  // and the chunk, counted in the segment.
+  // The chunk of that pair, counted in the segment.
   DCN_HOST_DEVICE int chunk_of(int column) const { return chunk + (index * kRowChunks + column) % chunks; }
 
  private:
@@ -78,7 +77,8 @@ struct Step {
   }
 };
 
-// One pair of tap and chunk of a step, in 4 bytes: kernels read from a table what would cost them registers to compute.
+// One pair of tap and chunk of a step, in 4 bytes. Kernels read pairs from a table: to compute them would cost
+// registers.
 struct Pair {
   uint32_t bits;
 
@@ -92,23 +92,23 @@ struct Pair {
 
   DCN_HOST_DEVICE bool exists() const { return bits & 1; }
   DCN_HOST_DEVICE bool starts_segment() const { return bits & 2; }
-  DCN_HOST_DEVICE int tap() const { return static_cast<int>(bits >> 2 & 15); }  // counted in the block of taps
-  DCN_HOST_DEVICE int chunk() const { return static_cast<int>(bits >> 6); }     // counted in the group
+  DCN_HOST_DEVICE int tap() const { return static_cast<int>(bits >> 2 & 15); }  // counted in the group of taps
+  DCN_HOST_DEVICE int chunk() const { return static_cast<int>(bits >> 6); }     // counted in the channels' group
 };
 static_assert(kMostTaps <= 16);
 
-// Weights as the second operand of a product: for every stripe of columns and every step, `padded` rows of 128 bytes,
-// one for each column, swizzled. What does not exist is zero.
+// How weights are packed as the second operand of a product: for every stripe of columns and every step, `padded` rows
+// of 128 bytes, one for each column, swizzled. What does not exist is zero.
 struct Packing {
   Reduction reduction;
-  int stripes;          // of columns
-  int columns, padded;  // of a stripe
+  int stripes;          // how many stripes the columns form
+  int columns, padded;  // columns of a stripe, and with padding
   int group_columns;    // neighbouring columns that are multiplied with the same channels
   int group_channels;   // how many channels that are
   bool outputs;         // columns are output channels, summed over are input channels; or the other way round
-  // Of the convolution: output and input channels of a group.
+  // Output and input channels of a group of the convolution.
   int conv_outputs, conv_channels;
-  bool permuted = false;  // rows are as permuted_row says
+  bool permuted = false;  // whether rows are permuted, see permuted_row
   int outer_taps = 1;     // if not 1, all stripes are packed for one tap after the other, and the Reduction has one tap
 
   DCN_HOST_DEVICE int64_t step_chunks() const { return int64_t{padded} * kRowChunks; }
@@ -125,9 +125,9 @@ DCN_HOST_DEVICE int permuted_row(int column) {
 }
 
 constexpr int kPackThreads = 256;
-constexpr int kPackColumns = 8;  // of a block
+constexpr int kPackColumns = 8;  // columns that a block packs
 
-// Whether a block packs all outer taps: each alone would read the same memory again.
+// Whether a block packs all outer taps. One block for each would read the same memory again.
 DCN_HOST_DEVICE bool packs_outer_taps(const Packing& packing) {
   return packing.outer_taps > 1 && packing.outer_taps <= kMostTaps;
 }
@@ -137,13 +137,13 @@ inline int64_t pack_blocks(const Packing& packing) {
   return packing.stripes * outer_taps * (packing.padded / kPackColumns) * packing.reduction.stretches();
 }
 
-// A block packs what a block of the Reduction sums over, for some columns. Through shared memory: weights are read in
-// the order in which they lie in memory, by lines of one output channel's weights for several input channels and taps.
+// A block packs a stretch of the Reduction for some columns. It goes through shared memory: weights are read in the
+// order in which they lie in memory, by lines of one output channel's weights for several input channels and taps.
 template <Kind kKind>
 __global__ void __launch_bounds__(kPackThreads)
     pack_kernel(const Packing packing, const WeightsView<const Element<kKind>> weights, Chunk* packed) {
   constexpr int kChunk = kChunkElements<kKind>;
-  // The bits of an element, which take no arithmetic.
+  // Elements are moved as bits.
   using Bits = std::conditional_t<kChunk == 8, uint16_t, uint32_t>;
   struct Shared {
     alignas(kChunkBytes) Bits weights[kPackColumns * kRowChunks * kChunk * kMostTaps];
@@ -174,7 +174,7 @@ __global__ void __launch_bounds__(kPackThreads)
   // In shared memory a line is as in memory: of taps of channels, or of channels of taps.
   const bool taps_first = weights.tap_stride <= weights.channel_stride;
   const int line_elements = length * taps;
-  const int runs = taps_first ? 1 : taps, run = line_elements / runs;  // what follows each other in memory
+  const int runs = taps_first ? 1 : taps, run = line_elements / runs;  // elements that follow each other in memory
   const int run_chunks = run / kChunk;
   const auto* base = reinterpret_cast<const Bits*>(&weights.at(0, 0, tap_begin));
   const int64_t channel_begin = first_channel - group * packing.conv_channels;
@@ -245,7 +245,7 @@ __global__ void __launch_bounds__(kPackThreads)
   }
 }
 
-// Weights packed for one kernel.
+// Weights packed for one kernel, kept alive.
 class PackedWeightTensor {
  public:
   template <Kind kKind>
@@ -253,6 +253,10 @@ class PackedWeightTensor {
                      const Packing& packing, const WeightsView<const Element<kKind>>& weights)
       : tensor_(torch::stable::empty(std::array<int64_t, 1>{packing.total_chunks() * kChunkBytes}, ScalarType::Byte,
                                      std::nullopt, like.device())) {
+    DCN_CHECK(packing.total_chunks() <= kMostChunks, "deform_conv2d: weight takes ",
+              packing.total_chunks() * kChunkBytes,
+              " bytes in the order in which the tensor cores read it, but at most ", kMostChunks * kChunkBytes,
+              " are supported");
     DCN_LAUNCH(pack_kernel<kKind>, pack_blocks(packing), kPackThreads, device.stream(), packing, weights,
                static_cast<Chunk*>(tensor_.mutable_data_ptr()));
   }

@@ -1,5 +1,5 @@
 // Copyright (c) the dcn_d2 authors. SPDX-License-Identifier: Apache-2.0
-// Gathers samples: where they fall is found once for a tile of positions, up to kMostTaps taps and a deform group, and
+// Gathers samples. Where they fall is found once for a tile of positions, up to kMostTaps taps and a deform group, and
 // kept in shared memory for all channels.
 #pragma once
 
@@ -7,14 +7,16 @@
 
 namespace dcn::cuda {
 
-// Of the four in a step: split operands take the registers that more would need.
+// How many of the four slices of a step are unrolled. With kFloat32, the halves of the operands take the registers that
+// more than one would need.
 template <Kind kKind>
 constexpr int kUnrolledSlices = kKind == Kind::kFloat32 ? 1 : 4;
 
 // A sample in 16 bytes.
 struct alignas(16) PackedSample {
-  uint32_t place;  // index of the upper left pixel among all images, plus width + 1, times 16; bits of what exists
-  float y, x;      // by how much it lies beyond the upper left pixel
+  // 16 * (index of the upper left pixel among all images + width + 1), plus one bit for each corner that exists.
+  uint32_t place;
+  float y, x;  // how far it lies beyond the upper left pixel
   float modulation;
 
   DCN_HOST_DEVICE bool exists(int corner) const { return place >> corner & 1; }
@@ -34,19 +36,18 @@ DCN_HOST_DEVICE PackedSample pack_sample(const Place<float>& place, int64_t imag
   return {static_cast<uint32_t>(index) << 4 | exists, fraction(place.y), fraction(place.x), place.modulation};
 }
 
-// A sample of images of 16-bit elements in 16 bytes, with all that can be computed before it is known for which
-// channels it is read: the arithmetic on its corners is packed, two elements at a time.
+// A sample in 16 bytes, for images of 16-bit elements. It holds all that does not depend on the channel. The arithmetic
+// on its corners is packed, two elements at a time.
 struct alignas(16) PairedSample {
-  uint32_t first;    // where the upper left pixel begins, in chunks from the first image on, modulo 2^32
-  uint32_t corners;  // bits of what exists
+  uint32_t first;    // where the upper left pixel begins: the index of its first chunk in all images, modulo 2^32
+  uint32_t corners;  // one bit for each corner that exists
   uint32_t weights[2];
 
   DCN_HOST_DEVICE bool exists(int corner) const { return corners >> corner & 1; }
 };
 constexpr uint32_t kAllCorners = 15;
-constexpr int64_t kMostChunks = (int64_t{1} << 32) - 1;
 
-// A sample as it is kept for all channels.
+// A sample as it is kept in shared memory, for all channels.
 template <Kind kKind>
 using KeptSample = std::conditional_t<kChunkElements<kKind> == 8, PairedSample, PackedSample>;
 
@@ -71,7 +72,7 @@ __device__ __forceinline__ KeptSample<kKind> keep_sample(const Place<float>& pla
   }
 }
 
-// A chunk of a sample between loading and use.
+// A chunk of a sample: its corners between loading and use.
 template <Kind kKind>
 struct Interpolation {
   static constexpr bool kPaired = kChunkElements<kKind> == 8;
@@ -79,7 +80,7 @@ struct Interpolation {
   Chunk corner[4];
   const KeptSample<kKind>* sample;
 
-  // Loads the corners of the chunk with this index in a pixel; pixels have `pixel_chunks`.
+  // Loads the corners. `chunk` is the index of the chunk in its pixel, which has `pixel_chunks` of them.
   __device__ __forceinline__ void start(const KeptSample<kKind>* place, bool exists, const Element<kKind>* images,
                                         uint32_t chunk, uint32_t pixel_chunks, int width) {
     sample = place;
@@ -105,7 +106,7 @@ struct Interpolation {
       }
     }
   }
-  // Interpolates between them. Of 16-bit elements, each of the four terms rounds the sum.
+  // Interpolates between the corners. The sum of 16-bit elements is rounded after each of its four terms.
   __device__ __forceinline__ Chunk finish() const {
     if constexpr (kPaired) {
       Chunk sum{{0, 0, 0, 0}};
@@ -135,14 +136,14 @@ struct Interpolation {
 // How the channels of a product's rows are found.
 struct GatherSizes {
   int group_columns, group_channels;  // columns of the product that read the same channels, and how many those are
-  int deform_channels;                // of a deform group
-  int segment_chunks;                 // in the same conv group and the same deform group
-  int pixel_chunks;                   // of all channels
+  int deform_channels;                // channels of a deform group
+  int segment_chunks;                 // chunks of a segment, which lies in one conv group and in one deform group
+  int pixel_chunks;                   // chunks of a pixel
 };
 
 template <Kind kKind>
 struct SampleGather {
-  static constexpr bool kLean = true;  // whether it leaves registers for two blocks
+  static constexpr bool kLean = true;  // it leaves registers for two blocks
 
   OperandsView<Element<kKind>> operands;
   GatherSizes sizes;
@@ -154,13 +155,13 @@ struct SampleGather {
   // What a thread keeps.
   struct State {
     Interpolation<kKind> interpolation;
-    uint32_t channel_chunk;  // the first of the group
+    uint32_t channel_chunk;  // the first chunk of the group's channels
 
     __device__ __forceinline__ State(const SampleGather& gather, int column_begin)
         : channel_chunk(column_begin / gather.sizes.group_columns * gather.sizes.group_channels /
                         kChunkElements<kKind>) {}
 
-    // Locates the samples of the step's taps and segment. All threads call it together.
+    // Locates the samples of the step's taps and segment. All threads of the block call it together.
     __device__ __forceinline__ void fill(Table& table, const SampleGather& gather, const ProductSizes& sizes,
                                          int row_begin, const Step& step) {
       const DeformConv2dSizes& s = gather.operands.sizes;

@@ -1,6 +1,6 @@
 // Copyright (c) the dcn_d2 authors. SPDX-License-Identifier: Apache-2.0
-// The gradient by the weight on tensor cores: output gradients by samples, which are gathered again, summed over
-// positions. Positions are rows in shared memory, so that operands are read transposed.
+// The gradient by the weight on tensor cores: the product of output gradients and samples, which are gathered again,
+// summed over positions. Positions are rows in shared memory, so operands are read transposed.
 #pragma once
 
 #include "cuda/deform_conv2d/tensor_cores/sample_gather.cuh"
@@ -11,8 +11,9 @@ namespace dcn::cuda {
 template <Kind kKind>
 constexpr int kWeightPositions = 8 * kChunkElements<kKind>;
 
-// A row of chunks is cut into parts of 128 bytes, each of which lies in a block of its own. Its chunks are permuted so
-// that both the gather and the transposed reading meet all banks.
+// Where a chunk of a position lies. A position's chunks are cut into lines of 128 bytes. First come the first lines of
+// all positions, then the second ones, and so on. The chunks of a line are permuted so that both the gather and the
+// transposed reading use all banks.
 template <Kind kKind>
 DCN_HOST_DEVICE unsigned position_chunk(unsigned position, unsigned chunk) {
   const unsigned key = kChunkElements<kKind> == 8 ? position % 8 : position % 4 * 2;
@@ -21,10 +22,10 @@ DCN_HOST_DEVICE unsigned position_chunk(unsigned position, unsigned chunk) {
 }
 
 struct WeightGradientSizes {
-  Reduction reduction;  // of one group: its segments and chunks of channels
+  Reduction reduction;  // the segments and chunks of one group's channels
   int groups, group_channels, group_outputs;
-  int conv_channels, conv_outputs;  // of the convolution's groups, of which several may be one group here
-  int rows, positions;              // of all images, of one
+  int conv_channels, conv_outputs;  // channels of a group of the convolution; several of those may be one group here
+  int rows, positions;              // positions of all images, and of one
   int deform_channels;
   int segment_tiles, output_tiles;
   int splits;
@@ -41,12 +42,12 @@ struct WeightGradientTile {
                        kSampleChunks = kChannels / kChunkElements<kKind>;
   static constexpr int kGradBytes = kPositions * kGradChunks * kChunkBytes;
   static constexpr int kSampleBytes = kPositions * kSampleChunks * kChunkBytes;
-  // Of a warp: 32 output channels by these.
+  // A warp has 32 output channels by kWarpChannels input channels.
   static constexpr int kWarpChannels = kOutputs * kChannels / 256, kWarpsAcross = kChannels / kWarpChannels;
-  // Rows of the threads together, and how often a thread gathers or copies a chunk in a step.
+  // Rows that all threads gather or copy together, and how often they do so in a step.
   static constexpr int kGatherRows = kProductThreads / kSampleChunks, kGathers = kPositions / kGatherRows;
   static constexpr int kCopyRows = kProductThreads / kGradChunks, kCopies = kPositions / kCopyRows;
-  // All threads locate a sample each, for so many steps.
+  // The steps for which all threads locate one sample each.
   static constexpr int kLocatedSteps = kProductThreads / kPositions;
   static_assert(kOutputs / 32 * kWarpsAcross == kProductThreads / kWarp);
   // All of a thread's rows are permuted alike.
@@ -56,14 +57,14 @@ struct WeightGradientTile {
     unsigned char grads[2][kGradBytes];
     unsigned char samples[2][kSampleBytes];
     KeptSample<kKind> places[2 * kProductThreads];
-    int deform_group, tap;  // of the block: here they take no registers
+    int deform_group, tap;  // those of the block: in shared memory they take no registers
   };
 };
 
 // A warp's operands in shared memory: output gradients, of 32 output channels, and samples, of kColumns times 8.
 template <Kind kKind, int kColumns>
 struct TransposedOperands {
-  unsigned left, right;  // where the lane's first row of a matrix lies, for elements of 16 bits
+  unsigned left, right;  // for elements of 16 bits: where the first row of the lane's matrices lies
 
   __device__ __forceinline__ TransposedOperands(int output, int channel) {
     const unsigned lane = threadIdx.x % kWarp;
@@ -117,7 +118,9 @@ struct TransposedOperands {
 
 // What a block computes.
 struct WeightGradientShare {
-  int output, channel, local;  // the tile's first ones: in its group, of all, in its segment
+  // The tile's first output channel, counted in its group, and its first input channel, counted over all and in its
+  // segment.
+  int output, channel, local;
   int tap, split;
 
   template <int kOutputs, int kChannels>
@@ -136,13 +139,13 @@ struct WeightGradientShare {
   }
 };
 
-// Blocks that a multiprocessor shall hold: of the larger tiles two, where there is shared memory for them.
+// Blocks that a multiprocessor must hold at least: two of the larger tiles only where there is shared memory for them.
 DCN_HOST_DEVICE constexpr int weight_gradient_blocks(Kind kind, int outputs, int channels, int capability) {
   const bool room = capability >= 90 && capability < 120;
   return kind == Kind::kFloat32 || (outputs * channels > 128 * 64 && !room) ? 1 : 2;
 }
 
-// A block sums one tap of up to kOutputs output channels by up to kChannels input channels over a part of the
+// A block sums one tap of up to kOutputs output channels by up to kChannels input channels over a split of the
 // positions.
 template <Kind kKind, int kOutputs, int kChannels>
 __global__ void __launch_bounds__(kProductThreads,
@@ -171,7 +174,7 @@ __global__ void __launch_bounds__(kProductThreads,
 
   const int copy_row = thread / Tile::kGradChunks, copy_output = share.output + thread % Tile::kGradChunks * kChunk;
   const T* copy_from = grads + (int64_t{begin} * kPositions + copy_row) * out_channels + group * sizes.group_outputs +
-                       copy_output;  // of the next step
+                       copy_output;  // for the next step
   const unsigned copy_to = position_chunk<kKind>(copy_row, thread % Tile::kGradChunks);
   const auto copy_grads = [&](int step) {
     if (step < end) {
@@ -206,7 +209,7 @@ __global__ void __launch_bounds__(kProductThreads,
                         static_cast<uint32_t>(channels) / kChunk, width);
   };
   const auto finish = [&](int step, int i) {
-    // Found again: to keep it would take a register too many.
+    // Computed again: to keep it would take a register too many.
     const unsigned at = thread_index();
     unsigned char* to =
         shared.samples[step % 2] + position_chunk<kKind>(at / Tile::kSampleChunks, at % Tile::kSampleChunks);
