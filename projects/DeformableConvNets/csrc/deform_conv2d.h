@@ -36,25 +36,32 @@ DCN_HOST_DEVICE T tap_x(const DeformConv2dSizes& s, int64_t w, int64_t j) {
   return static_cast<T>(w * s.stride_w - s.pad_w + j * s.dilation_w);
 }
 
+// Which gradients the caller asked for.
+struct NeededGradients {
+  bool input, offset, weight;  // the mask's comes with the offset's
+};
+
 inline int64_t conv_output_size(int64_t size, int64_t kernel, int64_t stride, int64_t pad, int64_t dilation) {
   const int64_t span = size + 2 * pad - dilation * (kernel - 1) - 1;
   return span < 0 ? 0 : span / stride + 1;
 }
 
-// The offsets and the modulation of a call. The planes of `offset` are (deform_groups, taps, 2), those of `mask`
-// (deform_groups, taps).
-struct Modulation {
+// What says where a call samples, and by how much each sample counts. The planes of `offset` are (deform_groups, taps,
+// 2), those of `mask` (deform_groups, taps).
+struct SamplingInputs {
   Tensor offset;
   std::optional<Tensor> mask;
-  // The tensor that both are parts of, if the caller gave one: then the mask's sigmoid is the modulation.
-  std::optional<Tensor> joint;
+  // The output of an offset branch, if the caller gave one. Then `offset` and `mask` are views of it, and `mask` holds
+  // logits: a sample counts by their sigmoid.
+  std::optional<Tensor> branch_output;
 };
 
 // Whether there is a mask that gets a gradient of its own.
-inline bool has_own_mask(const Modulation& modulation) { return modulation.mask && !modulation.joint; }
+inline bool has_own_mask(const SamplingInputs& sampling) { return sampling.mask && !sampling.branch_output; }
 
-// The parts of an offset branch's output, if its channels are a multiple of three times the taps of `weight`.
-inline Modulation parts_of(Tensor offset_and_mask, const Tensor& weight) {
+// Splits the output of an offset branch into offsets and logits. Its channels must be a multiple of three times the
+// taps of `weight`.
+inline SamplingInputs split_branch_output(Tensor offset_and_mask, const Tensor& weight) {
   const char* op = "modulated_deform_conv2d";
   check_operand(op, "weight", weight, weight, 4);
   check_operand(op, "offset_and_mask", offset_and_mask, offset_and_mask, 4);
@@ -69,7 +76,7 @@ inline Modulation parts_of(Tensor offset_and_mask, const Tensor& weight) {
 // Raises an error that names the operand and both values where something does not fit. With `float_positions`, offsets
 // and mask may be float32 where the input is of half precision: rounded to it, they move samples by up to 1/256 of
 // their own size, and over the pixels' borders, where gradients jump.
-inline DeformConv2dSizes check_deform_conv2d(const Tensor& input, const Modulation& modulation, const Tensor& weight,
+inline DeformConv2dSizes check_deform_conv2d(const Tensor& input, const SamplingInputs& sampling, const Tensor& weight,
                                              const std::optional<Tensor>& bias, const std::vector<int64_t>& stride,
                                              const std::vector<int64_t>& padding, const std::vector<int64_t>& dilation,
                                              bool float_positions = false) {
@@ -79,12 +86,12 @@ inline DeformConv2dSizes check_deform_conv2d(const Tensor& input, const Modulati
     DCN_CHECK(tensor.device() == input.device(), op, ": ", name, " is on ", to_string(tensor.device()),
               ", but input is on ", to_string(input.device()));
   };
-  // What the caller gave: offsets, or them and the mask's logits in one.
-  const bool joint = modulation.joint.has_value();
-  const char* op = joint ? "modulated_deform_conv2d" : "deform_conv2d";
-  const char* offset_name = joint ? "offset_and_mask" : "offset";
-  const Tensor& offset = joint ? *modulation.joint : modulation.offset;
-  const int64_t per_tap = joint ? 3 : 2;
+  // What the caller gave: offsets, or the output of an offset branch.
+  const bool branch = sampling.branch_output.has_value();
+  const char* op = branch ? "modulated_deform_conv2d" : "deform_conv2d";
+  const char* offset_name = branch ? "offset_and_mask" : "offset";
+  const Tensor& offset = branch ? *sampling.branch_output : sampling.offset;
+  const int64_t per_tap = branch ? 3 : 2;
   check_input_dtype(op, input);
   check_operand(op, "input", input, input, 4);
   check_positions(op, offset_name, offset);
@@ -118,9 +125,9 @@ inline DeformConv2dSizes check_deform_conv2d(const Tensor& input, const Modulati
   DCN_CHECK(s.pixels() <= std::numeric_limits<int32_t>::max(), op, ": input of ", s.height, " x ", s.width,
             " has more pixels in an image than ", std::numeric_limits<int32_t>::max());
   check_shape(op, offset_name, offset, {s.batch, offset.size(1), s.out_h, s.out_w});
-  if (has_own_mask(modulation)) {
-    check_positions(op, "mask", *modulation.mask);
-    check_shape(op, "mask", *modulation.mask, {s.batch, s.deform_groups * taps, s.out_h, s.out_w});
+  if (has_own_mask(sampling)) {
+    check_positions(op, "mask", *sampling.mask);
+    check_shape(op, "mask", *sampling.mask, {s.batch, s.deform_groups * taps, s.out_h, s.out_w});
   }
   if (bias) {
     check_operand(op, "bias", *bias, input, 1);

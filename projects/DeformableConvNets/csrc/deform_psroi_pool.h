@@ -1,5 +1,6 @@
 // Copyright (c) the dcn_d2 authors. SPDX-License-Identifier: Apache-2.0
-// Operands of deform_psroi_pool: sizes, checks and the RoI's geometry that the CPU and the CUDA sources share.
+// deform_psroi_pool: the sizes of its operands, their checks, and where its bins sample. The CPU and the CUDA sources
+// share all of it.
 #pragma once
 
 #include "roi_pool_sizes.h"
@@ -20,12 +21,14 @@ struct DeformPsRoiPoolSizes {
 
   DCN_HOST_DEVICE int64_t cells() const { return group_size * group_size; }
   DCN_HOST_DEVICE int64_t class_channels() const { return out_channels / classes; }
-  // Which group of input channels bin (h, w) reads: input channel = out channel * cells() + cell.
+  // The group of input channels that bin (h, w) reads: input channel = output channel * cells() + cell.
   DCN_HOST_DEVICE int64_t cell(int64_t h, int64_t w) const {
     return h * group_size / out_h * group_size + w * group_size / out_w;
   }
-  // Which offset of the part_h x part_w plane moves bin (h, w).
-  DCN_HOST_DEVICE int64_t part(int64_t h, int64_t w) const { return h * part_h / out_h * part_w + w * part_w / out_w; }
+  // The offset of the part_h x part_w plane that moves bin (h, w).
+  DCN_HOST_DEVICE int64_t offset_cell(int64_t h, int64_t w) const {
+    return h * part_h / out_h * part_w + w * part_w / out_w;
+  }
 };
 
 // One axis of a RoI in feature-map pixels: its corners are rounded to whole image pixels, half away from zero, and
@@ -48,11 +51,57 @@ DCN_HOST_DEVICE PsRoiAxis<T> psroi_axis(T low, T high, T spatial_scale, int64_t 
   return axis;
 }
 
-// Position of sample k of a bin whose offset is `offset`: the edge of the k-th part of the bin, not its middle.
+// Position of sample k of a bin whose offset is `offset`: where the k-th of the bin's equal pieces begins, not its
+// middle.
 template <typename T>
 DCN_HOST_DEVICE T psroi_sample_position(const PsRoiAxis<T>& axis, int64_t bin, int64_t k, T offset, T trans_std) {
   return T(bin) * axis.bin_size + axis.start + offset * trans_std * axis.size + T(k) * axis.sample_size;
 }
+
+// Where bins sample; roi_pool_sizes.h says what each member means.
+template <typename T>
+struct DeformPsRoiPoolGeometry {
+  DeformPsRoiPoolSizes sizes;
+
+  struct Samples {
+    PsRoiAxis<T> axis;
+    int32_t map_size;
+    int64_t bin;
+    T offset, trans_std;
+    SampleRange range;
+
+    DCN_HOST_DEVICE AxisSample<T> operator()(int64_t k) const {
+      return sample_axis_half_pixel(psroi_sample_position(axis, bin, k, offset, trans_std), map_size);
+    }
+  };
+  struct Axis {
+    PsRoiAxis<T> axis;
+    int32_t map_size;
+    int64_t count;
+    T trans_std, unit;
+
+    DCN_HOST_DEVICE Samples samples(int64_t bin, T offset) const {
+      return {axis, map_size, bin, offset, trans_std, {0, count}};
+    }
+    // Samples off the map do not count.
+    template <typename Count>
+    DCN_HOST_DEVICE int64_t divisor(const Count& on_map) const {
+      return on_map();
+    }
+  };
+
+  DCN_HOST_DEVICE Axis axis(const T* row, bool column) const {
+    const T scale = static_cast<T>(sizes.spatial_scale), trans_std = static_cast<T>(sizes.trans_std);
+    const PsRoiAxis<T> axis = column ? psroi_axis(row[1], row[3], scale, sizes.out_w, sizes.samples)
+                                     : psroi_axis(row[2], row[4], scale, sizes.out_h, sizes.samples);
+    const auto map_size = static_cast<int32_t>(column ? sizes.width : sizes.height);
+    return {axis, map_size, sizes.samples, trans_std, trans_std * axis.size};
+  }
+  DCN_HOST_DEVICE static T average(T divisor) { return divisor > T(0) ? T(1) / divisor : T(0); }
+  DCN_HOST_DEVICE int64_t cell(int64_t h, int64_t w) const { return sizes.cell(h, w); }
+  DCN_HOST_DEVICE int64_t offset_cell(int64_t h, int64_t w) const { return sizes.offset_cell(h, w); }
+  DCN_HOST_DEVICE bool own_offsets() const { return sizes.part_h == sizes.out_h && sizes.part_w == sizes.out_w; }
+};
 
 inline RoiPoolSizes sizes_of(const DeformPsRoiPoolSizes& s) {
   return {s.batch, s.height, s.width,   s.rois,    s.out_channels,
@@ -60,11 +109,12 @@ inline RoiPoolSizes sizes_of(const DeformPsRoiPoolSizes& s) {
 }
 
 // Raises an error that names the operand and both values where something does not fit.
-inline DeformPsRoiPoolSizes check_deform_psroi_pool(
-    const Tensor& input, const Tensor& rois, const std::optional<Tensor>& offset, const std::optional<Tensor>& mask,
-    const std::vector<int64_t>& output_size, double spatial_scale, int64_t group_size,
-    const std::optional<std::vector<int64_t>>& part_size, int64_t sample_per_part, double trans_std) {
+inline DeformPsRoiPoolSizes check_deform_psroi_pool(const RoiPoolInputs& given, const std::vector<int64_t>& output_size,
+                                                    double spatial_scale, int64_t group_size,
+                                                    const std::optional<std::vector<int64_t>>& part_size,
+                                                    int64_t sample_per_part, double trans_std) {
   const char* op = "deform_psroi_pool";
+  const auto& [input, rois, offset, mask] = given;
   check_input_dtype(op, input);
   check_operand(op, "input", input, input, 4);
   check_rois(op, rois, input);

@@ -1,5 +1,6 @@
 // Copyright (c) the dcn_d2 authors. SPDX-License-Identifier: Apache-2.0
-// Where a sample falls, what it reads and how it moves: the maths that the CPU and the CUDA sources share.
+// Bilinear sampling: which pixels a sample reads, with which weights, and how these change as it moves. The CPU and the
+// CUDA sources share it. Where samples fall is in the operators' headers, deform_conv2d.h and deform_*roi_pool.h.
 //
 // Bilinear sampling is the product of two axes, so everything here is about one axis. A sample in the plane reads
 // its (up to) four neighbours with weight y.weight[i] * x.weight[j]; its derivative by the position in y is
@@ -71,57 +72,10 @@ DCN_HOST_DEVICE AxisSample<T> sample_axis_half_pixel(T position, int32_t size) {
   const T clamped = position < T(0) ? T(0) : position > last ? last : position;
   const auto below = static_cast<int32_t>(clamped);  // the floor, as it is not negative
   const T fraction = clamped - T(below);
-  // Of a map longer than 2^24, float32 may round the last index up to one past it.
+  // In a map longer than 2^24, float32 may round the last index up to one past it.
   const int32_t low = below < size ? below : size - 1;
   if (fraction == T(0)) return {low, {true, false}, {T(1), T(0)}, {T(0), T(0)}};
   return {low, {true, true}, {T(1) - fraction, fraction}, {T(-1), T(1)}};
-}
-
-// Bins of one axis of a RoI, after Dai et al. 2017 section 2.2 with RoIAlign's half-pixel shift.
-template <typename T>
-struct RoiAxis {
-  T start;  // where the first bin starts, in feature-map pixels
-  T size;   // of the RoI, in feature-map pixels
-  T bin_size;
-  int64_t grid;  // samples per bin, 0 where the RoI is empty or not finite
-};
-
-template <typename T>
-DCN_HOST_DEVICE RoiAxis<T> roi_axis(T low, T high, T spatial_scale, int64_t bins, int64_t sampling_ratio) {
-  RoiAxis<T> axis;
-  axis.start = low * spatial_scale - T(0.5);
-  axis.size = (high * spatial_scale - T(0.5)) - axis.start;
-  axis.bin_size = axis.size / T(bins);
-  const T most = T(1 << 30);  // keeps the conversion defined
-  const T samples = std::ceil(axis.bin_size);
-  axis.grid = sampling_ratio > 0 ? sampling_ratio
-              : samples > T(0)   ? static_cast<int64_t>(samples < most ? samples : most)
-                                 : 0;
-  return axis;
-}
-
-// Position of sample k of a bin that is moved by `shift` feature-map pixels.
-template <typename T>
-DCN_HOST_DEVICE T roi_sample_position(const RoiAxis<T>& axis, int64_t bin, int64_t k, T shift) {
-  return axis.start + (T(bin) + (T(k) + T(0.5)) / T(axis.grid)) * axis.bin_size + shift;
-}
-
-// Samples [begin, end) of a bin; the others lie off the map. It bounds the work of a RoI that is far larger than the
-// map, and is empty where the shift is NaN or infinite.
-struct SampleRange {
-  int64_t begin, end;
-};
-template <typename T>
-DCN_HOST_DEVICE SampleRange roi_sample_range(const RoiAxis<T>& axis, int64_t bin, T shift, int32_t size) {
-  const T step = axis.bin_size / T(axis.grid);
-  if (axis.grid <= 64 || !(step > T(0))) return {0, axis.grid};
-  const T base = axis.start + T(bin) * axis.bin_size + shift;
-  const T first = (T(-1) - base) / step, last = (T(size) - base) / step;
-  // Rounding moves a sample by less than that many places.
-  const T slack = T(2) + T(1e-6) * (std::fabs(first) + std::fabs(last));
-  const T begin = first - slack, end = last + slack, grid = static_cast<T>(axis.grid);
-  if (!(begin < grid && end > T(0))) return {0, 0};
-  return {begin > T(0) ? static_cast<int64_t>(begin) : 0, end < grid ? static_cast<int64_t>(end) + 1 : axis.grid};
 }
 
 }  // namespace dcn

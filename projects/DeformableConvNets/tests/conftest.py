@@ -23,7 +23,7 @@ hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "default")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Ignores the warnings that the scripts ignore, and lets Ctrl-C reach the tests and the processes that they start."""
+    """Ignores the warnings that the scripts ignore, and lets Ctrl-C reach the tests and their processes."""
     for message in MESSAGES:
         config.addinivalue_line("filterwarnings", f"ignore:{message}")
     # A shell script starts its background jobs with SIGINT ignored, and their children inherit it.

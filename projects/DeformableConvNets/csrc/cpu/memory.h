@@ -1,5 +1,5 @@
 // Copyright (c) the dcn_d2 authors. SPDX-License-Identifier: Apache-2.0
-// What the tiled CPU operators share: scratch memory, ranges.
+// What all CPU operators need: scratch memory, ranges, shares of the work for threads.
 #pragma once
 
 #include <algorithm>
@@ -29,18 +29,19 @@ constexpr ScalarType scalar_type_of() {
   return sizeof(T) == 8 ? ScalarType::Double : ScalarType::Float;
 }
 
-// The sum of the threads' parts, in their order.
-inline Tensor sum_parts(const Tensor& parts, const Tensor& like) {
-  const Tensor sum = parts.size(0) == 1 ? parts : torch::stable::sum(parts, std::array<int64_t, 1>{0});
+// The sum of the shares that threads have written, in their order.
+inline Tensor sum_shares(const Tensor& shares, const Tensor& like) {
+  const Tensor sum = shares.size(0) == 1 ? shares : torch::stable::sum(shares, std::array<int64_t, 1>{0});
   return torch::stable::reshape(sum, like.sizes());
 }
 
-// Part `index` of [0, count) cut into `parts` ranges of nearly equal length.
+// The numbers from `begin` on that are less than `end`.
 struct Range {
   int64_t begin, end;
 };
-inline Range part_of(int64_t count, int64_t parts, int64_t index) {
-  return {count * index / parts, count * (index + 1) / parts};
+// Share `index` of [0, count), which is cut into `shares` ranges of nearly equal length.
+inline Range share_of(int64_t count, int64_t shares, int64_t index) {
+  return {count * index / shares, count * (index + 1) / shares};
 }
 
 }  // namespace dcn::cpu

@@ -9,16 +9,16 @@
 namespace dcn::cpu {
 
 // Pixels that a thread converts at a time.
-constexpr int64_t kPixelBlock = 64;
+constexpr int64_t kPixelsAtOnce = 64;
 
 // Calls convert(image, first pixel, pixels) for all pixels of a batch.
 template <typename Convert>
-void for_each_pixel_block(int64_t batch, int64_t pixels, const Convert& convert) {
-  const int64_t blocks = divide_up(pixels, kPixelBlock);
-  torch::stable::parallel_for(0, batch * blocks, 16, [&](int64_t first, int64_t last) {
+void for_each_pixel_range(int64_t batch, int64_t pixels, const Convert& convert) {
+  const int64_t ranges = divide_up(pixels, kPixelsAtOnce);
+  torch::stable::parallel_for(0, batch * ranges, 16, [&](int64_t first, int64_t last) {
     for (int64_t i = first; i < last; ++i) {
-      const int64_t begin = i % blocks * kPixelBlock;
-      convert(i / blocks, begin, std::min(kPixelBlock, pixels - begin));
+      const int64_t begin = i % ranges * kPixelsAtOnce;
+      convert(i / ranges, begin, std::min(kPixelsAtOnce, pixels - begin));
     }
   });
 }
@@ -33,7 +33,7 @@ Tensor to_channels_last(const Tensor& tensor, ScalarType dtype,
   Tensor result = empty_4d(tensor, {tensor.size(0), channels, tensor.size(2), tensor.size(3)}, dtype, true);
   const auto* from = static_cast<const Value*>(tensor.const_data_ptr());
   auto* const to = static_cast<Value*>(result.mutable_data_ptr());
-  for_each_pixel_block(tensor.size(0), pixels, [&](int64_t n, int64_t begin, int64_t count) {
+  for_each_pixel_range(tensor.size(0), pixels, [&](int64_t n, int64_t begin, int64_t count) {
     transpose(from + n * channels * pixels + begin, pixels, channels, count, to + (n * pixels + begin) * channels,
               channels);
   });
@@ -53,7 +53,7 @@ Tensor to_contiguous(const Tensor& tensor) {
       empty_4d(tensor, {tensor.size(0), channels, tensor.size(2), tensor.size(3)}, scalar_type_of<T>(), false);
   const T* from = tensor.const_data_ptr<T>();
   T* to = result.mutable_data_ptr<T>();
-  for_each_pixel_block(tensor.size(0), pixels, [&](int64_t n, int64_t begin, int64_t count) {
+  for_each_pixel_range(tensor.size(0), pixels, [&](int64_t n, int64_t begin, int64_t count) {
     kernels<T>().transpose(from + (n * pixels + begin) * channels, channels, count, channels,
                            to + n * channels * pixels + begin, pixels);
   });

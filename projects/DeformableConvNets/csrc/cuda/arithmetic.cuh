@@ -1,7 +1,7 @@
 // Copyright (c) the dcn_d2 authors. SPDX-License-Identifier: Apache-2.0
 // What the tensor cores multiply: how samples become operands, where operands lie in shared memory, and the product of
-// a warp. Operands are rows of 128 bytes, eight units; a row's units are permuted by its index, so that the eight rows
-// of a matrix lie in different banks.
+// a warp. Operands are rows of 128 bytes, eight chunks; a row's chunks are permuted by its index, so that the eight
+// rows of a matrix lie in different banks.
 #pragma once
 
 #include <torch/headeronly/util/BFloat16.h>
@@ -11,11 +11,11 @@
 
 namespace dcn::cuda {
 
-constexpr int kRowUnits = 8;  // of a row: what is summed over in one step
-constexpr int kRowBytes = kRowUnits * kUnitBytes;
+constexpr int kRowChunks = 8;  // chunks of a row: what is summed over in one step
+constexpr int kRowBytes = kRowChunks * kChunkBytes;
 
-DCN_HOST_DEVICE unsigned swizzled(unsigned row, unsigned unit) {
-  return row * kRowBytes + (unit ^ row % kRowUnits) * kUnitBytes;
+DCN_HOST_DEVICE unsigned swizzled(unsigned row, unsigned chunk) {
+  return row * kRowBytes + (chunk ^ row % kRowChunks) * kChunkBytes;
 }
 
 template <Kind kKind>
@@ -23,77 +23,77 @@ using Element = std::conditional_t<kKind == Kind::kHalf, torch::headeronly::Half
                                    std::conditional_t<kKind == Kind::kBFloat16, torch::headeronly::BFloat16, float>>;
 
 template <Kind kKind>
-constexpr int kUnitElements = kUnitBytes / static_cast<int>(sizeof(Element<kKind>));
+constexpr int kChunkElements = kChunkBytes / static_cast<int>(sizeof(Element<kKind>));
 
-// To 11 bits, the nearest, ties away from zero. Infinities and NaN stay what they are.
+// Rounds to 11 bits: to the nearest, ties away from zero. Infinities and NaN stay what they are.
 __device__ __forceinline__ uint32_t round_to_tf32(float value) {
   const uint32_t bits = float_to_bits(value);
   const bool finite = (bits & 0x7f800000u) != 0x7f800000u;
   return (finite ? bits + 0x1000u : bits) & (finite ? 0xffffe000u : 0xffffffffu);
 }
 
-// The elements of a unit as floats, and back: rounded to what the tensor cores take.
+// The elements of a chunk as floats. to_chunk turns them back, rounded to what the tensor cores take.
 template <Kind kKind>
-__device__ __forceinline__ void to_floats(const Unit& unit, float (&values)[kUnitElements<kKind>]) {
-  if constexpr (kUnitElements<kKind> == 4) {
+__device__ __forceinline__ void to_floats(const Chunk& chunk, float (&values)[kChunkElements<kKind>]) {
+  if constexpr (kChunkElements<kKind> == 4) {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) values[i] = bits_to_float(unit.word[i]);
+    for (int i = 0; i < 4; ++i) values[i] = bits_to_float(chunk.word[i]);
   } else {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) unpack<kKind>(unit.word[i], values[2 * i], values[2 * i + 1]);
+    for (int i = 0; i < 4; ++i) unpack<kKind>(chunk.word[i], values[2 * i], values[2 * i + 1]);
   }
 }
 
 template <Kind kKind>
-__device__ __forceinline__ Unit to_unit(const float (&values)[kUnitElements<kKind>]) {
-  Unit unit;
+__device__ __forceinline__ Chunk to_chunk(const float (&values)[kChunkElements<kKind>]) {
+  Chunk chunk;
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     if constexpr (kKind == Kind::kTF32) {
-      unit.word[i] = round_to_tf32(values[i]);
+      chunk.word[i] = round_to_tf32(values[i]);
     } else if constexpr (kKind == Kind::kFloat32) {
-      unit.word[i] = float_to_bits(values[i]);
+      chunk.word[i] = float_to_bits(values[i]);
     } else {
-      unit.word[i] = pack<kKind>(values[2 * i], values[2 * i + 1]);
+      chunk.word[i] = pack<kKind>(values[2 * i], values[2 * i + 1]);
     }
   }
-  return unit;
+  return chunk;
 }
 
-// Splits a float32 into two parts of 11 bits, of which the sum is the value to 22 bits.
+// Splits a float32 into two halves of 11 bits, whose sum is the value to 22 bits.
 __device__ __forceinline__ void split(uint32_t bits, uint32_t& high, uint32_t& low) {
   high = bits & 0xffffe000u;
   const float value = bits_to_float(bits), rest = value - bits_to_float(high);
   low = bits == high ? 0 : round_to_tf32(rest);  // an infinity has no rest
 }
 
-// A warp's part of the product of a block: kRows times 16 rows by kColumns times 8 columns. kColumns is even. With
-// kRaw, rows were copied from memory, so that tf32 rows are still to be rounded.
+// A warp's share of a thread block's product: 16 * kRows rows by 8 * kColumns columns. kColumns is even. With kRaw,
+// rows were copied from memory as they are, so rows of kTF32 are rounded here.
 template <Kind kKind, int kRows, int kColumns, bool kRaw = false>
 struct WarpProduct {
-  // The tensor cores round sums towards zero, which over thousands of them costs more than float32 may lose. So
-  // kFloat32 lets them add up one step only.
+  // The tensor cores round sums towards zero. Over thousands of additions that would cost more accuracy than float32
+  // may lose, so with kFloat32 they add up one step only.
   static constexpr bool kSplit = kKind == Kind::kFloat32;
   static constexpr int kStepRows = kSplit ? kRows : 1, kStepColumns = kSplit ? kColumns : 1;
 
   float value[kRows][kColumns][4] = {};
   float step[kStepRows][kStepColumns][4] = {};
 
-  // Adds the product of units 2 `slice` and 2 `slice` + 1 of the rows of both operands from `a_row` and `b_row` on,
-  // which are multiples of eight.
+  // Adds the product of chunks 2 * slice and 2 * slice + 1 of both operands. `a_row` and `b_row` are their first rows,
+  // multiples of eight.
   __device__ __forceinline__ void add_slice(SharedAddress a, unsigned a_row, SharedAddress b, unsigned b_row,
                                             unsigned slice) {
     const unsigned lane = threadIdx.x % kWarp;
     uint32_t left[kRows][4];
     SharedAddress rows[kRows];
-    // Rows are aligned, so that the bits of the unit are bits of the address.
-    const SharedAddress first_row = flip(a + swizzled(a_row + lane % 16, lane / 16), slice * 2 * kUnitBytes);
+    // Rows are aligned, so that the bits of the chunk are bits of the address.
+    const SharedAddress first_row = flip(a + swizzled(a_row + lane % 16, lane / 16), slice * 2 * kChunkBytes);
 #pragma unroll
     for (int i = 0; i < kRows; ++i) rows[i] = first_row + i * 16 * kRowBytes;
     load_matrices<kRows>(left, rows);
     round_raw(left);
     const SharedAddress first_column =
-        flip(b + swizzled(b_row + lane % 8 + lane / 16 * 8, lane / 8 % 2), slice * 2 * kUnitBytes);
+        flip(b + swizzled(b_row + lane % 8 + lane / 16 * 8, lane / 8 % 2), slice * 2 * kChunkBytes);
     // Two columns at a time: the compiler then needs registers for no more than that.
 #pragma unroll
     for (int j = 0; j < kColumns; j += 2) {
@@ -105,7 +105,7 @@ struct WarpProduct {
     }
   }
 
-  // Adds the product of fragments that were loaded.
+  // Adds the product of fragments that are loaded already.
   __device__ __forceinline__ void add_fragments(uint32_t (&left)[kRows][4], const uint32_t (&right)[kColumns][2]) {
     round_raw(left);
 #pragma unroll
@@ -147,7 +147,7 @@ struct WarpProduct {
     }
   }
 
-  // After the slices of a step.
+  // Called after the slices of a step.
   __device__ __forceinline__ void end_step() {
     if constexpr (kSplit) {
 #pragma unroll
@@ -161,7 +161,7 @@ struct WarpProduct {
     }
   }
 
-  // Where value[i][j][e] lies in the warp's part.
+  // Where value[i][j][e] lies in the warp's share.
   __device__ __forceinline__ static int row(int i, int e) {
     return 16 * i + static_cast<int>(threadIdx.x) % kWarp / 4 + e / 2 * 8;
   }

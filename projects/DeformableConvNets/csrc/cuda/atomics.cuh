@@ -1,5 +1,5 @@
 // Copyright (c) the dcn_d2 authors. SPDX-License-Identifier: Apache-2.0
-// Adding where other threads add too: as fast as the GPU can, or so that the order of adding does not matter.
+// Sums that many threads add to: as fast as the GPU can, or in fixed point, where the order of adding does not matter.
 #pragma once
 
 #include <cmath>
@@ -9,7 +9,7 @@
 
 namespace dcn::cuda {
 
-// to[i] += values[i], each of them atomically, in no order. `to` lies in global memory and is aligned to N values.
+// to[i] += values[i], each atomically, in any order. `to` lies in global memory and is aligned to N values.
 template <typename A, int N>
 __device__ __forceinline__ void add_vector(A* to, const A (&values)[N]) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
@@ -69,8 +69,8 @@ struct FixedPoint {
     const int least = shift < kMost ? shift : kMost, within = least > -kMost ? least : -kMost;
     scale = std::ldexp(A(1), within), unit = std::ldexp(A(1), -within);
   }
-  // For terms that are products of two numbers, whose exponents `codes` has as find_largest_exponent gives them; 0
-  // stands for a number that is always 1.
+  // For terms that are products of two numbers. `codes` holds the exponents of both as find_largest_exponent writes
+  // them; 0 stands for a number that is always 1.
   __device__ __forceinline__ FixedPoint(const int* codes, int log2_terms)
       : FixedPoint((codes[0] ? codes[0] - kExponentBias : 0) + (codes[1] ? codes[1] - kExponentBias : 0), log2_terms) {}
 
@@ -91,7 +91,9 @@ inline int log2_ceil(int64_t count) {
   return log2;
 }
 
-// Sums of many threads: in `values`, in no order, or if there is `fixed`, there. Zeroed; both null where not needed.
+// Sums that many threads add to. Either in floating point, in `values`, where the result depends on the order of
+// adding; or in fixed point, in `fixed`, where it has the same bits in every run. They begin with zeros. Both pointers
+// are null where sums are not needed.
 template <typename A>
 struct Sums {
   A* values;
@@ -113,7 +115,7 @@ struct Sums {
 constexpr int kExponentThreads = 256;
 constexpr int64_t kExponentBlocks = 512;
 
-// *code = the largest exponent of `values` + kExponentBias; it was 0.
+// *code = kExponentBias + the largest exponent of `values`. It must be 0 before.
 template <typename T>
 __global__ void __launch_bounds__(kExponentThreads, 1)
     largest_exponent_kernel(const T* values, const int64_t count, int* code) {
@@ -130,7 +132,7 @@ __global__ void __launch_bounds__(kExponentThreads, 1)
   if (threadIdx.x % kWarp == 0) atomicMax(code, largest);
 }
 
-// Launches it for `tensor`, which is dense.
+// Launches largest_exponent_kernel for `tensor`, which is dense.
 template <typename T, typename Stream>
 void find_largest_exponent(const Tensor& tensor, int* code, Stream stream) {
   if (tensor.numel() == 0) return;

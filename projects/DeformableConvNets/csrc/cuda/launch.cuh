@@ -12,11 +12,11 @@
 
 namespace dcn::cuda {
 
-// What entry points ask of a device.
+// What entry points need to know about a device.
 struct Device {
   int capability;  // 90 is 9.0
   int multiprocessors;
-  int shared_bytes;  // of shared memory that a block may have
+  int shared_bytes;  // shared memory that a thread block may have
 };
 
 }  // namespace dcn::cuda
@@ -35,8 +35,8 @@ struct Device {
     kernel<<<static_cast<unsigned>(blocks), threads, 0, (stream)>>>(__VA_ARGS__); \
     STD_CUDA_KERNEL_LAUNCH_CHECK();                                               \
   } while (0)
-// With `bytes` of dynamic shared memory, for kernels that declare it by DCN_DYNAMIC_SHARED. More than 48 KB have to be
-// asked for.
+// Launches with `bytes` of dynamic shared memory, which the kernel declares by DCN_DYNAMIC_SHARED. CUDA gives more than
+// 48 KB only to kernels that ask for it.
 #define DCN_LAUNCH_SHARED(kernel, blocks, threads, bytes, stream, ...)                                       \
   do {                                                                                                       \
     STD_CUDA_CHECK(                                                                                          \
@@ -47,12 +47,13 @@ struct Device {
 
 namespace dcn::cuda {
 
-// 1 / value; of floats to 2 units in the last place, and 0 beyond 2^126. A division would need more registers.
+// 1 / value. For floats it may be off by 2 units in the last place, and is 0 beyond 2^126: an exact division would need
+// more registers.
 __device__ __forceinline__ float reciprocal(float value) { return __fdividef(1.0f, value); }
 __device__ __forceinline__ double reciprocal(double value) { return 1.0 / value; }
 
-// The architecture that the code was compiled for which the current device runs of a kernel: an older one than the
-// device's if the driver compiled it from PTX.
+// The compute capability that a kernel's code was compiled for, as the current device runs it: lower than the device's
+// own if the driver compiled the kernel from PTX.
 template <typename Kernel>
 int compiled_capability(Kernel* kernel) {
   cudaFuncAttributes attributes;
@@ -60,8 +61,8 @@ int compiled_capability(Kernel* kernel) {
   return attributes.ptxVersion;
 }
 
-constexpr int64_t kMaxBlocks = (int64_t{1} << 31) - 1;  // of one launch; kernels loop where there is more work
-constexpr int64_t kEnoughBlocks = 2048;                 // fill every GPU; more would only add atomics
+constexpr int64_t kMaxBlocks = (int64_t{1} << 31) - 1;  // in one launch; kernels loop where there is more work
+constexpr int64_t kEnoughBlocks = 2048;                 // fill every GPU; more would only add partial results
 
 // Makes the tensor's device the current one while it lives. Kernels go to that device's current stream.
 class DeviceScope {
@@ -96,7 +97,7 @@ namespace dcn::cuda {
 template <typename T>
 using Accumulate = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
-// Of the code that is being compiled for a GPU.
+// The compute capability that this code is being compiled for: 90 is 9.0.
 #if defined(__CUDA_ARCH__)
 constexpr int kCompiledCapability = __CUDA_ARCH__ / 10;
 #else
@@ -108,7 +109,7 @@ constexpr unsigned kAllLanes = 0xffffffffu;
 
 DCN_HOST_DEVICE int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Sum over aligned groups of `lanes` neighbouring lanes, known to all of them; `lanes` is a power of two.
+// The sum over an aligned group of `lanes` neighbouring lanes, which all of them get; `lanes` is a power of two.
 template <typename A>
 __device__ __forceinline__ A sum_lanes(A value, int lanes) {
   for (int distance = lanes / 2; distance > 0; distance /= 2) value += __shfl_xor_sync(kAllLanes, value, distance);
@@ -117,7 +118,7 @@ __device__ __forceinline__ A sum_lanes(A value, int lanes) {
 
 // Calls function(T()) for the C++ type of `dtype`, one of the four that check_input_dtype lets through.
 template <typename Function>
-auto dispatch(ScalarType dtype, const Function& function) {
+auto in_dtype(ScalarType dtype, const Function& function) {
   switch (dtype) {
     case ScalarType::Double:
       return function(double());

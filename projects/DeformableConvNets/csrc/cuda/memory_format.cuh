@@ -1,6 +1,6 @@
 // Copyright (c) the dcn_d2 authors. SPDX-License-Identifier: Apache-2.0
-// Maps from contiguous to channels_last and back, with a conversion on the way: one pass, tile by tile, so that both
-// sides are read and written along their rows.
+// Turns maps from contiguous to channels_last and back, and converts their dtype in the same pass: tile by tile, so
+// that memory is read and written along rows.
 #pragma once
 
 #include "cuda/atomics.cuh"
@@ -10,7 +10,7 @@ namespace dcn::cuda {
 constexpr int kLayoutThreads = 256;
 constexpr int kLayoutTile = 64;  // rows and columns
 
-// What a kernel reads: the values of a dense tensor,
+// Reads the values of a dense tensor. The kernels below read through such a class.
 template <typename T>
 struct ReadValues {
   const T* values;
@@ -18,7 +18,7 @@ struct ReadValues {
   __device__ __forceinline__ T operator()(int64_t i) const { return values[i]; }
 };
 
-// or sums in fixed point. `codes` has the exponents whose sum bounds the terms, see find_largest_exponent.
+// Reads sums in fixed point. `codes` holds the exponents whose sum bounds the terms, see find_largest_exponent.
 template <typename A>
 struct ReadFixed {
   const unsigned long long* sums;
@@ -102,7 +102,7 @@ Tensor to_channels_last(const Tensor& map, int64_t cells, Stream stream) {
   return to;
 }
 
-// The inverse: what is read in that order as a map of `like`'s shape and dtype, and as dense as `like` is.
+// The inverse of to_channels_last: a map of `like`'s shape, dtype and memory format, from values in that order.
 template <typename T, typename Read, typename Stream>
 Tensor from_channels_last(const Read& from, const Tensor& like, int64_t cells, Stream stream) {
   const int64_t channels = like.size(1) / cells, pixels = like.size(2) * like.size(3);

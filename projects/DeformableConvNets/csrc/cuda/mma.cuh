@@ -13,15 +13,17 @@
 
 namespace dcn::cuda {
 
-// How products are formed. kTF32 rounds float32 operands to 11 bits; kFloat32 splits each into two such parts and
-// leaves out only the product of the two lower ones.
+// How products are formed. kTF32 rounds float32 operands to 11 bits; kFloat32 splits each into two such halves and
+// leaves out only the product of the two lower halves.
 enum class Kind { kHalf, kBFloat16, kTF32, kFloat32 };
 
-// What is loaded, stored and copied at a time.
-struct alignas(16) Unit {
+// The 16 bytes that are loaded, stored and copied at a time.
+struct alignas(16) Chunk {
   uint32_t word[4];
 };
-constexpr int kUnitBytes = 16;
+constexpr int kChunkBytes = 16;
+// As many chunks as an index of 32 bits can name.
+constexpr int64_t kMostChunks = (int64_t{1} << 32) - 1;
 
 }  // namespace dcn::cuda
 
@@ -30,7 +32,7 @@ constexpr int kUnitBytes = 16;
 #else
 #include <cuda_fp16.h>
 
-// Older GPUs have not these instructions: entry points do not launch there what needs them.
+// Older GPUs lack these instructions. Entry points launch nothing there that needs them.
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
 #define DCN_ASM(...) asm volatile(__VA_ARGS__)
 #else
@@ -39,19 +41,20 @@ constexpr int kUnitBytes = 16;
 
 namespace dcn::cuda {
 
-// Where something lies in shared memory.
+// An address in shared memory.
 using SharedAddress = uint32_t;
 __device__ __forceinline__ SharedAddress shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
-// blockIdx.x, which the compiler does not know to be the same every time.
+// blockIdx.x. The compiler does not know that it is the same every time, so it keeps nothing that is computed from it
+// in registers through a loop.
 __device__ __forceinline__ unsigned block_index() {
   unsigned index;
   asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(index));
   return index;
 }
-// threadIdx.x likewise: what is computed from it will not be kept in registers through a loop.
+// threadIdx.x, likewise.
 __device__ __forceinline__ unsigned thread_index() {
   unsigned index;
   asm volatile("mov.u32 %0, %%tid.x;" : "=r"(index));
@@ -68,32 +71,33 @@ __device__ __forceinline__ uint64_t multiply_wide(uint32_t a, uint32_t b) {
   return product;
 }
 
-// A unit of global memory that no kernel writes meanwhile.
-__device__ __forceinline__ Unit load_unit(const void* address) {
+// Loads a chunk of global memory. No kernel may write it meanwhile.
+__device__ __forceinline__ Chunk load_chunk(const void* address) {
   const uint4 loaded = __ldg(static_cast<const uint4*>(address));
   return {{loaded.x, loaded.y, loaded.z, loaded.w}};
 }
-// The same where it is wanted: elsewhere the unit stays what it is, and the address may lie anywhere.
-__device__ __forceinline__ void load_unit_if(Unit& unit, const void* address, uint32_t wanted) {
+// Loads a chunk if `wanted`. If not, the chunk stays what it is, and the address may lie anywhere.
+__device__ __forceinline__ void load_chunk_if(Chunk& chunk, const void* address, uint32_t wanted) {
   asm("{ .reg .pred p; setp.ne.u32 p, %5, 0; @p ld.global.nc.v4.u32 {%0, %1, %2, %3}, [%4]; }"
-      : "+r"(unit.word[0]), "+r"(unit.word[1]), "+r"(unit.word[2]), "+r"(unit.word[3])
+      : "+r"(chunk.word[0]), "+r"(chunk.word[1]), "+r"(chunk.word[2]), "+r"(chunk.word[3])
       : "l"(address), "r"(wanted));
 }
-// Zeros that are written where they are asked for. The compiler would compute them everywhere in place of branching.
-__device__ __forceinline__ Unit zero_unit() {
-  Unit unit;
+// A chunk of zeros, written only in the branch that asks for it. The compiler would write plain zeros in all cases, to
+// save the branch.
+__device__ __forceinline__ Chunk zero_chunk() {
+  Chunk chunk;
 #pragma unroll
-  for (uint32_t& word : unit.word) asm volatile("mov.u32 %0, 0;" : "=r"(word));
-  return unit;
+  for (uint32_t& word : chunk.word) asm volatile("mov.u32 %0, 0;" : "=r"(word));
+  return chunk;
 }
-__device__ __forceinline__ void store_unit(void* address, const Unit& unit) {
-  *static_cast<uint4*>(address) = make_uint4(unit.word[0], unit.word[1], unit.word[2], unit.word[3]);
+__device__ __forceinline__ void store_chunk(void* address, const Chunk& chunk) {
+  *static_cast<uint4*>(address) = make_uint4(chunk.word[0], chunk.word[1], chunk.word[2], chunk.word[3]);
 }
 
 __device__ __forceinline__ float bits_to_float(uint32_t bits) { return __uint_as_float(bits); }
 __device__ __forceinline__ uint32_t float_to_bits(float value) { return __float_as_uint(value); }
 
-// Two 16-bit floats of a word, the lower bits first, and back, rounded to the nearest.
+// Takes the two 16-bit floats out of a word, the lower bits first. `pack` puts them back, rounded to the nearest.
 template <Kind kKind>
 __device__ __forceinline__ void unpack(uint32_t word, float& low, float& high) {
   if constexpr (kKind == Kind::kBFloat16) {
@@ -134,8 +138,9 @@ __device__ __forceinline__ uint32_t multiply_add_pairs(uint32_t a, uint32_t b, u
 #endif
   return result;
 }
-// Four matrices of 8 rows of 16 bytes, or such four times `kCount`: lane 8 i + r gives the address of row r of matrix i
-// in shared memory and gets word t of row g of all of them; transposed: of 16-bit elements, those at rows 2 t and
+
+// Loads kCount times four matrices of 8 rows of 16 bytes from shared memory. Lane 8 i + r gives the address of row r of
+// matrix i. Each lane gets word t of row g of every matrix; with kTransposed, the 16-bit elements at rows 2 t and
 // 2 t + 1 of column g.
 template <int kCount, bool kTransposed = false>
 __device__ __forceinline__ void load_matrices(uint32_t (&matrices)[kCount][4], const SharedAddress (&rows)[kCount]) {
@@ -152,8 +157,8 @@ __device__ __forceinline__ void load_matrices(uint32_t (&matrices)[kCount][4], c
   }
 }
 
-// Adds the products of kRows fragments a by kColumns fragments b to columns `first` and following of the sums. Operands
-// of kFloat32 are parts that were split.
+// Adds the products of kRows fragments a by kColumns fragments b to column `first` of the sums and those after it. With
+// kFloat32, the operands are halves, see `split`.
 template <Kind kKind, int kRows, int kAll, int kColumns>
 __device__ __forceinline__ void multiply(float (&sum)[kRows][kAll][4], int first, const uint32_t (&a)[kRows][4],
                                          const uint32_t (&b)[kColumns][2]) {
@@ -179,13 +184,13 @@ __device__ __forceinline__ void multiply(float (&sum)[kRows][kAll][4], int first
 #undef DCN_MMA
 }
 
-// Copies a unit from global to shared memory, or fills with zeros where it does not `exist`. Copies arrive once
-// wait_copies has waited for the group that they were committed in; other threads see them after the next barrier.
+// Copies a chunk from global to shared memory, or writes zeros if it does not exist. Copies have arrived once
+// wait_copies has waited for the group that they were committed in. Other threads see them after the next barrier.
 __device__ __forceinline__ void copy_async(SharedAddress shared, const void* global, bool exists = true) {
   DCN_ASM("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared), "l"(global), "r"(exists ? 16 : 0) : "memory");
 }
 __device__ __forceinline__ void commit_copies() { DCN_ASM("cp.async.commit_group;" :: : "memory"); }
-// Until at most kLeft groups of this thread's copies are under way.
+// Waits until at most kLeft groups of this thread's copies are under way.
 template <int kLeft>
 __device__ __forceinline__ void wait_copies() {
   DCN_ASM("cp.async.wait_group %0;" ::"n"(kLeft) : "memory");

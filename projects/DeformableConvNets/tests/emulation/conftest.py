@@ -56,7 +56,7 @@ def poisoned_outputs() -> Iterator[None]:
     torch.use_deterministic_algorithms(False)
 
 
-# Under the sanitizers one schedule will do: both touch the same memory.
+# Under the sanitizers one schedule is enough: both touch the same memory.
 @pytest.fixture(params=[ROUND_ROBIN] if SANITIZED in os.environ else [ROUND_ROBIN, GREEDY_WARP])
 def schedule(request: pytest.FixtureRequest, configure: Any) -> None:
     configure(request.param)

@@ -3,7 +3,7 @@
 //
 // What it proves about the kernels that it runs: indexing, memory layouts, bounds (under a sanitizer), barriers that
 // are missing, divergent or deadlocked, shared memory and outputs that are read before they are written, and all of
-// the entry points but CUDA's own calls. What it does not prove: anything about speed, registers, the GPU's memory
+// the entry points except CUDA's own calls. What it does not prove: anything about speed, registers, the GPU's memory
 // model, real atomics and their order, or blocks that run at the same time.
 //
 // Fibers switch only at barriers and shuffles. A missing barrier therefore shows where a thread runs ahead of others,
@@ -33,12 +33,13 @@ namespace dcn::emulate {
 
 constexpr size_t kStackBytes = size_t{128} << 10;
 constexpr size_t kSharedBytes = size_t{48} << 10;  // what a kernel may have on every GPU without asking for more
-constexpr size_t kExchangeBytes = 256;             // that a lane gives to an instruction of its warp
+constexpr size_t kExchangeBytes = 256;             // what a lane can give to an instruction of its warp
 constexpr size_t kDynamicAlignment = 128;
 constexpr unsigned kWarpLanes = 32;
 
-// kRoundRobin: threads take turns from one barrier or shuffle to the next, the first thread first.
-// kGreedyWarp: the last warp runs until a block barrier stops it, then the one before it; its lanes last to first.
+// kRoundRobin: every thread runs to its next barrier or shuffle, one thread after the other, the first one first.
+// kGreedyWarp: the last warp runs until a barrier of the thread block stops it, then the one before it. The lanes of a
+// warp run from the last to the first.
 enum class Schedule { kRoundRobin, kGreedyWarp };
 
 // A copy from global to shared memory that is under way; of zeros if `from` is null.
@@ -62,12 +63,12 @@ struct Fiber : Context {
   unsigned exchanges;                    // how many it has done
   size_t shared_variables;               // how many it has seen
   std::vector<Copy> copies;              // under way
-  std::vector<size_t> committed_copies;  // of each group; the others are not committed yet
+  std::vector<size_t> committed_copies;  // how many each group has; the other copies are not committed yet
 };
 
 struct Warp {
   unsigned waiting;  // lanes at a shuffle or another instruction of a whole warp
-  alignas(16) char exchanged[2][kWarpLanes][kExchangeBytes];  // used in turn
+  alignas(16) char exchanged[2][kWarpLanes][kExchangeBytes];  // used alternately
 };
 
 // What the lanes of a warp gave to one instruction.
@@ -112,7 +113,7 @@ class Machine {
     return {exchanged};
   }
 
-  // Copies arrive as late as they may: when somebody waits for them. Until then there is poison.
+  // Copies arrive as late as they may: when a thread waits for them. Until then the target holds poison.
   void copy_later(void* to, const void* from, size_t bytes) {
     std::memset(to, 0xff, bytes);
     fibers_[current_].copies.push_back({to, from, bytes});
@@ -227,7 +228,7 @@ class Machine {
 
 }  // namespace dcn::emulate
 
-// What kernels and csrc/cuda/launch.cuh take from CUDA.
+// What kernels and csrc/cuda/launch.cuh use of CUDA.
 
 #define __global__ inline
 #define __device__
@@ -285,7 +286,7 @@ int compiled_capability(Kernel*) {
   return emulate::Machine::get().device.capability;
 }
 
-// Small, so that blocks loop over their work and parts of the positions have several tiles.
+// Small, so that thread blocks loop over their work, and splits of the positions have several tiles.
 constexpr int64_t kMaxBlocks = 5;
 constexpr int64_t kEnoughBlocks = 8;
 
@@ -302,7 +303,7 @@ namespace dcn::emulate {
 
 inline void Machine::run_block() {
   shared_.clear(), shared_bytes_ = 0;
-  // Of exactly the size that was asked for, so that a sanitizer sees what lies beyond; aligned by what is skipped.
+  // Of exactly the size that was asked for, so that a sanitizer sees accesses beyond it; the skipped bytes align it.
   dynamic_.reset(new unsigned char[dynamic_bytes_ + kDynamicAlignment]);
   dynamic_skipped_ = kDynamicAlignment - reinterpret_cast<uintptr_t>(dynamic_.get()) % kDynamicAlignment;
   std::memset(dynamic_.get(), 0xff, dynamic_bytes_ + kDynamicAlignment);

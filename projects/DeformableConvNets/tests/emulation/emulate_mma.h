@@ -1,6 +1,6 @@
 // Copyright (c) the dcn_d2 authors. SPDX-License-Identifier: Apache-2.0
-// The functions of csrc/cuda/mma.cuh for the CPU: what each lane gives to an instruction of a whole warp is put into
-// the warp's exchange, and each lane takes its part of the result from there, by the layouts in the PTX manual.
+// The functions of csrc/cuda/mma.cuh for the CPU. What each lane gives to an instruction of a whole warp goes into the
+// warp's exchange, and each lane takes its share of the result from there, by the layouts in the PTX manual.
 #pragma once
 
 #include <torch/headeronly/util/BFloat16.h>
@@ -21,17 +21,17 @@ inline SharedAddress flip(SharedAddress address, unsigned bits) {
   return reinterpret_cast<SharedAddress>(reinterpret_cast<uintptr_t>(address) ^ bits);
 }
 
-inline Unit load_unit(const void* address) {
-  STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(address) % kUnitBytes == 0, "emulated kernel: a load is not aligned");
-  return *static_cast<const Unit*>(address);
+inline Chunk load_chunk(const void* address) {
+  STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(address) % kChunkBytes == 0, "emulated kernel: a load is not aligned");
+  return *static_cast<const Chunk*>(address);
 }
-inline void load_unit_if(Unit& unit, const void* address, uint32_t wanted) {
-  if (wanted) unit = load_unit(address);
+inline void load_chunk_if(Chunk& chunk, const void* address, uint32_t wanted) {
+  if (wanted) chunk = load_chunk(address);
 }
-inline Unit zero_unit() { return Unit{}; }
-inline void store_unit(void* address, const Unit& unit) {
-  STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(address) % kUnitBytes == 0, "emulated kernel: a store is not aligned");
-  *static_cast<Unit*>(address) = unit;
+inline Chunk zero_chunk() { return Chunk{}; }
+inline void store_chunk(void* address, const Chunk& chunk) {
+  STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(address) % kChunkBytes == 0, "emulated kernel: a store is not aligned");
+  *static_cast<Chunk*>(address) = chunk;
 }
 
 inline float bits_to_float(uint32_t bits) { return std::bit_cast<float>(bits); }
@@ -59,14 +59,14 @@ template <Kind kKind>
 uint32_t multiply_add_pairs(uint32_t a, uint32_t b, uint32_t c) {
   float low[3], high[3];
   unpack<kKind>(a, low[0], high[0]), unpack<kKind>(b, low[1], high[1]), unpack<kKind>(c, low[2], high[2]);
-  // Of two such floats a float holds the product exactly; the sum is rounded twice, which shows only next to a tie.
+  // A float holds the product of two 16-bit floats exactly. The sum is rounded twice, which shows only next to a tie.
   return pack<kKind>(low[0] * low[1] + low[2], high[0] * high[1] + high[2]);
 }
 template <int kCount, bool kTransposed = false>
 void load_matrices(uint32_t (&matrices)[kCount][4], const SharedAddress (&rows)[kCount]) {
   const auto lane = threadIdx.x % emulate::kWarpLanes;
   for (const SharedAddress row : rows) {
-    STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(row) % kUnitBytes == 0, "emulated kernel: a row is not aligned");
+    STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(row) % kChunkBytes == 0, "emulated kernel: a row is not aligned");
   }
   const emulate::Exchange all = emulate::Machine::get().exchange_all(rows, sizeof(rows));
   for (int i = 0; i < kCount; ++i) {
@@ -107,7 +107,7 @@ void multiply(float (&sum)[kRows][kAll][4], int first, const uint32_t (&a)[kRows
   const auto lane = threadIdx.x % emulate::kWarpLanes;
   const unsigned g = lane / 4, t = lane % 4;
   constexpr int kElements = kKind == Kind::kHalf || kKind == Kind::kBFloat16 ? 2 : 1;
-  for (unsigned word = 0; word < 8; ++word) {  // of the 32 bytes of each row
+  for (unsigned word = 0; word < 8; ++word) {  // the words of 32 bytes of each row
     for (int i = 0; i < kRows; ++i) {
       for (unsigned e = 0; e < 4; ++e) {
         const auto left = elements<kKind>(all.from<Fragments>(g * 4 + word % 4)->a[i][e / 2 + 2 * (word / 4)]);
@@ -122,10 +122,10 @@ void multiply(float (&sum)[kRows][kAll][4], int first, const uint32_t (&a)[kRows
 }
 
 inline void copy_async(SharedAddress shared, const void* global, bool exists = true) {
-  STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(shared) % kUnitBytes == 0 &&
-                      (!exists || reinterpret_cast<uintptr_t>(global) % kUnitBytes == 0),
+  STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(shared) % kChunkBytes == 0 &&
+                      (!exists || reinterpret_cast<uintptr_t>(global) % kChunkBytes == 0),
                   "emulated kernel: a copy is not aligned");
-  emulate::Machine::get().copy_later(shared, exists ? global : nullptr, kUnitBytes);
+  emulate::Machine::get().copy_later(shared, exists ? global : nullptr, kChunkBytes);
 }
 inline void commit_copies() { emulate::Machine::get().commit_copies(); }
 template <int kLeft>

@@ -2,8 +2,8 @@
 // The CUDA operators, emulated, as CPU kernels of the operator library dcn_d2_emulated.
 #define DCN_EMULATE
 
-#include "cuda/deform_conv2d/forward.cu"
 #include "cuda/deform_conv2d/backward.cu"
+#include "cuda/deform_conv2d/forward.cu"
 #include "cuda/roi_pool/deform_psroi_pool.cu"
 #include "cuda/roi_pool/deform_roi_pool.cu"
 
@@ -52,7 +52,7 @@ void multiply_kernel(const unsigned char* a, const unsigned char* b, float* sums
 
 }  // namespace dcn::cuda
 
-// Of `kind`, a number of dcn::cuda::Kind.
+// Multiplies with the instruction for `kind`, a number of dcn::cuda::Kind.
 extern "C" __attribute__((visibility("default"))) void dcn_emulate_multiply(int kind, const void* a, const void* b,
                                                                             float* sums, bool as_matrices) {
   using dcn::cuda::Kind;
@@ -64,7 +64,7 @@ extern "C" __attribute__((visibility("default"))) void dcn_emulate_multiply(int 
   DCN_LAUNCH_SHARED(kernel, 1, 32, 768, 0, left, right, sums, as_matrices);
 }
 
-// `removed_barrier` is the line of a __syncthreads() of `file` that shall do nothing, or 0.
+// `removed_barrier` is the line of a __syncthreads() in `file` that is to do nothing, or 0.
 extern "C" __attribute__((visibility("default"))) void dcn_emulate_configure(int schedule, int removed_barrier,
                                                                              const char* file) {
   dcn::emulate::Machine& machine = dcn::emulate::Machine::get();
@@ -73,13 +73,13 @@ extern "C" __attribute__((visibility("default"))) void dcn_emulate_configure(int
   machine.removed_barrier_file = file;
 }
 
-// Of what device the entry points shall think.
+// Sets the device that the entry points see.
 extern "C" __attribute__((visibility("default"))) void dcn_emulate_device(int capability, int multiprocessors,
                                                                           int shared_bytes) {
   dcn::emulate::Machine::get().device = {capability, multiprocessors, shared_bytes};
 }
 
-// What plan.cuh decides.
+// The number of splits that plan.cuh chooses.
 extern "C" __attribute__((visibility("default"))) int dcn_emulate_weight_gradient_splits(int64_t tiles, int64_t steps,
                                                                                          int64_t slots, int64_t bytes) {
   return dcn::cuda::weight_gradient_splits(tiles, steps, slots, bytes);

@@ -1,5 +1,5 @@
 # Copyright (c) the dcn_d2 authors. SPDX-License-Identifier: Apache-2.0
-"""Runs the CUDA sources, entry points included, on the CPU: see emulate.h for what that proves and what not."""
+"""Runs the CUDA sources, entry points included, on the CPU: see emulate.h for what that proves and what it does not."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ from .emulator import (
 
 TOLERANCE = checks.TOLERANCE | {torch.float16: 4e-3}
 
-# The samples of all operators' tests, and samples that cross the borders of the kernels' tiles and warps.
+# The samples of all operators' tests, and further ones that cross the borders of the kernels' tiles and warps.
 EMULATED_CONV_SAMPLES = [
     *(sample for sample in CONV_SAMPLES if sample.name != "many_positions"),
     EMPTY_BATCH,
@@ -65,7 +65,7 @@ for operator in ("deform_roi_pool", "deform_psroi_pool"):
         (operator, RoiSample("several_passes", channels=260, output_size=(1, 2))),
         (operator, RoiSample("several_tiles_of_bins", output_size=(5, 7))),
     ]
-# Of one axis more samples than are listed at a time.
+# More samples along one axis than a kernel lists at a time.
 POOLING_SAMPLES += [
     ("deform_roi_pool", RoiSample("several_runs", output_size=(2, 1), geometry={"sampling_ratio": 19})),
     ("deform_psroi_pool", RoiSample("several_runs", output_size=(2, 1), geometry={"sample_per_part": 19})),
@@ -244,10 +244,15 @@ def test_entry_points_check_their_operands() -> None:
             emulate(operator, values | {"grad": torch.zeros(3, 3, 3, 3, dtype=torch.float64)})
 
 
-def barriers(file: str) -> list[int]:
-    """Lines of a file's barriers."""
-    lines = (PROJECT / "csrc/cuda" / file).read_text().splitlines()
-    return [number for number, line in enumerate(lines, 1) if "__syncthreads()" in line]
+def barriers(path: str) -> list[tuple[str, int]]:
+    """Files and lines of the barriers of all kernels in one file or folder of csrc/cuda; there must be some."""
+    root = PROJECT / "csrc/cuda"
+    found = []
+    for file in [root / path] if (root / path).is_file() else sorted((root / path).rglob("*.cu*")):
+        lines = file.read_text().splitlines()
+        found += [(str(file.relative_to(root)), n) for n, line in enumerate(lines, 1) if "__syncthreads()" in line]
+    assert found, path
+    return found
 
 
 def removal_is_noticed(configure: Any, operator: str, values: dict[str, Any], file: str, line: int) -> bool:
@@ -269,20 +274,17 @@ def removal_is_noticed(configure: Any, operator: str, values: dict[str, Any], fi
 
 
 @pytest.mark.unsanitized
-@pytest.mark.parametrize("line", barriers("deform_conv2d/simt/kernels.cuh"))
-def test_a_removed_barrier_is_noticed(configure: Any, line: int) -> None:
+@pytest.mark.parametrize(("file", "line"), barriers("deform_conv2d/simt"))
+def test_a_removed_barrier_is_noticed(configure: Any, file: str, line: int) -> None:
     """The emulator finds each of the kernels' barriers missing, so it would find one that was forgotten."""
     values = conv_values(conv_sample("many_channels"))
-    assert removal_is_noticed(configure, "deform_conv2d", values, "deform_conv2d/simt/kernels.cuh", line), (
-        f"deform_conv2d/simt/kernels.cuh:{line}: nothing needs this barrier, or the emulator does not see what does"
+    assert removal_is_noticed(configure, "deform_conv2d", values, file, line), (
+        f"{file}:{line}: nothing needs this barrier, or the emulator does not see what does"
     )
 
 
 @pytest.mark.unsanitized
-@pytest.mark.parametrize(
-    ("file", "line"),
-    [(file, line) for file in ("memory_format.cuh", "roi_pool/kernels.cuh") for line in barriers(file)],
-)
+@pytest.mark.parametrize(("file", "line"), barriers("memory_format.cuh") + barriers("roi_pool"))
 def test_a_removed_barrier_of_pooling_is_noticed(configure: Any, file: str, line: int) -> None:
     """With maps of several tiles, and blocks that have several tiles of bins and passes over the channels."""
     rois = ((0, 2.0, 3.0, 30.0, 40.0), (5, 1.0, 1.0, 9.0, 9.0), (1, -12.0, 5.0, 21.5, 70.0))

@@ -1,5 +1,5 @@
 # Copyright (c) the dcn_d2 authors. SPDX-License-Identifier: Apache-2.0
-"""Runs modulated_deform_conv2d's CUDA kernels on the CPU: see emulate.h for what that proves and what not."""
+"""Runs modulated_deform_conv2d's CUDA kernels on the CPU: see emulate.h for what that proves and what it does not."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .emulator import GREEDY_WARP, ROUND_ROBIN, SANITIZED, emulate
 from .test_cuda_kernels import conv_values
 from .test_tensor_cores import ARITHMETIC
 
-# With and without tensor cores, and with some operands for either.
+# Sizes for kernels with tensor cores, without them, and with tensor cores in the forward pass only.
 SAMPLES = [
     *(sample for sample in CONV_SAMPLES if sample.mask and sample.name != "many_positions"),
     ConvSample("several_tiles", channels=24, out_channels=72, size=(9, 15)),
@@ -38,11 +38,10 @@ RUNS = [
 
 
 def branch_values(sample: ConvSample, dtype: torch.dtype, memory_format: torch.memory_format) -> dict[str, Any]:
-    """Operands of which the last third of the offset branch's output are logits, some of them large."""
+    """Operands with the output of an offset branch, whose last third are logits, some of them large."""
     values = conv_values(sample, dtype)
     logits = (8 * values.pop("mask").double().logit()).to(dtype)
-    joint = torch.cat([values.pop("offset"), logits], dim=1)
-    values |= {"offset_and_mask": joint}
+    values["offset_and_mask"] = torch.cat([values.pop("offset"), logits], dim=1)
     for name in ("input", "offset_and_mask"):
         values[name] = values[name].contiguous(memory_format=memory_format)
     return values
@@ -71,14 +70,15 @@ def test_modulated_deform_conv2d(
     dtype, allow_tf32, tolerance = ALL_ARITHMETIC[arithmetic]
     values = branch_values(sample, dtype, memory_format)
     found = emulate("modulated_deform_conv2d", values | {"allow_tf32": allow_tf32})
-    joint = found["offset_and_mask"]
-    assert joint.shape == values["offset_and_mask"].shape and joint.is_contiguous(memory_format=memory_format)
+    gradient = found["offset_and_mask"]
+    assert gradient.shape == values["offset_and_mask"].shape
+    assert gradient.is_contiguous(memory_format=memory_format)
     thirds = {"output": 1, "input": 1, "weight": 1, "offset_and_mask": 3}
     for name, value in expected_of(values, found["grad"]).items():
         assert found[name].dtype == dtype
-        # Each part of the joint tensor by its own largest value: gradients by offsets and by logits differ in size.
-        for actual, part in zip(found[name].chunk(thirds[name], 1), value.chunk(thirds[name], 1)):
-            error = (actual.double() - part).abs().max() / part.abs().max().clamp(min=1e-3)
+        # Each third of the branch's gradient by its own largest value: those by offsets and by logits differ in size.
+        for actual, third in zip(found[name].chunk(thirds[name], 1), value.chunk(thirds[name], 1)):
+            error = (actual.double() - third).abs().max() / third.abs().max().clamp(min=1e-3)
             assert error < tolerance, name
 
 
@@ -89,16 +89,16 @@ def test_any_strides(arithmetic: str, configure: Any) -> None:
     dtype, allow_tf32, _ = ALL_ARITHMETIC[arithmetic]
     values = branch_values(ConvSample("strides", channels=8, out_channels=8, size=(5, 9)), dtype, NCHW)
     values["allow_tf32"] = allow_tf32
-    joint = values["offset_and_mask"]
+    branch = values["offset_and_mask"]
     expected = emulate("modulated_deform_conv2d", values)
-    larger = torch.cat([joint, joint], 1)
+    larger = torch.cat([branch, branch], 1)
     for strided in (
-        larger[:, joint.shape[1] :],
-        larger.contiguous(memory_format=torch.channels_last)[:, joint.shape[1] :],
-        torch.stack([joint, joint], -1)[..., 1],
-        joint.transpose(2, 3).contiguous().transpose(2, 3),
+        larger[:, branch.shape[1] :],
+        larger.contiguous(memory_format=torch.channels_last)[:, branch.shape[1] :],
+        torch.stack([branch, branch], -1)[..., 1],
+        branch.transpose(2, 3).contiguous().transpose(2, 3),
     ):
-        assert not strided.is_contiguous() and torch.equal(strided.nan_to_num(), joint.nan_to_num())
+        assert not strided.is_contiguous() and torch.equal(strided.nan_to_num(), branch.nan_to_num())
         found = emulate("modulated_deform_conv2d", values | {"offset_and_mask": strided})
         for name, value in expected.items():
             assert torch.equal(found[name], value), name

@@ -1,5 +1,5 @@
 # Copyright (c) the dcn_d2 authors. SPDX-License-Identifier: Apache-2.0
-"""Runs deform_conv2d's tensor-core kernels on the CPU: see emulate.h for what that proves and what not."""
+"""Runs deform_conv2d's tensor-core kernels on the CPU: see emulate.h for what that proves and what it does not."""
 
 from __future__ import annotations
 
@@ -18,10 +18,9 @@ from dcn_d2.ops import reference
 from tests.ops.samples import ConvSample, by_name
 
 from .emulator import GREEDY_WARP, ROUND_ROBIN, SANITIZED, call, emulate
-from .test_cuda_kernels import barriers as barriers_of
-from .test_cuda_kernels import conv_values
+from .test_cuda_kernels import barriers, conv_values
 
-# Of csrc/cuda/mma.cuh.
+# The numbers of dcn::cuda::Kind in csrc/cuda/mma.cuh.
 KINDS = {"float16": 0, "bfloat16": 1, "tf32": 2}
 # How the operands are given, and the error allowed relative to the largest value of the float64 reference.
 ARITHMETIC = {
@@ -32,7 +31,7 @@ ARITHMETIC = {
 }
 SHARED_BYTES = 227 << 10
 
-# Sizes at which the tensor cores compute in all dtypes, around the borders of tiles, steps and units.
+# Sizes at which the tensor cores compute in all dtypes, around the borders of tiles, steps and chunks.
 SAMPLES = [
     ConvSample("several_tiles", channels=24, out_channels=70, size=(9, 15)),
     ConvSample("wide", channels=72, out_channels=136, size=(7, 10), stride=(2, 1), mask=False, kernel=(2, 2)),
@@ -82,8 +81,8 @@ def test_fragments_multiply_to_the_matrix_product(kind: str, as_matrices: bool, 
     assert torch.equal(found, a.float() @ b.float().T)
 
 
-# The schedules differ in who runs first, which is the same for all dtypes. float16 touches the same memory as bfloat16
-# and TF32 as float32, so that under the sanitizers two of the four will do.
+# The schedules differ in who runs first, which is the same for all dtypes. float16 touches the same memory as bfloat16,
+# and TF32 the same as float32, so under the sanitizers two of the four are enough.
 ONE_OF_EACH_SIZE = ("bfloat16", "float32")
 RUNS = [(ROUND_ROBIN, name) for name in (ONE_OF_EACH_SIZE if SANITIZED in os.environ else ARITHMETIC)]
 if SANITIZED not in os.environ:
@@ -108,7 +107,7 @@ def test_deform_conv2d(sample: ConvSample, schedule: int, arithmetic: str, confi
 
 @pytest.mark.parametrize(("dtype", "limit"), [(torch.bfloat16, 5e-3), (torch.float16, 7e-4)], ids=str)
 def test_packed_interpolation_costs_little_accuracy(dtype: torch.dtype, limit: float, configure: Any) -> None:
-    """Each of the four terms of a 16-bit sample rounds the sum. Over many channels the errors do not add up."""
+    """A 16-bit sample is rounded after each of its four terms. Over many channels these errors do not add up."""
     configure(ROUND_ROBIN)
     values = conv_values(ConvSample("deep", channels=128, out_channels=64, size=(6, 7), batch=1, bias=False), dtype)
     found = emulate("deform_conv2d", values)
@@ -162,7 +161,7 @@ def test_the_widest_tiles(arithmetic: str, memory_format: torch.memory_format, c
         assert error < tolerance, name
 
 
-# Of 3x3 convolutions with 128 channels on 100x152 pixels, 256 on 50x76 and 512 on 25x38, cut into tiles of 128x128 or
+# 3x3 convolutions with 128 channels on 100x152 pixels, 256 on 50x76 and 512 on 25x38, cut into tiles of 128x128 or
 # 256x64; on 132 multiprocessors with two blocks each.
 @pytest.mark.parametrize(
     ("tiles", "positions", "megabytes", "splits"),
@@ -175,7 +174,7 @@ def test_splits_of_the_weight_gradient_fill_waves(
     for batch, expected in splits.items():
         found = choose(*map(ctypes.c_int64, (tiles, -(-batch * positions // 64), 264, int(megabytes * 1e6))))
         assert found == expected
-    # No part has fewer than four steps, and partial results have a limit.
+    # A split has at least four steps, and the bytes of partial results are limited.
     assert choose(*map(ctypes.c_int64, (1, 7, 264, 100))) == 1
     assert choose(*map(ctypes.c_int64, (1, 1000, 264, 17 << 20))) == 1
 
@@ -230,15 +229,15 @@ def test_samples_that_all_read_the_same_pixels(
 
 
 @pytest.mark.unsanitized
-@pytest.mark.parametrize("line", barriers_of("deform_conv2d/sampling/sample_lists.cuh"))
-def test_a_removed_barrier_of_lists_is_noticed(configure: Any, line: int) -> None:
+@pytest.mark.parametrize(("file", "line"), barriers("deform_conv2d/sampling"))
+def test_a_removed_barrier_of_lists_is_noticed(configure: Any, file: str, line: int) -> None:
     sample = ConvSample("one_place", channels=8, out_channels=8, size=(20, 20), batch=1, kernel=(1, 2), padding=(0, 1))
     values = on_one_place(conv_values(sample, torch.float32), sample)
     configure(ROUND_ROBIN)
     expected = emulate("deform_conv2d", values)["input"]
 
     def run(schedule: int) -> bool:
-        configure(schedule, line, "deform_conv2d/sampling/sample_lists.cuh")
+        configure(schedule, line, file)
         try:
             return not torch.equal(emulate("deform_conv2d", values)["input"], expected)
         except RuntimeError as error:
@@ -247,14 +246,8 @@ def test_a_removed_barrier_of_lists_is_noticed(configure: Any, line: int) -> Non
     assert any(changes_something(functools.partial(run, schedule)) for schedule in (ROUND_ROBIN, GREEDY_WARP))
 
 
-def barriers() -> list[tuple[str, int]]:
-    """Files and lines of the barriers of the kernels that the tests of this file run."""
-    files = [f"deform_conv2d/tensor_cores/{name}.cuh" for name in ("product", "offset_gradient", "weight_gradient")]
-    return [(file, number) for file in files for number in barriers_of(file)]
-
-
 def changes_something(run: Callable[[], bool]) -> bool:
-    """Calls `run` in a process of its own: what reads poison may well crash, and that counts as well."""
+    """Calls `run` in a process of its own: code that reads poison may crash, and that counts too."""
     pid = os.fork()
     if pid == 0:
         faulthandler.disable()
@@ -267,7 +260,7 @@ def changes_something(run: Callable[[], bool]) -> bool:
 
 
 @pytest.mark.unsanitized
-@pytest.mark.parametrize(("file", "line"), barriers())
+@pytest.mark.parametrize(("file", "line"), barriers("deform_conv2d/tensor_cores"))
 def test_a_removed_barrier_is_noticed(configure: Any, device: Any, file: str, line: int) -> None:
     """The emulator finds each of the kernels' barriers missing, so it would find one that was forgotten."""
     for multiprocessors, sample in (

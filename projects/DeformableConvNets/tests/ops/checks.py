@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 import dcn_d2.ops
-from dcn_d2.ops import reference
-from dcn_d2.ops.modulated_deform_conv2d import split_offset_and_mask
+from dcn_d2.ops import reference, split_offset_and_mask
 
 from .samples import Sample
 

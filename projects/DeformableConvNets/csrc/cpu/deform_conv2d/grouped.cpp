@@ -1,27 +1,28 @@
 // Copyright (c) the dcn_d2 authors. SPDX-License-Identifier: Apache-2.0
+// The path of grouped.h: how the weight is packed for its kernels, which samples they get, and what a thread does.
 #include "cpu/deform_conv2d/grouped.h"
 
 namespace dcn::cpu {
 namespace {
 
-// Groups of more channels are a matter for matrix products.
+// Groups of more channels are left to matrix products.
 constexpr int64_t kMostGroupChannels = 32;
 
-// Channels that hang together: a vector of whole groups, or the vectors of one group.
+// Channels of a lane group (see grouped_impl.h): a vector of whole groups, or the vectors of one group.
 template <typename T>
-int64_t unit_channels(const DeformConv2dSizes& s) {
+int64_t lane_group_channels(const DeformConv2dSizes& s) {
   return std::max(kernels<T>().lanes, s.group_channels());
 }
 
 // Calls visit(place in the packed weight, place in the weight, stride of taps in the packed weight) for tap 0 of every
-// pair of channels in the channels [begin, end); in the weight, taps lie side by side. Packed are, for every unit:
-// (taps, output vectors, input vectors, distances, lanes), of input lane i and output lane i ^ distance.
+// pair of channels in the channels [begin, end); in the weight, taps lie side by side. The packed weight has, for every
+// lane group, (taps, output vectors, input vectors, distances, lanes), of input lane i and output lane i ^ distance.
 template <typename T, typename Visit>
 void for_each_weight(const DeformConv2dSizes& s, int64_t begin, int64_t end, const Visit& visit) {
-  const int64_t lanes = kernels<T>().lanes, unit = unit_channels<T>(s), vectors = unit / lanes;
+  const int64_t lanes = kernels<T>().lanes, width = lane_group_channels<T>(s), vectors = width / lanes;
   const int64_t channels = s.group_channels(), taps = s.taps(), distances = std::min(channels, lanes);
-  const int64_t tap_stride = unit * vectors * distances;
-  for (int64_t first = begin; first < end; first += unit) {
+  const int64_t tap_stride = width * vectors * distances;
+  for (int64_t first = begin; first < end; first += width) {
     int64_t packed = (first - begin) * channels * taps;
     for (int64_t u = 0; u < vectors; ++u) {
       for (int64_t v = 0; v < vectors; ++v) {
@@ -49,7 +50,7 @@ Scratch<T> pack_grouped_weight(const DeformConv2dSizes& s, const T* weight, int6
 template <typename T>
 class SampleBuffer {
  public:
-  SampleBuffer(const Operands<T>& operands, bool derivatives)
+  SampleBuffer(const OperandTensors<T>& operands, bool derivatives)
       : operands_(operands),
         offsets_(operands.offsets, kGroupedTile),
         pixels_(scratch<int32_t>(4 * kGroupedStride)),
@@ -87,7 +88,7 @@ class SampleBuffer {
     return {s.taps(), count_, rows_.get(), grad_rows_.get(), weights_.get()};
   }
 
-  // As the last call of locate left them, but for the pixels.
+  // The samples of one tap, as the last call of locate left them; their pixels are those of the last tap.
   TapSamples<T> of_tap(int64_t tap) const {
     TapSamples<T> samples{};
     samples.count = count_;
@@ -104,7 +105,7 @@ class SampleBuffer {
  private:
   int64_t size() const { return operands_.sizes.taps() * 4 * kGroupedStride; }
 
-  const Operands<T>& operands_;
+  const OperandTensors<T>& operands_;
   TileOffsets<T> offsets_;
   const T* image_ = nullptr;
   int64_t count_ = 0;
@@ -119,8 +120,8 @@ class SampleBuffer {
 template <typename T>
 class GroupedBackwardTask {
  public:
-  GroupedBackwardTask(const Operands<T>& operands, const T* grad_output, bool channels_last,
-                      const Gradients<T>& gradients, int64_t begin, int64_t end)
+  GroupedBackwardTask(const OperandTensors<T>& operands, const T* grad_output, bool channels_last,
+                      const GradientsView<T>& gradients, int64_t begin, int64_t end)
       : operands_(operands),
         sizes_(operands.sizes),
         grad_output_(grad_output),
@@ -172,9 +173,9 @@ class GroupedBackwardTask {
       T* grad_image = gradients_.input ? gradients_.input + operands_.image_begin(n) : nullptr;
       const GroupedSamples<T> samples = samples_.locate(group, c, grad_image);
       const int64_t from = (c - begin_) * weight_row();
-      kernels<T>().grouped_backward(samples, {end - c, sizes_.group_channels(), weight_.get() + from},
-                                    grad + c - begin_, grad_stride, grad_weight_.get() + from, dots_.get(),
-                                    memory_.get());
+      kernels<T>().grouped_tile_backward(samples, {end - c, sizes_.group_channels(), weight_.get() + from},
+                                         grad + c - begin_, grad_stride, grad_weight_.get() + from, dots_.get(),
+                                         memory_.get());
       if (gradients_.offset) add_offset_gradients(n, group, first);
       c = end;
     }
@@ -189,11 +190,11 @@ class GroupedBackwardTask {
     }
   }
 
-  const Operands<T>& operands_;
+  const OperandTensors<T>& operands_;
   const DeformConv2dSizes& sizes_;
   const T* grad_output_;
   bool channels_last_;
-  Gradients<T> gradients_;
+  GradientsView<T> gradients_;
   int64_t begin_, end_;
   SampleBuffer<T> samples_;
   Scratch<T> weight_;
@@ -208,17 +209,17 @@ bool uses_grouped_path(const DeformConv2dSizes& s) {
   const int64_t channels = s.group_channels(), lanes = kernels<T>().lanes;
   if (channels < 1 || channels != s.group_out_channels() || s.groups == 1) return false;
   if (channels > std::min(kMostGroupChannels, 4 * lanes) || (channels & (channels - 1))) return false;
-  const int64_t unit = unit_channels<T>(s);
-  return s.channels % unit == 0 && s.deform_channels() % unit == 0;
+  const int64_t width = lane_group_channels<T>(s);
+  return s.channels % width == 0 && s.deform_channels() % width == 0;
 }
 
 template <typename T>
-Tensor grouped_forward(const DeformConv2dSizes& s, const Tensor& input, const Modulation& modulation,
+Tensor grouped_forward(const DeformConv2dSizes& s, const Tensor& input, const SamplingInputs& sampling,
                        const Tensor& weight, const std::optional<Tensor>& bias) {
   const bool channels_last = is_channels_last(input);
   Tensor output = empty_4d(input, {s.batch, s.out_channels, s.out_h, s.out_w}, scalar_type_of<T>(), channels_last);
   if (output.numel() == 0) return output;
-  const Operands<T> operands(s, input, modulation, dense(weight, scalar_type_of<T>()));
+  const OperandTensors<T> operands(s, input, sampling, dense(weight, scalar_type_of<T>()));
   std::optional<Tensor> dense_bias;
   if (bias) dense_bias = dense(*bias, scalar_type_of<T>());
   const T* bias_data = dense_bias ? dense_bias->template const_data_ptr<T>() : nullptr;
@@ -239,7 +240,7 @@ Tensor grouped_forward(const DeformConv2dSizes& s, const Tensor& input, const Mo
         const GroupedSamples<T> samples = buffer.locate(group, c);
         const GroupedChannels<T> some{deform_channels, s.group_channels(),
                                       packed.get() + c * s.group_channels() * s.taps()};
-        kernels<T>().grouped_forward(samples, some, bias_data ? bias_data + c : nullptr, to + c, channels);
+        kernels<T>().grouped_tile_forward(samples, some, bias_data ? bias_data + c : nullptr, to + c, channels);
       }
       if (!channels_last) {
         kernels<T>().transpose(to, channels, count, channels, out + n * channels * positions + begin, positions);
@@ -251,40 +252,40 @@ Tensor grouped_forward(const DeformConv2dSizes& s, const Tensor& input, const Mo
 
 template <typename T>
 std::array<Tensor, 4> grouped_backward(const DeformConv2dSizes& s, const Tensor& grad, const Tensor& input,
-                                       const Modulation& modulation, const Tensor& weight,
+                                       const SamplingInputs& sampling, const Tensor& weight,
                                        const NeededGradients& need) {
   // Tasks: images first, then channels, until there is one for each thread.
-  const int64_t workers = torch::stable::get_num_threads(), unit = unit_channels<T>(s);
-  const int64_t image_parts = std::clamp<int64_t>(s.batch, 1, workers);
-  const int64_t channel_parts = std::min(divide_up(workers, image_parts), s.channels / unit);
+  const int64_t workers = torch::stable::get_num_threads(), width = lane_group_channels<T>(s);
+  const int64_t image_shares = std::clamp<int64_t>(s.batch, 1, workers);
+  const int64_t channel_shares = std::min(divide_up(workers, image_shares), s.channels / width);
   const Tensor contiguous_weight = dense(weight, scalar_type_of<T>());
-  GradientTensors<T> gradients(s, input, modulation, contiguous_weight, need, image_parts, channel_parts);
+  GradientTensors<T> gradients(s, input, sampling, contiguous_weight, need, image_shares, channel_shares);
   if (s.batch > 0) {
     // They end with this block: before the input gradient is copied to another memory format.
-    const Operands<T> operands(s, input, modulation, contiguous_weight);
+    const OperandTensors<T> operands(s, input, sampling, contiguous_weight);
     const bool channels_last = is_channels_last(grad);
     const Tensor grad_output =
         dense(grad, scalar_type_of<T>(), channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
     const T* grad_data = grad_output.template const_data_ptr<T>();
-    torch::stable::parallel_for(0, image_parts * channel_parts, 1, [&](int64_t first, int64_t last) {
+    torch::stable::parallel_for(0, image_shares * channel_shares, 1, [&](int64_t first, int64_t last) {
       for (int64_t task = first; task < last; ++task) {
-        const int64_t image_part = task / channel_parts, channel_part = task % channel_parts;
-        const Range units = part_of(s.channels / unit, channel_parts, channel_part);
-        GroupedBackwardTask<T>(operands, grad_data, channels_last, gradients.of(image_part, channel_part),
-                               units.begin * unit, units.end * unit)
-            .run(part_of(s.batch, image_parts, image_part));
+        const int64_t image_share = task / channel_shares, channel_share = task % channel_shares;
+        const Range lane_groups = share_of(s.channels / width, channel_shares, channel_share);
+        GroupedBackwardTask<T>(operands, grad_data, channels_last, gradients.of(image_share, channel_share),
+                               lane_groups.begin * width, lane_groups.end * width)
+            .run(share_of(s.batch, image_shares, image_share));
       }
     });
   }
   return gradients.finish();
 }
 
-#define DCN_INSTANTIATE(T)                                                                                      \
-  template bool uses_grouped_path<T>(const DeformConv2dSizes&);                                                 \
-  template Tensor grouped_forward<T>(const DeformConv2dSizes&, const Tensor&, const Modulation&, const Tensor&, \
-                                     const std::optional<Tensor>&);                                             \
-  template std::array<Tensor, 4> grouped_backward<T>(const DeformConv2dSizes&, const Tensor&, const Tensor&,    \
-                                                     const Modulation&, const Tensor&, const NeededGradients&);
+#define DCN_INSTANTIATE(T)                                                                                          \
+  template bool uses_grouped_path<T>(const DeformConv2dSizes&);                                                     \
+  template Tensor grouped_forward<T>(const DeformConv2dSizes&, const Tensor&, const SamplingInputs&, const Tensor&, \
+                                     const std::optional<Tensor>&);                                                 \
+  template std::array<Tensor, 4> grouped_backward<T>(const DeformConv2dSizes&, const Tensor&, const Tensor&,        \
+                                                     const SamplingInputs&, const Tensor&, const NeededGradients&);
 DCN_INSTANTIATE(float)
 DCN_INSTANTIATE(double)
 #undef DCN_INSTANTIATE

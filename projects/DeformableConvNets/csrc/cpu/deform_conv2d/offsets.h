@@ -1,6 +1,6 @@
 // Copyright (c) the dcn_d2 authors. SPDX-License-Identifier: Apache-2.0
-// Offsets and modulation as the caller holds them: contiguous, channels_last, or parts of a larger tensor. They are
-// never copied as a whole; a tile's are put in order in the cache where that is needed.
+// Offsets and mask as the caller holds them: contiguous, channels_last, or views of a larger tensor. They are never
+// copied as a whole. Where needed, those of one tile are put in order, in the cache.
 #pragma once
 
 #include <algorithm>
@@ -13,9 +13,9 @@ namespace dcn::cpu {
 // A (batch, planes, out_h, out_w) tensor in the dtype of the computation, or bfloat16 for float32, in which a plane's
 // values or a position's values lie side by side.
 template <typename T>
-class Planes {
+class PlanesTensor {
  public:
-  explicit Planes(const Tensor& tensor) : tensor_(legible(tensor)), values_(tensor_.const_data_ptr()) {
+  explicit PlanesTensor(const Tensor& tensor) : tensor_(legible(tensor)), values_(tensor_.const_data_ptr()) {
     image_ = tensor_.stride(0), plane_ = tensor_.stride(1), position_ = position_stride(tensor_);
   }
 
@@ -73,14 +73,14 @@ class Planes {
 };
 
 template <typename T>
-struct Offsets {
+struct OffsetTensors {
   DeformConv2dSizes sizes;
-  Planes<T> offset;
-  std::optional<Planes<T>> mask;
+  PlanesTensor<T> offset;
+  std::optional<PlanesTensor<T>> mask;
   bool logits;
 
-  Offsets(const DeformConv2dSizes& s, const Modulation& given)
-      : sizes(s), offset(given.offset), logits(given.joint.has_value()) {
+  OffsetTensors(const DeformConv2dSizes& s, const SamplingInputs& given)
+      : sizes(s), offset(given.offset), logits(given.branch_output.has_value()) {
     if (given.mask) mask.emplace(*given.mask);
   }
   bool mask_as_given() const { return !mask || (mask->in_order() && !logits); }
@@ -90,7 +90,7 @@ struct Offsets {
 template <typename T>
 class TileOffsets {
  public:
-  TileOffsets(const Offsets<T>& offsets, int64_t tile)
+  TileOffsets(const OffsetTensors<T>& offsets, int64_t tile)
       : given_(offsets),
         stride_(divide_up(tile, kMostLanes) * kMostLanes + 8),  // not a power of two, or planes would share cache sets
         start_(scratch<T>(2 * stride_)),
@@ -126,12 +126,12 @@ class TileOffsets {
   }
 
  private:
-  const T* put_in_order(const Planes<T>& planes, int64_t n, int64_t begin, int64_t count, T* to) const {
+  const T* put_in_order(const PlanesTensor<T>& planes, int64_t n, int64_t begin, int64_t count, T* to) const {
     planes.put_in_order(n, begin, count, to, stride_);
     return to;
   }
 
-  const Offsets<T>& given_;
+  const OffsetTensors<T>& given_;
   int64_t stride_;
   Scratch<T> start_, offset_buffer_, mask_buffer_;
   const T *offset_ = nullptr, *mask_ = nullptr;

@@ -1,5 +1,5 @@
 // Copyright (c) the dcn_d2 authors. SPDX-License-Identifier: Apache-2.0
-// What the paths of deform_conv2d on CPU share: its operands, and where the backward pass puts its results.
+// What the paths of deform_conv2d on CPU read: the operands of a call, segments of its channels, samples of a tile.
 #pragma once
 
 #include <utility>
@@ -15,20 +15,20 @@ namespace dcn::cpu {
 
 // The tensors of one call, dense, in the dtype of the computation.
 template <typename T>
-struct Operands {
+struct OperandTensors {
   Tensor image_tensor, weight_tensor;
   DeformConv2dSizes sizes;
-  Offsets<T> offsets;
+  OffsetTensors<T> offsets;
   const T* images;
-  Weight<const T> weight;
+  WeightView<const T> weight;
   std::vector<T> zeros;
 
-  Operands(const DeformConv2dSizes& s, const Tensor& input, const Modulation& modulation, const Tensor& weight)
+  OperandTensors(const DeformConv2dSizes& s, const Tensor& input, const SamplingInputs& sampling, const Tensor& weight)
       : image_tensor(to_channels_last<T>(input)),
         weight_tensor(dense(weight, scalar_type_of<T>(),
                             is_channels_last(weight) ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous)),
         sizes(s),
-        offsets(s, modulation),
+        offsets(s, sampling),
         zeros(s.channels, T(0)) {
     images = image_tensor.template const_data_ptr<T>();
     this->weight = {weight_tensor.template const_data_ptr<T>(), is_channels_last(weight_tensor)};
@@ -103,104 +103,6 @@ class TapBuffer {
   Scratch<int32_t> pixels_;
   Scratch<T> values_;
   std::vector<TapSamples<T>> samples_;
-};
-
-// Where a backward task adds its results. Null where a gradient is not needed.
-template <typename T>
-struct Gradients {
-  T* input;                        // (batch, pixels, channels)
-  T* offset;                       // (deform_groups, taps, 2, positions) for every image
-  T* mask;                         // (deform_groups, taps, positions) for every image
-  int64_t offset_size, mask_size;  // from one image to the next
-  bool logits;                     // the mask's gradient is by its logits
-  Weight<T> weight;
-
-  // Adds what follows from the dots of a tap, for positions from `begin` on of image n.
-  void add_to_offsets(const DeformConv2dSizes& s, int64_t n, int64_t deform_group, int64_t tap, int64_t begin,
-                      const TapSamples<T>& samples, const T* const* dots) const {
-    const int64_t plane = deform_group * s.taps() + tap;
-    T* y = offset + n * offset_size + 2 * plane * s.positions() + begin;
-    kernels<T>().add_offset_gradients(samples, dots, y, y + s.positions(),
-                                      mask ? mask + n * mask_size + plane * s.positions() + begin : nullptr, logits);
-  }
-};
-
-// The gradients that the caller asked for.
-struct NeededGradients {
-  bool input, offset, weight;  // the mask's comes with the offset's
-};
-
-// The tensors behind Gradients, zero at first. The work is cut into `image_parts` of the images times `channel_parts`
-// of the channels: those that share an image have offset gradients of their own, those that share a channel have weight
-// gradients of their own, which are summed at the end.
-template <typename T>
-class GradientTensors {
- public:
-  GradientTensors(const DeformConv2dSizes& s, const Tensor& input, const Modulation& modulation, const Tensor& weight,
-                  const NeededGradients& need, int64_t image_parts, int64_t channel_parts)
-      : input_(input),
-        modulation_(modulation),
-        weight_(weight),
-        need_(need),
-        grad_input_(empty_4d(input, {s.batch, s.channels, s.height, s.width}, scalar_type_of<T>(), true)),
-        grad_offset_(zeros(need.offset ? channel_parts : 0, modulation.joint.value_or(modulation.offset).numel())),
-        grad_mask_(zeros(has_own_mask() ? channel_parts : 0, has_own_mask() ? modulation.mask->numel() : 0)),
-        // The tasks write all of it, unless there are none.
-        grad_weight_(s.batch > 0 && s.out_channels > 0 ? empty(need.weight ? image_parts : 0, weight.numel())
-                                                       : zeros(need.weight ? image_parts : 0, weight.numel())) {
-    if (need.input) torch::stable::zero_(grad_input_);
-    const int64_t plane_pairs = s.deform_groups * s.taps() * s.positions();
-    offset_size_ = plane_pairs * (modulation.joint ? 3 : 2), mask_size_ = plane_pairs * (modulation.joint ? 3 : 1);
-  }
-
-  Gradients<T> of(int64_t image_part, int64_t channel_part) {
-    Gradients<T> part{};
-    part.offset_size = offset_size_, part.mask_size = mask_size_, part.logits = modulation_.joint.has_value();
-    if (need_.input) part.input = grad_input_.template mutable_data_ptr<T>();
-    if (need_.offset) part.offset = part_of_tensor(grad_offset_, channel_part);
-    if (need_.offset && part.logits) part.mask = part.offset + offset_size_ / 3 * 2;
-    if (has_own_mask()) part.mask = part_of_tensor(grad_mask_, channel_part);
-    if (need_.weight) part.weight = {part_of_tensor(grad_weight_, image_part), is_channels_last(weight_)};
-    return part;
-  }
-
-  // Input, offset (or what holds it and the mask), weight, mask, in the dtype of the computation; empty where not
-  // needed.
-  std::array<Tensor, 4> finish() const {
-    const Tensor none = empty_result(input_);
-    return {need_.input ? like_input<T>(grad_input_, input_) : none, need_.offset ? offset_gradient() : none,
-            need_.weight ? weight_gradient() : none, has_own_mask() ? sum_parts(grad_mask_, *modulation_.mask) : none};
-  }
-
- private:
-  bool has_own_mask() const { return need_.offset && dcn::has_own_mask(modulation_); }
-  Tensor weight_gradient() const {
-    const Tensor sum = sum_parts(grad_weight_, weight_);
-    if (!is_channels_last(weight_)) return sum;
-    const int64_t kernel_h = weight_.size(2), kernel_w = weight_.size(3);
-    const Tensor values = torch::stable::reshape(sum, {weight_.size(0), kernel_h, kernel_w, weight_.size(1)});
-    return torch::stable::transpose(torch::stable::transpose(values, 1, 3), 2, 3);
-  }
-  Tensor offset_gradient() const {
-    if (!modulation_.joint) return sum_parts(grad_offset_, modulation_.offset);
-    return like_input<T>(sum_parts(grad_offset_, *modulation_.joint), *modulation_.joint);
-  }
-  Tensor zeros(int64_t parts, int64_t count) const {
-    return torch::stable::new_zeros(input_, {parts, count}, scalar_type_of<T>());
-  }
-  Tensor empty(int64_t parts, int64_t count) const {
-    return torch::stable::new_empty(input_, {parts, count}, scalar_type_of<T>());
-  }
-  static T* part_of_tensor(Tensor& parts, int64_t index) {
-    return parts.template mutable_data_ptr<T>() + index * parts.size(1);
-  }
-
-  const Tensor& input_;
-  const Modulation& modulation_;
-  const Tensor& weight_;
-  NeededGradients need_;
-  Tensor grad_input_, grad_offset_, grad_mask_, grad_weight_;
-  int64_t offset_size_, mask_size_;
 };
 
 }  // namespace dcn::cpu

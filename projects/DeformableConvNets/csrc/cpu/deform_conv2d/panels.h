@@ -84,7 +84,7 @@ constexpr int64_t kPackedChannels = 16;
 
 // A weight (out_channels, group_channels, taps), or (out_channels, taps, group_channels) where channels_last.
 template <typename T>
-struct Weight {
+struct WeightView {
   T* data;
   bool channels_last;
 };
@@ -92,7 +92,7 @@ struct Weight {
 // A weight as the right factor of the forward product: for every group (taps, group_channels, out channels of the
 // group).
 template <typename T>
-GroupedPanels<T> pack_forward_weight(const DeformConv2dSizes& s, const Weight<const T>& weight) {
+GroupedPanels<T> pack_forward_weight(const DeformConv2dSizes& s, const WeightView<const T>& weight) {
   const int64_t channels = s.group_channels(), taps = s.taps(), group_out = s.group_out_channels();
   GroupedPanels<T> packed{nullptr, PanelShape<T>(group_out), taps * channels};
   const PanelShape<T>& shape = packed.shape;
@@ -123,8 +123,8 @@ GroupedPanels<T> pack_forward_weight(const DeformConv2dSizes& s, const Weight<co
 // Channels [begin, begin + count) of a group's weight as the right factor that makes gradient columns: (out channels of
 // the group, padded as the output gradients' panels are; taps; channels).
 template <typename T>
-Panels<T> pack_backward_weight(const DeformConv2dSizes& s, const Weight<const T>& weight, int64_t group, int64_t begin,
-                               int64_t count, const PanelShape<T>& grad_shape) {
+Panels<T> pack_backward_weight(const DeformConv2dSizes& s, const WeightView<const T>& weight, int64_t group,
+                               int64_t begin, int64_t count, const PanelShape<T>& grad_shape) {
   const int64_t channels = s.group_channels(), taps = s.taps(), group_out = s.group_out_channels();
   const int64_t channel_stride = weight.channels_last ? 1 : taps, tap_stride = weight.channels_last ? channels : 1;
   const PanelShape<T> shape(taps * count);
@@ -155,7 +155,7 @@ Panels<T> pack_backward_weight(const DeformConv2dSizes& s, const Weight<const T>
 // Writes a weight gradient (taps, channels [begin, begin + count), out channels of the group) to its place in `weight`.
 template <typename T>
 void unpack_weight_gradient(const DeformConv2dSizes& s, const T* from, int64_t group, int64_t begin, int64_t count,
-                            const Weight<T>& weight) {
+                            const WeightView<T>& weight) {
   const int64_t taps = s.taps(), group_out = s.group_out_channels(), row = s.group_channels() * taps;
   if (weight.channels_last) {
     for (int64_t tap = 0; tap < taps; ++tap) {
@@ -165,17 +165,17 @@ void unpack_weight_gradient(const DeformConv2dSizes& s, const T* from, int64_t g
     return;
   }
   constexpr int64_t kOut = 64;
-  const Scratch<T> block = scratch<T>(kPackedChannels * taps * kOut);  // (channels, taps, out channels)
+  const Scratch<T> gathered = scratch<T>(kPackedChannels * taps * kOut);  // (channels, taps, out channels)
   for (int64_t o = 0; o < group_out; o += kOut) {
     const int64_t outs = std::min(kOut, group_out - o);
     for (int64_t c0 = 0; c0 < count; c0 += kPackedChannels) {
       const int64_t some = std::min(kPackedChannels, count - c0);
       for (int64_t c = 0; c < some; ++c) {
         for (int64_t tap = 0; tap < taps; ++tap) {
-          std::copy_n(from + (tap * count + c0 + c) * group_out + o, outs, block.get() + (c * taps + tap) * kOut);
+          std::copy_n(from + (tap * count + c0 + c) * group_out + o, outs, gathered.get() + (c * taps + tap) * kOut);
         }
       }
-      kernels<T>().transpose(block.get(), kOut, some * taps, outs,
+      kernels<T>().transpose(gathered.get(), kOut, some * taps, outs,
                              weight.data + (group * group_out + o) * row + (begin + c0) * taps, row);
     }
   }

@@ -1,13 +1,13 @@
 // Copyright (c) the dcn_d2 authors. SPDX-License-Identifier: Apache-2.0
-// Bodies of the kernels in kernels.h. Each kernels_<isa>.cpp sets DCN_ISA, DCN_VECTOR_BYTES, DCN_ROWS,
-// DCN_PANEL_VECTORS and the compiler's target, then includes this; everything below is in a namespace of that name, so
-// no function of one target is linked into another.
+// The functions of the table in kernels.h. The .cpp of each instruction set defines DCN_ISA, DCN_VECTOR_BYTES, DCN_ROWS
+// and DCN_PANEL_VECTORS, sets the compiler's target, then includes this file. Everything below is in the namespace
+// DCN_ISA, so that no function compiled for one target is linked into another. README.md explains more.
 #include "cpu/isa/gemm_impl.h"
 
 namespace dcn::cpu::DCN_ISA {
 namespace {
 
-// As sample_axis_zeros, of a vector of positions.
+// What sample_axis_zeros (sample.h) finds, for a vector of positions.
 template <typename T>
 struct AxisVector {
   Integers<T> low, exists[2];
@@ -32,7 +32,7 @@ template <typename T>
   return axis;
 }
 
-// Stores to places of their type, which may be narrower.
+// Stores pixel numbers as int32_t, to which those that belong to double are narrowed.
 template <typename T>
 [[gnu::always_inline]] inline void store_pixels(int32_t* to, const Integers<T>& pixels) {
   typedef int32_t Narrow __attribute__((vector_size(kLanes<T> * sizeof(int32_t))));
@@ -94,7 +94,8 @@ inline void sigmoid(double* values, int64_t count) {
   for (int64_t i = 0; i < count; ++i) values[i] = 1 / (1 + std::exp(-values[i]));
 }
 
-// exp(-x) as 2^n * exp(r) with |r| <= ln(2) / 2, r's part by its Taylor polynomial, whose rest is below rounding.
+// exp(-x) is computed as 2^n * exp(r) with |r| <= ln(2) / 2. exp(r) is its Taylor polynomial; what that leaves out is
+// smaller than rounding.
 inline void sigmoid(float* values, int64_t count) {
   constexpr float kLog2E = 1.442695041F, kLn2High = 0.693359375F, kLn2Low = -2.12194440e-4F;
   constexpr float kRound = 12582912.F;  // 1.5 * 2^23: adding it leaves an integer in the low bits
@@ -143,27 +144,22 @@ void gather(const ImageChannels<T>& from, const TapSamples<T>* samples, int64_t 
   }
 }
 
-template <typename T>
-[[gnu::always_inline]] inline T sum_of(const Vector<T>& vector) {
-  T sum = 0;
-  for (int64_t i = 0; i < kLanes<T>; ++i) sum += vector[i];
-  return sum;
-}
-
 template <typename T, bool kInput, bool kOffset>
-void backward_pass(const ImageChannels<T>& from, const TapSamples<T>* samples, int64_t taps, T* columns,
-                   int64_t column_stride, int64_t tap_stride, T* grad_image, T* dots, int64_t dot_stride, T* trash) {
+void backward_pass(const ImageChannels<T>& from, const TapSamples<T>* samples, int64_t taps,
+                   const ColumnsBackward<T>& given) {
   constexpr int64_t lanes = kLanes<T>;
+  const ColumnsBackward<T> pass = given;  // a copy: what is stored below cannot be part of it
   const int64_t channels = from.channels, whole = channels / lanes * lanes, count = samples->count;
-  for (int64_t p = 0; p < count; ++p, columns += column_stride) {
+  T* columns = pass.columns;
+  for (int64_t p = 0; p < count; ++p, columns += pass.column_stride) {
     T* column_of_tap = columns;
-    for (int64_t t = 0; t < taps; ++t, column_of_tap += tap_stride) {
+    for (int64_t t = 0; t < taps; ++t, column_of_tap += pass.tap_stride) {
       const T* row[4];
       T *grad_row[4], weight[4], tail[4];
       for (int k = 0; k < 4; ++k) {
         const int32_t pixel = samples[t].pixel[k][p];
         row[k] = pixel == kNoPixel ? from.zeros : from.image + pixel * from.stride;
-        grad_row[k] = pixel == kNoPixel || !kInput ? trash : grad_image + pixel * from.stride;
+        grad_row[k] = pixel == kNoPixel || !kInput ? pass.trash : pass.grad_image + pixel * from.stride;
         weight[k] = samples[t].weight[k][p];
         tail[k] = 0;
       }
@@ -185,6 +181,9 @@ void backward_pass(const ImageChannels<T>& from, const TapSamples<T>* samples, i
         store(column_of_tap + c, column);
       }
       for (int64_t c = whole; c < channels; ++c) {
+        // Compilers do not vectorise this loop then. If they did so for some of the template's cases only, these would
+        // round the sums of `tail` differently, and a gradient would depend on which others are wanted.
+        if (kOffset) __asm__ volatile("");
         const T gradient = column_of_tap[c];
         T column = 0;
         for (int k = 0; k < 4; ++k) {
@@ -195,18 +194,18 @@ void backward_pass(const ImageChannels<T>& from, const TapSamples<T>* samples, i
         column_of_tap[c] = column;
       }
       if (!kOffset) continue;
-      for (int k = 0; k < 4; ++k) dots[(t * 4 + k) * dot_stride + p] = sum_of<T>(dot[k]) + tail[k];
+      for (int k = 0; k < 4; ++k) pass.dots[(t * 4 + k) * pass.dot_stride + p] = lane_sum<T>(dot[k]) + tail[k];
     }
   }
 }
 
 template <typename T>
-void backward(const ImageChannels<T>& from, const TapSamples<T>* samples, int64_t taps, T* columns,
-              int64_t column_stride, int64_t tap_stride, T* grad_image, T* dots, int64_t dot_stride, T* trash) {
-  const auto pass = grad_image && dots ? backward_pass<T, true, true>
-                    : grad_image       ? backward_pass<T, true, false>
-                                       : backward_pass<T, false, true>;
-  pass(from, samples, taps, columns, column_stride, tap_stride, grad_image, dots, dot_stride, trash);
+void backward(const ImageChannels<T>& from, const TapSamples<T>* samples, int64_t taps,
+              const ColumnsBackward<T>& pass) {
+  const auto run = pass.grad_image && pass.dots ? backward_pass<T, true, true>
+                   : pass.grad_image            ? backward_pass<T, true, false>
+                                                : backward_pass<T, false, true>;
+  run(from, samples, taps, pass);
 }
 
 template <typename T>
@@ -262,10 +261,10 @@ constexpr Kernels<T> all_kernels() {
           transpose_to_places<T>,
           add_scaled<T>,
           roi_pool_kernels<T>(),
-          point_at<const T*, T>,
-          point_at<T*, T>,
-          grouped_forward<T>,
-          grouped_backward<T>};
+          point<const T*, T>,
+          point<T*, T>,
+          grouped_tile_forward<T>,
+          grouped_tile_backward<T>};
 }
 
 }  // namespace

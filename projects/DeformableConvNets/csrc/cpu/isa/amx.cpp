@@ -1,6 +1,8 @@
 // Copyright (c) the dcn_d2 authors. SPDX-License-Identifier: Apache-2.0
 // The kernels for x86-64 processors with matrix tiles for bfloat16 (AMX). Headers come before the target is set: what
-// they define must stay fit for every processor.
+// they define must run on every processor.
+//
+// This file is longer than 300 lines because all of it must be compiled for one target, which no other file may be.
 #include "cpu/isa/amx_kernels.h"
 
 #if defined(DCN_WITH_AMX)
@@ -94,16 +96,16 @@ struct Neighbours {
   }
 };
 
-void gather(const Bfloat16Channels& from, const TapSamples<float>& samples, Bfloat16* columns, int64_t block_stride) {
+void gather(const Bfloat16Channels& from, const TapSamples<float>& samples, Bfloat16* columns, int64_t panel_stride) {
   const Bfloat16Channels image = from;  // a copy: what is stored below cannot be part of it
   const TapSamples<float> at = samples;
-  const int64_t whole = image.channels / kBlockColumns * kBlockColumns, count = at.count;
+  const int64_t whole = image.channels / kPanelColumns * kPanelColumns, count = at.count;
   const auto tail = static_cast<__mmask32>((uint64_t{1} << (image.channels - whole)) - 1);
-  for (int64_t p = 0; p < count; ++p, columns += kBlockColumns) {
+  for (int64_t p = 0; p < count; ++p, columns += kPanelColumns) {
     const Neighbours near(image, at, p);
     const Bfloat16 *a = near.row[0], *b = near.row[1], *c = near.row[2], *d = near.row[3];
     Bfloat16* to = columns;
-    for (int64_t i = 0; i < whole; i += kBlockColumns, to += block_stride) {
+    for (int64_t i = 0; i < whole; i += kPanelColumns, to += panel_stride) {
       store_pairs(to, Neighbours::sample(near.weight, load_pairs(a + i), load_pairs(b + i), load_pairs(c + i),
                                          load_pairs(d + i)));
     }
@@ -140,7 +142,7 @@ void backward_pass(const Bfloat16Channels& from, const TapSamples<float>& sample
   const Bfloat16Channels image = from;  // copies: what is stored below cannot be part of them
   const TapSamples<float> at = samples;
   const Bfloat16Backward pass = given;
-  const int64_t whole = image.channels / kBlockColumns * kBlockColumns, rest = image.channels - whole;
+  const int64_t whole = image.channels / kPanelColumns * kPanelColumns, rest = image.channels - whole;
   const auto tail = static_cast<__mmask32>((uint64_t{1} << rest) - 1);
   const auto even_tail = static_cast<__mmask16>((1U << ((rest + 1) / 2)) - 1);
   const auto odd_tail = static_cast<__mmask16>((1U << (rest / 2)) - 1);
@@ -153,10 +155,10 @@ void backward_pass(const Bfloat16Channels& from, const TapSamples<float>& sample
       grad_row[k] = pixel == kNoPixel ? pass.trash : pass.grad_image + pixel * pass.grad_stride;
     }
     const float* gradient = pass.gradient + p * pass.gradient_row;
-    Bfloat16* right = pass.right + p / kBlockColumns * 2 * kTileValues + p % kBlockColumns / 2 * kBlockColumns;
+    Bfloat16* right = pass.right + p / kPanelColumns * 2 * kRegisterTileValues + p % kPanelColumns / 2 * kPanelColumns;
     Floats dot[4] = {};
-    const auto block = [&](int64_t c, const Pairs* values, const Floats& even,
-                           const Floats& odd) __attribute__((always_inline)) {
+    const auto add_panel = [&](int64_t c, const Pairs* values, const Floats& even,
+                               const Floats& odd) __attribute__((always_inline)) {
       // All gradients are loaded before any is stored: rows of pixels are often a multiple of 4096 bytes apart, and a
       // load would wait for stores that seem to go to the same place.
       Floats first = {}, second = {}, sum[8];
@@ -176,27 +178,27 @@ void backward_pass(const Bfloat16Channels& from, const TapSamples<float>& sample
         if (kInput) store(grad_row[k] + c + 16, sum[2 * k + 1]);
       }
       if (!kWeight) return;
-      Bfloat16* to = right + c / kBlockColumns * pass.panel;
+      Bfloat16* to = right + c / kPanelColumns * pass.right_panel;
       const Pairs low = __builtin_bit_cast(Pairs, first) + 0x8000U, high = __builtin_bit_cast(Pairs, second) + 0x8000U;
       if (p % 2 == 0) {
         store_pairs(to, low >> 16);
-        store_pairs(to + kTileValues, high >> 16);
+        store_pairs(to + kRegisterTileValues, high >> 16);
       } else {
         store_pairs(to, load_pairs(to) | (low & 0xffff0000U));
-        store_pairs(to + kTileValues, load_pairs(to + kTileValues) | (high & 0xffff0000U));
+        store_pairs(to + kRegisterTileValues, load_pairs(to + kRegisterTileValues) | (high & 0xffff0000U));
       }
     };
     constexpr bool kGradient = kInput || kOffset;
-    for (int64_t c = 0; c < whole; c += kBlockColumns) {
+    for (int64_t c = 0; c < whole; c += kPanelColumns) {
       const Pairs values[4] = {load_pairs(near.row[0] + c), load_pairs(near.row[1] + c), load_pairs(near.row[2] + c),
                                load_pairs(near.row[3] + c)};
-      block(c, values, kGradient ? load(gradient + c) : Floats{}, kGradient ? load(gradient + c + 16) : Floats{});
+      add_panel(c, values, kGradient ? load(gradient + c) : Floats{}, kGradient ? load(gradient + c + 16) : Floats{});
     }
     if (tail) {
       const Pairs values[4] = {load_some(near.row[0] + whole, tail), load_some(near.row[1] + whole, tail),
                                load_some(near.row[2] + whole, tail), load_some(near.row[3] + whole, tail)};
-      block(whole, values, kGradient ? load_floats(gradient + whole, even_tail) : Floats{},
-            kGradient ? load_floats(gradient + whole + 16, odd_tail) : Floats{});
+      add_panel(whole, values, kGradient ? load_floats(gradient + whole, even_tail) : Floats{},
+                kGradient ? load_floats(gradient + whole + 16, odd_tail) : Floats{});
     }
     if (kOffset) {
       const __m128 sums = sums_of(dot);
@@ -216,67 +218,69 @@ void backward(const Bfloat16Channels& from, const TapSamples<float>& samples, co
   kPasses[(pass.grad_image ? 4 : 0) + (pass.dots[0] ? 2 : 0) + (pass.right ? 1 : 0)](from, samples, pass);
 }
 
-// c (kM x kN tiles) = or += a @ b. Tiles 0 to 3 are sums, 4 and 5 rows of a, 6 and 7 columns of b.
+// c (kM x kN register tiles) = or += a @ b. Register tiles 0 to 3 are sums, 4 and 5 rows of a, 6 and 7 columns
+// of b.
 template <int kM, int kN>
-[[gnu::always_inline]] inline void micro_kernel(const Bfloat16* a, int64_t a_block, int64_t blocks, const Bfloat16* b,
+[[gnu::always_inline]] inline void micro_kernel(const Bfloat16* a, int64_t a_panel, int64_t panels, const Bfloat16* b,
                                                 float* c, int64_t c_row, bool accumulate) {
   const int64_t c_bytes = c_row * 4;
-  float* const c_low = c + kTileRows * c_row;
+  float* const c_low = c + kRegisterTileRows * c_row;
   if (accumulate) {
     _tile_loadd(0, c, c_bytes);
-    if constexpr (kN > 1) _tile_loadd(1, c + kTileRows, c_bytes);
+    if constexpr (kN > 1) _tile_loadd(1, c + kRegisterTileRows, c_bytes);
     if constexpr (kM > 1) _tile_loadd(2, c_low, c_bytes);
-    if constexpr (kM > 1 && kN > 1) _tile_loadd(3, c_low + kTileRows, c_bytes);
+    if constexpr (kM > 1 && kN > 1) _tile_loadd(3, c_low + kRegisterTileRows, c_bytes);
   } else {
     _tile_zero(0);
     if constexpr (kN > 1) _tile_zero(1);
     if constexpr (kM > 1) _tile_zero(2);
     if constexpr (kM > 1 && kN > 1) _tile_zero(3);
   }
-  for (int64_t k = 0; k < blocks; ++k, a += a_block, b += kN * kTileValues) {
+  for (int64_t k = 0; k < panels; ++k, a += a_panel, b += kN * kRegisterTileValues) {
     _tile_loadd(6, b, 64);
     _tile_loadd(4, a, 64);
     _tile_dpbf16ps(0, 4, 6);
     if constexpr (kM > 1) {
-      _tile_loadd(5, a + kTileValues, 64);
+      _tile_loadd(5, a + kRegisterTileValues, 64);
       _tile_dpbf16ps(2, 5, 6);
     }
     if constexpr (kN > 1) {
-      _tile_loadd(7, b + kTileValues, 64);
+      _tile_loadd(7, b + kRegisterTileValues, 64);
       _tile_dpbf16ps(1, 4, 7);
       if constexpr (kM > 1) _tile_dpbf16ps(3, 5, 7);
     }
   }
   _tile_stored(0, c, c_bytes);
-  if constexpr (kN > 1) _tile_stored(1, c + kTileRows, c_bytes);
+  if constexpr (kN > 1) _tile_stored(1, c + kRegisterTileRows, c_bytes);
   if constexpr (kM > 1) _tile_stored(2, c_low, c_bytes);
-  if constexpr (kM > 1 && kN > 1) _tile_stored(3, c_low + kTileRows, c_bytes);
+  if constexpr (kM > 1 && kN > 1) _tile_stored(3, c_low + kRegisterTileRows, c_bytes);
 }
 
 void multiply(const AmxProduct& p) {
-  // Blocks that are used at a time, in rounds of nearly equal length: those of a pair of tiles' rows stay in the
-  // first-level cache.
-  constexpr int64_t kMostBlocks = 18;
-  const int64_t rounds = (p.blocks + kMostBlocks - 1) / kMostBlocks;
-  const int64_t blocks_at_once = (p.blocks + rounds - 1) / rounds;
+  // Panels that are used at a time, in rounds of nearly equal length: the rows of two register tiles of them stay in
+  // the first-level cache.
+  constexpr int64_t kMostPanels = 18;
+  const int64_t rounds = (p.a_panels + kMostPanels - 1) / kMostPanels;
+  const int64_t panels_at_once = (p.a_panels + rounds - 1) / rounds;
   fence();
-  for (int64_t k = 0; k < p.blocks; k += blocks_at_once) {
-    const int64_t blocks = std::min(blocks_at_once, p.blocks - k);
+  for (int64_t k = 0; k < p.a_panels; k += panels_at_once) {
+    const int64_t panels = std::min(panels_at_once, p.a_panels - k);
     const bool accumulate = p.accumulate || k > 0;
     for (int64_t row = 0; row < p.row_tiles; row += 2) {
-      const Bfloat16* a = p.a + k * p.a_block + row * kTileValues;
+      const Bfloat16* a = p.a + k * p.a_panel + row * kRegisterTileValues;
       for (int64_t column = 0; column < p.column_tiles; column += 2) {
         const bool two_rows = p.row_tiles - row > 1, two_columns = p.column_tiles - column > 1;
-        const Bfloat16* b = p.b + column / 2 * p.b_panel + (p.b_first + k) * (two_columns ? 2 : 1) * kTileValues;
-        float* c = p.c + row * kTileRows * p.c_row + column * kTileRows;
+        const Bfloat16* b =
+            p.b + column / 2 * p.b_panel + (p.b_first + k) * (two_columns ? 2 : 1) * kRegisterTileValues;
+        float* c = p.c + row * kRegisterTileRows * p.c_row + column * kRegisterTileRows;
         if (two_rows && two_columns) {
-          micro_kernel<2, 2>(a, p.a_block, blocks, b, c, p.c_row, accumulate);
+          micro_kernel<2, 2>(a, p.a_panel, panels, b, c, p.c_row, accumulate);
         } else if (two_rows) {
-          micro_kernel<2, 1>(a, p.a_block, blocks, b, c, p.c_row, accumulate);
+          micro_kernel<2, 1>(a, p.a_panel, panels, b, c, p.c_row, accumulate);
         } else if (two_columns) {
-          micro_kernel<1, 2>(a, p.a_block, blocks, b, c, p.c_row, accumulate);
+          micro_kernel<1, 2>(a, p.a_panel, panels, b, c, p.c_row, accumulate);
         } else {
-          micro_kernel<1, 1>(a, p.a_block, blocks, b, c, p.c_row, accumulate);
+          micro_kernel<1, 1>(a, p.a_panel, panels, b, c, p.c_row, accumulate);
         }
       }
     }
@@ -286,8 +290,8 @@ void multiply(const AmxProduct& p) {
 
 void round_rows(const float* from, int64_t from_row, const float* bias, int64_t rows, int64_t columns, Bfloat16* to,
                 int64_t to_row) {
-  for (int64_t c = 0; c < columns; c += kBlockColumns) {
-    const uint64_t bits = (uint64_t{1} << std::min(kBlockColumns, columns - c)) - 1;
+  for (int64_t c = 0; c < columns; c += kPanelColumns) {
+    const uint64_t bits = (uint64_t{1} << std::min(kPanelColumns, columns - c)) - 1;
     const auto low = static_cast<__mmask16>(bits), high = static_cast<__mmask16>(bits >> 16);
     const Floats bias_low = bias ? load_floats(bias + c, low) : Floats{};
     const Floats bias_high = bias ? load_floats(bias + c + 16, high) : Floats{};
@@ -303,11 +307,11 @@ void pack_right(const Bfloat16* const* rows, int64_t tiles, Bfloat16* to) {
   typedef Bfloat16 Half __attribute__((vector_size(32)));
   const auto load_row = [&](int64_t k, int64_t tile) __attribute__((always_inline)) {
     Half values;
-    __builtin_memcpy(&values, rows[k] + tile * kTileRows, sizeof(values));
+    __builtin_memcpy(&values, rows[k] + tile * kRegisterTileRows, sizeof(values));
     return __builtin_convertvector(values, Pairs);
   };
   for (int64_t tile = 0; tile < tiles; ++tile) {
-    for (int64_t k = 0; k < kBlockColumns; k += 2, to += kBlockColumns) {
+    for (int64_t k = 0; k < kPanelColumns; k += 2, to += kPanelColumns) {
       const Pairs pairs = load_row(k, tile) | load_row(k + 1, tile) << 16;
       store_pairs(to, pairs);
     }
@@ -317,12 +321,12 @@ void pack_right(const Bfloat16* const* rows, int64_t tiles, Bfloat16* to) {
 void transpose_pairs(const Bfloat16* from, int64_t from_stride, Bfloat16* to) {
   uint32_t* const pairs = reinterpret_cast<uint32_t*>(to);
   transpose_square(reinterpret_cast<const uint32_t*>(from), from_stride / 2,
-                   [=](int64_t column) { return pairs + column * kTileRows; });
+                   [=](int64_t column) { return pairs + column * kRegisterTileRows; });
 }
 
 void round_gradients(const float* from, int64_t channels, Bfloat16* to) {
-  for (int64_t c = 0; c < channels; c += kBlockColumns) {
-    const auto mask = static_cast<__mmask32>((uint64_t{1} << std::min(kBlockColumns, channels - c)) - 1);
+  for (int64_t c = 0; c < channels; c += kPanelColumns) {
+    const auto mask = static_cast<__mmask32>((uint64_t{1} << std::min(kPanelColumns, channels - c)) - 1);
     const Pairs pairs = round_pairs(load(from + c), load(from + c + 16));
     _mm512_mask_storeu_epi16(to + c, mask, __builtin_bit_cast(__m512i, pairs));
   }

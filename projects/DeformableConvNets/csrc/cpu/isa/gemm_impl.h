@@ -1,6 +1,6 @@
 // Copyright (c) the dcn_d2 authors. SPDX-License-Identifier: Apache-2.0
 // Matrix products of a tile, for all_impl.h. The right factor is packed into panels of a few vectors' width, so
-// that a block of it stays in the first-level cache while all rows of the left factor go past it.
+// that a cache block of it stays in the first-level cache while all rows of the left factor go past it.
 
 #include "cpu/isa/vectors_impl.h"
 
@@ -68,18 +68,18 @@ template <typename T, int kV, bool kTransposed>
 void edge_kernel(const T* a, int64_t a_row, int64_t a_chunk, int64_t chunks, int64_t depth, const T* b, T* c,
                  int64_t c_row, bool accumulate, Ahead<T> ahead, int64_t rows, int64_t columns) {
   constexpr int64_t width = kV * kLanes<T>;
-  T block[kRows * width];
+  T sums[kRows * width];
   if (rows == kRows) {
-    micro_kernel<T, kRows, kV, kTransposed>(a, a_row, a_chunk, chunks, depth, b, block, width, false, ahead);
+    micro_kernel<T, kRows, kV, kTransposed>(a, a_row, a_chunk, chunks, depth, b, sums, width, false, ahead);
   } else {
     for (int64_t i = 0; i < rows; ++i) {
       micro_kernel<T, 1, kV, kTransposed>(kTransposed ? a + i : a + i * a_row, a_row, a_chunk, chunks, depth, b,
-                                          block + i * width, width, false, ahead);
+                                          sums + i * width, width, false, ahead);
     }
   }
   for (int64_t i = 0; i < rows; ++i) {
     for (int64_t j = 0; j < columns; ++j) {
-      c[i * c_row + j] = accumulate ? c[i * c_row + j] + block[i * width + j] : block[i * width + j];
+      c[i * c_row + j] = accumulate ? c[i * c_row + j] + sums[i * width + j] : sums[i * width + j];
     }
   }
 }
@@ -87,13 +87,13 @@ void edge_kernel(const T* a, int64_t a_row, int64_t a_chunk, int64_t chunks, int
 template <typename T, int kV, bool kTransposed>
 void multiply_panels(const TileProduct<T>& p) {
   constexpr int64_t width = kV * kLanes<T>;
-  // Rows of a panel that are used at a time: two such blocks, this one and the next, are a part of the second-level
-  // cache, and the sums are added to c only so often.
-  constexpr int64_t kBlock = (int64_t{160} << 10) / (width * int64_t{sizeof(T)});
-  const int64_t chunks_at_once = std::max<int64_t>(kBlock / p.depth, 1);
-  const int64_t depth_at_once = std::min(p.depth, kBlock);
-  const int64_t row_blocks = (p.rows + kRows - 1) / kRows;
-  const int64_t step = (width + row_blocks - 1) / row_blocks;
+  // Rows of a panel that are used at a time, a cache block. This one and the next take a fraction of the second-level
+  // cache. More rows would not fit there; with fewer, sums would be added to c more often.
+  constexpr int64_t kCacheBlockRows = (int64_t{160} << 10) / (width * int64_t{sizeof(T)});
+  const int64_t chunks_at_once = std::max<int64_t>(kCacheBlockRows / p.depth, 1);
+  const int64_t depth_at_once = std::min(p.depth, kCacheBlockRows);
+  const int64_t micro_rows = (p.rows + kRows - 1) / kRows;
+  const int64_t step = (width + micro_rows - 1) / micro_rows;
   for (int64_t chunk = 0; chunk < p.chunks; chunk += chunks_at_once) {
     const int64_t chunks = std::min(chunks_at_once, p.chunks - chunk);
     for (int64_t k = 0; k < p.depth; k += depth_at_once) {
@@ -103,7 +103,7 @@ void multiply_panels(const TileProduct<T>& p) {
       const T* b = p.b + (chunk * p.depth + k) * width;
       for (int64_t column = 0; column < p.columns; column += width, b += p.b_panel) {
         const int64_t columns = std::min(width, p.columns - column);
-        // The block that follows: of the next panel, or else further down in the first one.
+        // The cache block that follows: of the next panel, or else further down in the first one.
         const T* next =
             column + width < p.columns ? b + p.b_panel : p.b + (chunk * p.depth + k + chunks * depth) * width;
         for (int64_t row = 0; row < p.rows; row += kRows, next += chunks * depth * step) {

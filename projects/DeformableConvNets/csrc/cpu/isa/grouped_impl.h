@@ -2,25 +2,31 @@
 // Grouped convolutions with as many outputs as inputs in a group, for all_impl.h. Samples go from the image into
 // registers and are multiplied there; columns are never stored.
 //
-// The lanes of a vector are channels of one or several groups. A product within groups would move every input to the
-// lanes of all outputs of its group. Instead, sum d collects for input lane i what it gives to output lane i ^ d, over
-// all taps, without moving anything; only at the end are the sums brought to their outputs and added. In the backward
-// pass the output gradients are moved so once, and then serve all taps.
+// The lanes of a vector are channels of one or several groups. Every input channel of a group contributes to every
+// output channel of that group, so the plain way would move each input to the lanes of all its outputs, for every tap.
+// Instead there are as many sums as a group has channels, and no value moves before the end. In sum d, lane i collects
+// what input channel i contributes to output channel i ^ d. With vectors of 4 lanes, groups of kD = 2 channels {0, 1}
+// and {2, 3}, inputs x and a weight w[output][input]:
 //
-// A unit is what hangs together: kG vectors. If kG is 1, they hold whole groups of kD channels, else the vectors of
-// kD lanes hold one group. Channels are counted from the first one of the call.
+//   lane          0               1               2               3
+//   sum 0     w[0][0] x[0]    w[1][1] x[1]    w[2][2] x[2]    w[3][3] x[3]     added up over all taps
+//   sum 1     w[1][0] x[0]    w[0][1] x[1]    w[3][2] x[2]    w[2][3] x[3]     added up over all taps
+//   result    sum 0 + (sum 1 with the lanes of each pair exchanged): lane i is output channel i
+//
+// The weight is packed in that order (see for_each_weight in grouped.cpp). In the backward pass the output gradients
+// are exchanged so once, and then serve all taps.
+//
+// A lane group is kG vectors that are computed together. If kG is 1, the vector holds whole groups of kD channels;
+// otherwise the kG vectors of kD lanes hold one group. Channels are counted from the first one of the call.
+//
+// This file is longer than 300 lines because the forward and the backward pass share the order of the weight and the
+// exchange of lanes, which one has to see side by side.
 
 namespace dcn::cpu::DCN_ISA {
 namespace {
 
-// Sums that fit the register file beside their factors.
+// The most sums that fit into the registers, next to what they are computed from.
 constexpr int kGroupedSums = DCN_VECTOR_BYTES == 64 ? 16 : 8;
-
-// Lane i of the result is lane i ^ kDistance.
-template <typename T, int kDistance, size_t... kIndex>
-[[gnu::always_inline]] inline Vector<T> exchange(const Vector<T>& a, std::index_sequence<kIndex...>) {
-  return __builtin_shufflevector(a, a, (static_cast<int>(kIndex) ^ kDistance)...);
-}
 
 // sum[0] = sum over d of sum[d], its lanes exchanged at distance d.
 template <typename T, int kD>
@@ -49,7 +55,7 @@ template <typename T, int kD>
 }
 
 template <typename Pointer, typename T>
-void point_at(const TapSamples<T>& samples, Pointer image, int64_t stride, Pointer outside, Pointer* rows) {
+void point(const TapSamples<T>& samples, Pointer image, int64_t stride, Pointer outside, Pointer* rows) {
   for (int k = 0; k < 4; ++k) {
     const int32_t* pixel = samples.pixel[k];
     Pointer* row = rows + k * kGroupedStride;
@@ -58,12 +64,12 @@ void point_at(const TapSamples<T>& samples, Pointer image, int64_t stride, Point
   }
 }
 
-// Outputs of kP positions from `p` on and kN units from channel `c` on.
+// Outputs of kP positions from `p` on and kN lane groups from channel `c` on.
 template <typename T, int kD, int kG, int kN, int kP>
 [[gnu::always_inline]] inline void grouped_outputs(const GroupedSamples<T>& samples, const T* weight, const T* bias,
                                                    int64_t p, int64_t c, T* output, int64_t output_stride) {
   constexpr int64_t lanes = kLanes<T>, tap_size = kG * kG * kD * lanes;
-  const int64_t unit_size = samples.taps * tap_size;
+  const int64_t lane_group_size = samples.taps * tap_size;
   for (int u = 0; u < kG; ++u, weight += kG * kD * lanes) {
     Vector<T> sum[kP][kN][kD] = {};
     const T* const* rows = samples.rows + p;
@@ -84,7 +90,7 @@ template <typename T, int kD, int kG, int kN, int kP>
             }
 #pragma GCC unroll 16
             for (int d = 0; d < kD; ++d) {
-              sum[i][n][d] += column * load(of_tap + n * unit_size + (v * kD + d) * lanes);
+              sum[i][n][d] += column * load(of_tap + n * lane_group_size + (v * kD + d) * lanes);
             }
           }
         }
@@ -106,8 +112,8 @@ template <typename T, int kD, int kG, int kN, int kP>
 }
 
 template <typename T, int kD, int kG, int kN>
-void grouped_forward_units(const GroupedSamples<T>& samples, const T* weight, const T* bias, int64_t c, T* output,
-                           int64_t output_stride) {
+void lane_groups_forward(const GroupedSamples<T>& samples, const T* weight, const T* bias, int64_t c, T* output,
+                         int64_t output_stride) {
   constexpr int kP = std::clamp(kGroupedSums / (kD * kN), 1, 4);
   int64_t p = 0;
   for (; p + kP <= samples.count; p += kP) {
@@ -119,64 +125,67 @@ void grouped_forward_units(const GroupedSamples<T>& samples, const T* weight, co
 }
 
 template <typename T, int kD, int kG>
-void grouped_forward_all(const GroupedSamples<T>& samples, const GroupedChannels<T>& channels, const T* bias, T* output,
-                         int64_t output_stride) {
+void sized_groups_forward(const GroupedSamples<T>& samples, const GroupedChannels<T>& channels, const T* bias,
+                          T* output, int64_t output_stride) {
   constexpr int kN = kG == 1 && 2 * kD <= kGroupedSums ? 2 : 1;
-  constexpr int64_t unit = kG * kLanes<T>;
+  constexpr int64_t width = kG * kLanes<T>;    // channels of a lane group
   const int64_t row = samples.taps * kG * kD;  // of the weight, for one channel
   int64_t c = 0;
-  for (; c + kN * unit <= channels.count; c += kN * unit) {
-    grouped_forward_units<T, kD, kG, kN>(samples, channels.weight + c * row, bias, c, output, output_stride);
+  for (; c + kN * width <= channels.count; c += kN * width) {
+    lane_groups_forward<T, kD, kG, kN>(samples, channels.weight + c * row, bias, c, output, output_stride);
   }
-  for (; kN > 1 && c < channels.count; c += unit) {
-    grouped_forward_units<T, kD, kG, 1>(samples, channels.weight + c * row, bias, c, output, output_stride);
+  for (; kN > 1 && c < channels.count; c += width) {
+    lane_groups_forward<T, kD, kG, 1>(samples, channels.weight + c * row, bias, c, output, output_stride);
   }
 }
 
-// Adds neighbouring halves: lane 2 i of the result is a[i] + a[i + half the lanes], lane 2 i + 1 the same of b.
+// Adds the halves of each vector: with h half the lanes, lane 2 i of the result is a[i] + a[i + h], and lane 2 i + 1 is
+// b[i] + b[i + h].
 template <typename T>
 [[gnu::always_inline]] inline Vector<T> merge(const Vector<T>& a, const Vector<T>& b) {
   constexpr auto indices = std::make_index_sequence<kLanes<T>>();
   return interleave<T, 0>(a, b, indices) + interleave<T, 1>(a, b, indices);
 }
 
-// The dots of one sample are summed in kParts values: part 4 j + k belongs to dot k.
+// The dots of one sample are summed up in kPartials values: those with index 4 j + k belong to dot k.
 template <typename T>
-constexpr int64_t kParts = std::max<int64_t>(kLanes<T>, 4);
+constexpr int64_t kPartials = std::max<int64_t>(kLanes<T>, 4);
 
 template <typename T>
-[[gnu::always_inline]] inline void add_parts(const Vector<T>* dot, T* parts) {
+[[gnu::always_inline]] inline void add_to_partials(const Vector<T>* dot, T* partials) {
   if constexpr (kLanes<T> == 2) {
-    store(parts, load(parts) + merge<T>(dot[0], dot[1]));
-    store(parts + 2, load(parts + 2) + merge<T>(dot[2], dot[3]));
+    store(partials, load(partials) + merge<T>(dot[0], dot[1]));
+    store(partials + 2, load(partials + 2) + merge<T>(dot[2], dot[3]));
   } else {
-    store(parts, load(parts) + merge<T>(merge<T>(dot[0], dot[2]), merge<T>(dot[1], dot[3])));
+    store(partials, load(partials) + merge<T>(merge<T>(dot[0], dot[2]), merge<T>(dot[1], dot[3])));
   }
 }
 
-// Sums the parts of kTogether<T> samples, `stride` apart: dots[k * kGroupedStride + p] = dot k of sample p.
+// Adds up the partial sums of kTogether<T> samples, which lie `stride` apart: dots[k * kGroupedStride + p] is dot k of
+// sample p.
 template <typename T>
-constexpr int64_t kTogether = kParts<T> / 4;
+constexpr int64_t kTogether = kPartials<T> / 4;
 template <typename T>
-[[gnu::always_inline]] inline void sum_parts(const T* parts, int64_t stride, T* dots) {
-  T sums[kParts<T>];  // (dots, samples)
+[[gnu::always_inline]] inline void sum_partials(const T* partials, int64_t stride, T* dots) {
+  T sums[kPartials<T>];  // (dots, samples)
   if constexpr (kTogether<T> == 4) {
-    store(sums, merge<T>(merge<T>(load(parts), load(parts + 2 * stride)),
-                         merge<T>(load(parts + stride), load(parts + 3 * stride))));
+    store(sums, merge<T>(merge<T>(load(partials), load(partials + 2 * stride)),
+                         merge<T>(load(partials + stride), load(partials + 3 * stride))));
   } else if constexpr (kTogether<T> == 2) {
-    store(sums, merge<T>(load(parts), load(parts + stride)));
+    store(sums, merge<T>(load(partials), load(partials + stride)));
   } else {
-    std::copy_n(parts, 4, sums);
+    std::copy_n(partials, 4, sums);
   }
   for (int k = 0; k < 4; ++k) std::copy_n(sums + k * kTogether<T>, kTogether<T>, dots + k * kGroupedStride);
 }
 
-// Positions that the backward pass handles at a time, so that what it keeps of them stays in the first-level cache.
+// Positions that the backward pass handles at a time: what it keeps of them fits into the first-level cache.
 constexpr int64_t kBatch = 8;
-// Vectors that it handles at a time, which share the reading of samples and the summing of dots.
+// Vectors that it handles at a time: reading samples and summing dots is done once for all of them.
 constexpr int kBatchVectors = 4;
 
-// Backward of kN units from channel `c` on, for a batch. `columns`, (positions, taps, channels), is scratch memory.
+// Backward of kN lane groups from channel `c` on, for a batch of positions. `columns`, (positions, taps, channels), is
+// scratch memory.
 template <typename T, int kD, int kG, int kN>
 struct GroupedBatch {
   static constexpr int kV = kN * kG;
@@ -186,7 +195,7 @@ struct GroupedBatch {
   T* columns;
   alignas(DCN_VECTOR_BYTES) T gradients[kBatch][kV][kD][lanes];  // output gradients, exchanged at all distances
 
-  // Where input vector v and output vector u of unit n meet in the weight of a tap.
+  // Where input vector v and output vector u of lane group n meet in the weight of a tap.
   int64_t weight_at(int64_t tap, int n, int v, int u) const {
     return (n * taps + tap) * tap_size + (u * kG + v) * kD * lanes;
   }
@@ -227,14 +236,15 @@ struct GroupedBatch {
     }
   }
 
-  // Spreads the columns' gradients to the pixels, puts the columns in their place, and adds to the parts of the dots.
-  void sample(const GroupedSamples<T>& samples, int64_t first, int64_t c, T* parts) {
+  // Spreads the columns' gradients to the pixels, overwrites them with the columns, and adds to the partial sums of
+  // the dots.
+  void sample(const GroupedSamples<T>& samples, int64_t first, int64_t c, T* partials) {
     T* column = columns;
     for (int64_t p = first; p < first + count; ++p) {
       const T* const* rows = samples.rows + p;
       T* const* grad_rows = samples.grad_rows + p;
       const T* weights = samples.weights + p;
-      for (int64_t tap = 0; tap < taps; ++tap, column += kV * lanes, parts += kParts<T>) {
+      for (int64_t tap = 0; tap < taps; ++tap, column += kV * lanes, partials += kPartials<T>) {
         // Copies: what is stored below cannot be part of them.
         const T* row[4];
         T* grad_row[4];
@@ -259,7 +269,7 @@ struct GroupedBatch {
           }
           store(column + v * lanes, sum);
         }
-        add_parts<T>(dot, parts);
+        add_to_partials<T>(dot, partials);
         rows += 4 * kGroupedStride;
         grad_rows += 4 * kGroupedStride;
         weights += 4 * kGroupedStride;
@@ -292,8 +302,8 @@ struct GroupedBatch {
 };
 
 template <typename T, int kD, int kG, int kN>
-void grouped_backward_units(const GroupedSamples<T>& samples, const T* weight, int64_t c, const T* grad_output,
-                            int64_t grad_stride, T* grad_weight, T* parts, T* columns) {
+void lane_groups_backward(const GroupedSamples<T>& samples, const T* weight, int64_t c, const T* grad_output,
+                          int64_t grad_stride, T* grad_weight, T* partials, T* columns) {
   GroupedBatch<T, kD, kG, kN> batch;
   batch.taps = samples.taps;
   batch.columns = columns;
@@ -301,32 +311,33 @@ void grouped_backward_units(const GroupedSamples<T>& samples, const T* weight, i
     batch.count = std::min(kBatch, samples.count - p);
     batch.load_gradients(grad_output + p * grad_stride + c, grad_stride);
     batch.multiply_columns(weight);
-    batch.sample(samples, p, c, parts + p * samples.taps * kParts<T>);
+    batch.sample(samples, p, c, partials + p * samples.taps * kPartials<T>);
     batch.multiply_weight(grad_weight);
   }
 }
 
 template <typename T, int kD, int kG>
-void grouped_backward_all(const GroupedSamples<T>& samples, const GroupedChannels<T>& channels, const T* grad_output,
-                          int64_t grad_stride, T* grad_weight, T* dots, T* memory) {
+void sized_groups_backward(const GroupedSamples<T>& samples, const GroupedChannels<T>& channels, const T* grad_output,
+                           int64_t grad_stride, T* grad_weight, T* dots, T* memory) {
   constexpr int kN = kBatchVectors / kG;
-  constexpr int64_t unit = kG * kLanes<T>;
-  static_assert(kParts<T> * kGroupedTile + kBatch * kBatchVectors * kLanes<T> <= kGroupedMemory);
+  constexpr int64_t width = kG * kLanes<T>;  // channels of a lane group
+  static_assert(kPartials<T> * kGroupedTile + kBatch * kBatchVectors * kLanes<T> <= kGroupedMemory);
   const int64_t taps = samples.taps, row = taps * kG * kD;
-  T *parts = memory, *columns = memory + kGroupedTile * taps * kParts<T>;
-  std::fill_n(parts, (samples.count + kTogether<T> - 1) / kTogether<T> * kTogether<T> * taps * kParts<T>, T(0));
+  T *partials = memory, *columns = memory + kGroupedTile * taps * kPartials<T>;
+  std::fill_n(partials, (samples.count + kTogether<T> - 1) / kTogether<T> * kTogether<T> * taps * kPartials<T>, T(0));
   int64_t c = 0;
-  for (; c + kN * unit <= channels.count; c += kN * unit) {
-    grouped_backward_units<T, kD, kG, kN>(samples, channels.weight + c * row, c, grad_output, grad_stride,
-                                          grad_weight + c * row, parts, columns);
+  for (; c + kN * width <= channels.count; c += kN * width) {
+    lane_groups_backward<T, kD, kG, kN>(samples, channels.weight + c * row, c, grad_output, grad_stride,
+                                        grad_weight + c * row, partials, columns);
   }
-  for (; kN > 1 && c < channels.count; c += unit) {
-    grouped_backward_units<T, kD, kG, 1>(samples, channels.weight + c * row, c, grad_output, grad_stride,
-                                         grad_weight + c * row, parts, columns);
+  for (; kN > 1 && c < channels.count; c += width) {
+    lane_groups_backward<T, kD, kG, 1>(samples, channels.weight + c * row, c, grad_output, grad_stride,
+                                       grad_weight + c * row, partials, columns);
   }
   for (int64_t p = 0; p < samples.count; p += kTogether<T>) {
     for (int64_t tap = 0; tap < taps; ++tap) {
-      sum_parts<T>(parts + (p * taps + tap) * kParts<T>, taps * kParts<T>, dots + tap * 4 * kGroupedStride + p);
+      sum_partials<T>(partials + (p * taps + tap) * kPartials<T>, taps * kPartials<T>,
+                      dots + tap * 4 * kGroupedStride + p);
     }
   }
 }
@@ -353,18 +364,18 @@ template <typename T, typename Run>
 }
 
 template <typename T>
-void grouped_forward(const GroupedSamples<T>& samples, const GroupedChannels<T>& channels, const T* bias, T* output,
-                     int64_t output_stride) {
+void grouped_tile_forward(const GroupedSamples<T>& samples, const GroupedChannels<T>& channels, const T* bias,
+                          T* output, int64_t output_stride) {
   with_group_size<T>(channels.group_channels, [&](auto d, auto g) {
-    grouped_forward_all<T, d(), g()>(samples, channels, bias, output, output_stride);
+    sized_groups_forward<T, d(), g()>(samples, channels, bias, output, output_stride);
   });
 }
 
 template <typename T>
-void grouped_backward(const GroupedSamples<T>& samples, const GroupedChannels<T>& channels, const T* grad_output,
-                      int64_t grad_stride, T* grad_weight, T* dots, T* memory) {
+void grouped_tile_backward(const GroupedSamples<T>& samples, const GroupedChannels<T>& channels, const T* grad_output,
+                           int64_t grad_stride, T* grad_weight, T* dots, T* memory) {
   with_group_size<T>(channels.group_channels, [&](auto d, auto g) {
-    grouped_backward_all<T, d(), g()>(samples, channels, grad_output, grad_stride, grad_weight, dots, memory);
+    sized_groups_backward<T, d(), g()>(samples, channels, grad_output, grad_stride, grad_weight, dots, memory);
   });
 }
 

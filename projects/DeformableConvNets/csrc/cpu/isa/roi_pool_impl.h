@@ -1,23 +1,11 @@
 // Copyright (c) the dcn_d2 authors. SPDX-License-Identifier: Apache-2.0
-// Bodies of the kernels in roi_pool_kernels.h, for all_impl.h. A pass takes as many channels as fill about half of
-// the registers, so that a pixel's weight is found once for all of them.
+// The functions of the table in roi_pool_kernels.h, for all_impl.h. A pass handles as many channels as fill about half
+// of the registers: the weight of a pixel is computed once for all of them.
 
 namespace dcn::cpu::DCN_ISA {
 namespace {
 
 constexpr int kPoolVectors = DCN_VECTOR_BYTES == 64 ? 8 : 4;
-
-// The sum of a vector's values, by halves.
-template <typename T>
-[[gnu::always_inline]] inline T lane_sum(const Vector<T>& vector) {
-  T values[kLanes<T>];
-  __builtin_memcpy(values, &vector, sizeof(vector));
-#pragma GCC unroll 4
-  for (int64_t half = kLanes<T> / 2; half > 0; half /= 2) {
-    for (int64_t i = 0; i < half; ++i) values[i] += values[i + half];
-  }
-  return values[0];
-}
 
 // Calls run(integral constant of vectors, first channel) for whole vectors of channels, most of them kV at a time, and
 // returns the first channel that is left.
@@ -191,7 +179,7 @@ template <typename T, int kV, bool kInput, bool kOffset>
   }
 }
 
-// The same for one channel.
+// What pool_backward_bin does, for one channel.
 template <typename T, bool kInput, bool kOffset>
 void pool_backward_channel(const RoiPixels<T>& roi, const BinPixels<T>& bin, const T* image, T gradient, T* grad_image,
                            T* sums) {

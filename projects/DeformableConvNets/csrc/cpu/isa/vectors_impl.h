@@ -1,5 +1,5 @@
 // Copyright (c) the dcn_d2 authors. SPDX-License-Identifier: Apache-2.0
-// Vectors of an instruction set, for the other *_impl.h, and transposition with them.
+// Vectors of an instruction set, for the other *_impl.h: loads, stores, sums, and transposition with them.
 
 namespace dcn::cpu::DCN_ISA {
 namespace {
@@ -44,7 +44,23 @@ template <typename T>
   __builtin_memcpy(to, &vector, sizeof(vector));
 }
 
-// Halves of a's and b's values, in turns: from their first halves (kHigh 0) or their second ones (1).
+// Lane i of the result is lane i ^ kDistance of a.
+template <typename T, int kDistance, size_t... kIndex>
+[[gnu::always_inline]] inline Vector<T> exchange(const Vector<T>& a, std::index_sequence<kIndex...>) {
+  return __builtin_shufflevector(a, a, (static_cast<int>(kIndex) ^ kDistance)...);
+}
+
+// The sum of a vector's values, by halves.
+template <typename T, int kHalf = static_cast<int>(kLanes<T>) / 2>
+[[gnu::always_inline]] inline T lane_sum(const Vector<T>& vector) {
+  if constexpr (kHalf == 0) {
+    return vector[0];
+  } else {
+    return lane_sum<T, kHalf / 2>(vector + exchange<T, kHalf>(vector, std::make_index_sequence<kLanes<T>>()));
+  }
+}
+
+// Values of a and b alternately: those of their first halves (kHigh 0) or of their second ones (kHigh 1).
 template <typename T, int kHigh, size_t... kIndex>
 [[gnu::always_inline]] inline Vector<T> interleave(const Vector<T>& a, const Vector<T>& b,
                                                    std::index_sequence<kIndex...>) {
@@ -132,8 +148,8 @@ template <typename Place>
 
 // Row r of column c goes to place(c)[r].
 template <typename T, typename Place>
-[[gnu::always_inline]] inline void transpose_blocks(const T* from, int64_t from_stride, int64_t rows, int64_t columns,
-                                                    const Place& place) {
+[[gnu::always_inline]] inline void transpose_all(const T* from, int64_t from_stride, int64_t rows, int64_t columns,
+                                                 const Place& place) {
   constexpr int64_t lanes = kLanes<T>;
   const int64_t whole_rows = rows / lanes * lanes, whole_columns = columns / lanes * lanes;
   for (int64_t c = 0; c < whole_columns; c += lanes) {
@@ -148,13 +164,13 @@ template <typename T, typename Place>
 
 template <typename T>
 void transpose(const T* from, int64_t from_stride, int64_t rows, int64_t columns, T* to, int64_t to_stride) {
-  transpose_blocks(from, from_stride, rows, columns, [=](int64_t c) { return to + c * to_stride; });
+  transpose_all(from, from_stride, rows, columns, [=](int64_t c) { return to + c * to_stride; });
 }
 
 template <typename T>
 void transpose_to_places(const T* from, int64_t from_stride, int64_t rows, int64_t columns, T* to,
                          const int64_t* places) {
-  transpose_blocks(from, from_stride, rows, columns, [=](int64_t c) { return to + places[c]; });
+  transpose_all(from, from_stride, rows, columns, [=](int64_t c) { return to + places[c]; });
 }
 
 }  // namespace

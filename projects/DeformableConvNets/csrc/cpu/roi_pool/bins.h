@@ -1,13 +1,6 @@
 // Copyright (c) the dcn_d2 authors. SPDX-License-Identifier: Apache-2.0
-// Which pixels the bins of a RoI read, with which weights, and in which order RoIs are worked on.
-//
-// An operator brings its geometry, a class template with
-//   sizes                        its operands' sizes
-//   axes(row)                    of one row of rois: `y` and `x`, and average(rows, columns), one over the number of
-//                                samples, of which that many rows and columns lie on the map. An axis has `unit`, the
-//                                pixels that an offset of 1 moves a bin by, and samples(bin, offset), which has the
-//                                `range` of those that may lie on the map and gives each of them when called
-//   cell(h, w), part(h, w)       which group of channels a bin reads, and which offset of the plane moves it
+// Which pixels the bins of a RoI read, with which weights, and in which order RoIs are worked on. Where bins sample is
+// the operator's geometry: roi_pool_sizes.h says what that is.
 #pragma once
 
 #include <algorithm>
@@ -73,43 +66,50 @@ struct BinShift {
 
 // Where the operands of a call are that say where bins lie.
 template <typename T>
-struct RoiRows {
+struct RoiRowsView {
   RoiPoolSizes sizes;
   const T *rois, *offsets, *masks;  // offsets and masks may be null
 
   int64_t image(int64_t r) const { return static_cast<int64_t>(rois[5 * r]); }
-  // In the offsets: that of a part in x. In y it is `parts` values behind.
-  int64_t offset_index(int64_t r, int64_t block, int64_t part) const {
-    return (r * sizes.blocks + block) * 2 * sizes.parts + part;
+  // Index in the offsets of the x of an offset cell. Its y is `offset_cells` values behind.
+  int64_t offset_index(int64_t r, int64_t set, int64_t offset_cell) const {
+    return (r * sizes.channel_sets + set) * 2 * sizes.offset_cells + offset_cell;
   }
   T modulation(int64_t r, int64_t b) const { return masks ? masks[r * sizes.bins() + b] : T(1); }
 };
 
-// All bins of one RoI, for each block of channels.
+// All bins of one RoI, for each channel set.
 template <typename T>
 class RoiBins {
  public:
   template <typename Geometry>
-  void find(const Geometry& geometry, const RoiRows<T>& from, int64_t r) {
+  void find(const Geometry& geometry, const RoiRowsView<T>& from, int64_t r) {
     const RoiPoolSizes& s = from.sizes;
     used_ = 0;
     bins_.clear();
     shifts_.clear();
-    const auto axes = geometry.axes(from.rois + 5 * r);
+    const T* row = from.rois + 5 * r;
+    const auto y = geometry.axis(row, false), x = geometry.axis(row, true);
     // Without offsets all bins of a row read the same rows of pixels, and likewise for columns.
     std::vector<AxisRange> rows, columns;
-    for (int64_t h = 0; !from.offsets && h < s.out_h; ++h) rows.push_back(sum_of(axes.y, h, T(0)));
-    for (int64_t w = 0; !from.offsets && w < s.out_w; ++w) columns.push_back(sum_of(axes.x, w, T(0)));
-    for (int64_t block = 0; block < s.blocks; ++block) {
+    for (int64_t h = 0; !from.offsets && h < s.out_h; ++h) rows.push_back(sum_of(y, h, T(0)));
+    for (int64_t w = 0; !from.offsets && w < s.out_w; ++w) columns.push_back(sum_of(x, w, T(0)));
+    for (int64_t set = 0; set < s.channel_sets; ++set) {
       for (int64_t b = 0; b < s.bins(); ++b) {
-        const int64_t h = b / s.out_w, w = b % s.out_w, cell = geometry.cell(h, w);
+        const int64_t h = b / s.out_w, w = b % s.out_w;
+        AxisRange bin_rows, bin_columns;
         if (from.offsets) {
-          const T* offset = from.offsets + from.offset_index(r, block, geometry.part(h, w));
-          const AxisRange moved_rows = sum_of(axes.y, h, offset[s.parts]);
-          add(moved_rows, sum_of(axes.x, w, offset[0]), axes, cell, from.modulation(r, b));
+          const T* offset = from.offsets + from.offset_index(r, set, geometry.offset_cell(h, w));
+          bin_rows = sum_of(y, h, offset[s.offset_cells]), bin_columns = sum_of(x, w, offset[0]);
         } else {
-          add(rows[h], columns[w], axes, cell, from.modulation(r, b));
+          bin_rows = rows[h], bin_columns = columns[w];
         }
+        const T average = geometry.average(divisor(y, bin_rows) * divisor(x, bin_columns));
+        bins_.push_back({bin_rows.first, bin_columns.first, bin_rows.count, bin_columns.count,
+                         static_cast<int32_t>(geometry.cell(h, w)), average * from.modulation(r, b)});
+        // A bin without samples has no shift to differentiate by; that of a RoI that is not finite would be NaN.
+        const bool sampled = bin_rows.samples > 0 && bin_columns.samples > 0;
+        shifts_.push_back({average, sampled ? y.unit : T(0), sampled ? x.unit : T(0)});
       }
     }
   }
@@ -147,14 +147,9 @@ class RoiBins {
     return {static_cast<int32_t>(first), sum.count(), sum.samples()};
   }
 
-  template <typename Axes>
-  void add(const AxisRange& rows, const AxisRange& columns, const Axes& axes, int64_t cell, T modulation) {
-    const T average = axes.average(rows.samples, columns.samples);
-    bins_.push_back(
-        {rows.first, columns.first, rows.count, columns.count, static_cast<int32_t>(cell), average * modulation});
-    // A bin without samples has no shift to differentiate by; that of a RoI that is not finite would be NaN.
-    const bool sampled = rows.samples > 0 && columns.samples > 0;
-    shifts_.push_back({average, sampled ? axes.y.unit : T(0), sampled ? axes.x.unit : T(0)});
+  template <typename Axis>
+  static T divisor(const Axis& axis, const AxisRange& found) {
+    return static_cast<T>(axis.divisor([&] { return found.samples; }));
   }
 
   std::vector<AxisEntry<T>> entries_;  // the first used_ of them
@@ -166,7 +161,7 @@ class RoiBins {
 // RoIs in an order in which neighbours on the map follow each other, image by image: along a Z-shaped curve through
 // their centres.
 template <typename T>
-std::vector<int64_t> neighbouring_order(const RoiRows<T>& from) {
+std::vector<int64_t> neighbouring_order(const RoiRowsView<T>& from) {
   const int64_t count = from.sizes.rois;
   const auto centre = [&](int64_t r, int axis) { return from.rois[5 * r + 1 + axis] + from.rois[5 * r + 3 + axis]; };
   T low[2], high[2];
@@ -205,7 +200,7 @@ struct Visit {
 // RoIs image by image in the order in which the last of the rows that they read comes, so that an image can be worked
 // through from top to bottom.
 template <typename T>
-std::vector<Visit> visits_by_row(const RoiRows<T>& from, const std::vector<RoiBins<T>>& bins) {
+std::vector<Visit> visits_by_row(const RoiRowsView<T>& from, const std::vector<RoiBins<T>>& bins) {
   std::vector<Visit> visits;
   for (int64_t r = 0; r < from.sizes.rois; ++r) visits.push_back({r, from.image(r), bins[r].rows(), 0});
   std::stable_sort(visits.begin(), visits.end(), [](const Visit& a, const Visit& b) {

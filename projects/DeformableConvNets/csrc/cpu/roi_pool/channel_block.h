@@ -1,6 +1,6 @@
 // Copyright (c) the dcn_d2 authors. SPDX-License-Identifier: Apache-2.0
-// A few channels at a time of a contiguous batch in channels_last order, for RoI pooling: the block is small enough to
-// stay in the caches, and there is never a second copy of the whole map.
+// A few channels at a time of a contiguous batch in channels_last order, for RoI pooling. Such a cache block is small
+// enough to stay in the caches, and there is never a second copy of the whole map.
 #pragma once
 
 #include "cpu/isa/kernels.h"
@@ -9,40 +9,39 @@
 
 namespace dcn::cpu {
 
-// Bytes of a block that are in use at a time: about half of a second-level cache.
-constexpr int64_t kBlockBytes = 5 << 18;
-// Rows of a map that the RoIs of one place read, roughly.
-constexpr int64_t kBlockRows = 32;
+// Bytes of a cache block that are in use at a time: about half of a second-level cache.
+constexpr int64_t kCacheBlockBytes = 5 << 18;
+// About how many rows of a map the RoIs of one place read.
+constexpr int64_t kCacheBlockRows = 32;
 
-// How many channels a block takes: vectors' worth of them.
+// How many channels a cache block has: the values of one or several vectors.
 template <typename T>
-int64_t block_width(const RoiPoolSizes& s) {
+int64_t cache_block_width(const RoiPoolSizes& s) {
   const int64_t lanes = kernels<T>().lanes, most = kernels<T>().roi_pool.group;
   const int64_t row_bytes = s.width * s.cells * static_cast<int64_t>(sizeof(T));
   int64_t width = lanes;
-  while (2 * width <= most && width < s.block_channels() &&
-         std::min(s.height, kBlockRows) * row_bytes * 2 * width <= kBlockBytes) {
+  while (2 * width <= most && width < s.set_channels() &&
+         std::min(s.height, kCacheBlockRows) * row_bytes * 2 * width <= kCacheBlockBytes) {
     width *= 2;
   }
   return width;
 }
 
-// The channels [0, channels) cut into ranges of at most `width`, none of which lies in two of the blocks that move
-// independently.
-inline std::vector<Range> block_ranges(const RoiPoolSizes& s, int64_t width) {
+// The channels [0, channels) cut into ranges of at most `width`. No range lies in two channel sets.
+inline std::vector<Range> channel_ranges(const RoiPoolSizes& s, int64_t width) {
   std::vector<Range> ranges;
-  for (int64_t block = 0; block < s.blocks; ++block) {
-    const int64_t end = (block + 1) * s.block_channels();
-    for (int64_t c = block * s.block_channels(); c < end; c += width) ranges.push_back({c, std::min(c + width, end)});
+  for (int64_t set = 0; set < s.channel_sets; ++set) {
+    const int64_t end = (set + 1) * s.set_channels();
+    for (int64_t c = set * s.set_channels(); c < end; c += width) ranges.push_back({c, std::min(c + width, end)});
   }
   return ranges;
 }
 
 // Rows of some channels of one image, as (height, width, cells, channels padded to `width`).
 template <typename T>
-class ChannelBlock {
+class ChannelCacheBlock {
  public:
-  ChannelBlock(const RoiPoolSizes& s, int64_t width)
+  ChannelCacheBlock(const RoiPoolSizes& s, int64_t width)
       : sizes_(s), width_(width), values_(scratch<T>(s.pixels() * s.cells * width)) {}
 
   T* data() { return values_.get(); }

@@ -1,57 +1,58 @@
 // Copyright (c) the dcn_d2 authors. SPDX-License-Identifier: Apache-2.0
-// What the entry points of deform_conv2d share.
+// What the entry points of deform_conv2d share: the tensors that kernels read, and the choice of tensor-core kernels.
 #pragma once
 
 #include <numeric>
 
 #include "cuda/deform_conv2d/plan.cuh"
+#include "cuda/deform_conv2d/tensor_cores/product.cuh"
 #include "cuda/memory_format.cuh"
 
 namespace dcn::cuda {
 
 // A dense tensor (batch, channels, positions), channels_last or contiguous.
 template <typename T>
-Planes<T> planes(T* data, int64_t channels, int64_t positions, bool channels_last) {
-  return channels_last ? Planes<T>{data, channels * positions, 1, channels}
-                       : Planes<T>{data, channels * positions, positions, 1};
+PlanesView<T> planes(T* data, int64_t channels, int64_t positions, bool channels_last) {
+  return channels_last ? PlanesView<T>{data, channels * positions, 1, channels}
+                       : PlanesView<T>{data, channels * positions, positions, 1};
 }
 
-// Keeps the tensors alive that the kernels read. Copies only what the kernels cannot read as it lies.
+// The tensors that the kernels read, kept alive. Copies only what the kernels cannot read as it lies.
 template <typename T>
-struct DenseOperands {
+struct OperandTensors {
   Tensor input, offset, weight;
   std::optional<Tensor> mask;
-  Operands<T> pointers{};
+  OperandsView<T> view{};
 
-  DenseOperands(const DeviceScope& device, const DeformConv2dSizes& s, const Tensor& given_input,
-                const Modulation& modulation, const Tensor& given_weight)
+  OperandTensors(const DeviceScope& device, const DeformConv2dSizes& s, const Tensor& given_input,
+                 const SamplingInputs& sampling, const Tensor& given_weight)
       : input(to_channels_last<T>(given_input, 1, device.stream())),
-        offset(with_flat_planes(modulation.offset)),
+        offset(with_flat_planes(sampling.offset)),
         weight(with_flat_planes(given_weight)) {
-    if (modulation.mask) mask = with_flat_planes(*modulation.mask);
-    pointers.sizes = s;
-    pointers.segment = std::gcd(s.group_channels(), s.deform_channels());
-    pointers.images = input.const_data_ptr<T>();
-    pointers.offsets = {offset.const_data_ptr<T>(), offset.stride(0), offset.stride(1), plane_stride(offset)};
-    if (mask) pointers.masks = {mask->const_data_ptr<T>(), mask->stride(0), mask->stride(1), plane_stride(*mask)};
-    pointers.logits = modulation.joint.has_value();
-    pointers.weights = {weight.const_data_ptr<T>(), weight.stride(0), weight.stride(1), plane_stride(weight)};
+    if (sampling.mask) mask = with_flat_planes(*sampling.mask);
+    view.sizes = s;
+    view.segment = std::gcd(s.group_channels(), s.deform_channels());
+    view.images = input.const_data_ptr<T>();
+    view.offsets = {offset.const_data_ptr<T>(), offset.stride(0), offset.stride(1), plane_stride(offset)};
+    if (mask) view.masks = {mask->const_data_ptr<T>(), mask->stride(0), mask->stride(1), plane_stride(*mask)};
+    view.logits = sampling.branch_output.has_value();
+    view.weights = {weight.const_data_ptr<T>(), weight.stride(0), weight.stride(1), plane_stride(weight)};
   }
 
  private:
-  // With one stride for rows and columns together.
+  // The tensor, or a copy, in which one stride leads from position to position, over the ends of rows.
   static Tensor with_flat_planes(const Tensor& tensor) {
     const bool line = tensor.size(2) == 1 || tensor.size(3) == 1;
     const bool flat = line || tensor.stride(2) == tensor.stride(3) * tensor.size(3);
     return flat ? tensor : dense(tensor, tensor.scalar_type());
   }
-  // That stride. The strides of dimensions of size 1 mean nothing, also in tensors that torch calls contiguous.
+  // That stride. Strides of dimensions of size 1 mean nothing, even in tensors that torch calls contiguous.
   static int64_t plane_stride(const Tensor& tensor) {
     return tensor.size(3) == 1 ? tensor.stride(2) : tensor.stride(3);
   }
 };
 
-// Calls function(KindConstant) with the kind that goes with T; gives what that gives, or false where there is none.
+// Calls function(KindConstant) with the kind of product for T and returns its result, or false where there is no kind.
 template <typename T, typename Function>
 bool with_kind(bool allow_tf32, const Function& function) {
   if constexpr (std::is_same_v<T, torch::headeronly::Half>) {
@@ -65,9 +66,9 @@ bool with_kind(bool allow_tf32, const Function& function) {
   }
 }
 
-// Whether a tile may have 128 or 256 columns: elsewhere registers would not suffice.
+// Whether a tile may have 256 columns (wide) or 128 (middle). Where not, registers would not suffice.
 template <Kind kKind, typename Gather>
-constexpr bool kWideTiles = kUnitElements<kKind> == 8 || (kKind == Kind::kTF32 && Gather::kLean);
+constexpr bool kWideTiles = kChunkElements<kKind> == 8 || (kKind == Kind::kTF32 && Gather::kLean);
 template <Kind kKind, typename Gather>
 constexpr bool kMiddleTiles = kKind != Kind::kFloat32 || Gather::kLean;
 
@@ -82,7 +83,7 @@ int64_t most_columns(const Device& device) {
   return 64;
 }
 
-// Runs the product with the tiles and splits that are estimated to be the fastest.
+// Runs the product with the tiles and splits that cut_product estimates to be the fastest.
 template <Kind kKind, typename Gather, typename... Arguments>
 void run_cut_product(const DeviceScope& device, const Tensor& like, const ProductSizes& sizes,
                      const Arguments&... arguments) {

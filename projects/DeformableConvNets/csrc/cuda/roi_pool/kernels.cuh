@@ -1,17 +1,18 @@
 // Copyright (c) the dcn_d2 authors. SPDX-License-Identifier: Apache-2.0
-// RoI pooling on CUDA: the kernels. A warp pools one bin after the other, see roi_pool_bins.cuh.
+// RoI pooling on CUDA: the kernels. A warp pools one bin after the other, see bins.cuh.
 #pragma once
 
 #include "cuda/roi_pool/bins.cuh"
 
 namespace dcn::cuda {
 
-// How many channels a pass has that begins with channel `pass` of a block.
+// How many channels a pass has that begins with channel `pass` of a channel set.
 __device__ __forceinline__ int pass_channels(const RoiPoolSizes& s, int64_t pass) {
-  return static_cast<int>(s.block_channels() - pass < kPassChannels ? s.block_channels() - pass : kPassChannels);
+  return static_cast<int>(s.set_channels() - pass < kPassChannels ? s.set_channels() - pass : kPassChannels);
 }
 
-// Blocks that a multiprocessor shall hold at least: what the compiler may spend registers on without spilling.
+// Blocks that a multiprocessor must hold at least. The compiler may use as many registers as that leaves, and then
+// spills none.
 template <typename T>
 constexpr int kPoolBlocks = sizeof(T) == 8 ? 3 : 5;
 template <typename T>
@@ -19,9 +20,9 @@ constexpr int kPoolGradientBlocks = sizeof(T) == 8 ? 3 : 4;
 
 // `output` is (rois, channels, bins). A tile of it goes through shared memory, so that a channel's bins are written
 // together.
-template <typename T, template <typename> class Bins, int kVector>
+template <typename T, template <typename> class Geometry, int kVector>
 __global__ void __launch_bounds__(kRoiThreads, kPoolBlocks<T>)
-    roi_pool_kernel(const RoiPoolOperands<T> operands, const Bins<Accumulate<T>> bins, T* output) {
+    roi_pool_kernel(const RoiPoolOperandsView<T> operands, const Geometry<Accumulate<T>> geometry, T* output) {
   using A = Accumulate<T>;
   using Lane = LaneChannels<kVector>;
   struct Shared {
@@ -33,16 +34,16 @@ __global__ void __launch_bounds__(kRoiThreads, kPoolBlocks<T>)
   for (int64_t work = blockIdx.x; work < bin_tiles(s); work += gridDim.x) {
     const BinTile tile(s, work);
     const bool valid = operands.on_image(tile.roi);
-    for (int64_t pass = 0; pass < s.block_channels(); pass += kPassChannels) {
+    for (int64_t pass = 0; pass < s.set_channels(); pass += kPassChannels) {
       const int channels = pass_channels(s, pass);
       bool more = valid;
-      for (int64_t part = 0; more; ++part) {
-        more = list_bins<T, Bins>(operands, bins, tile, part, shared.lists);
+      for (int64_t pair = 0; more; ++pair) {
+        more = list_bins<T, Geometry>(operands, geometry, tile, pair, shared.lists);
         for (int b = threadIdx.x / kWarp; b < tile.count; b += kRoiWarps) {
           const T* image = operands.images + shared.lists[b].image + pass;
           A sum[Lane::kVectors][kVector] = {};
           for_each_pixel<(Lane::kVectors > 1 ? 1 : 2)>(
-              shared.lists[b], [&](const AxisEntry<A>& row, const AxisEntry<A>& column) {
+              shared.lists[b], [&](const PixelLine<A>& row, const PixelLine<A>& column) {
                 const T* pixel = image + row.at + column.at;
                 const A weight = row.weight * column.weight;
 #pragma unroll
@@ -58,7 +59,7 @@ __global__ void __launch_bounds__(kRoiThreads, kPoolBlocks<T>)
           for (int v = 0; v < Lane::kVectors; ++v) {
             A* to = shared.sums[b] + Lane::channel(v);
 #pragma unroll
-            for (int i = 0; i < kVector; ++i) to[i] = part ? to[i] + sum[v][i] : sum[v][i];
+            for (int i = 0; i < kVector; ++i) to[i] = pair ? to[i] + sum[v][i] : sum[v][i];
           }
         }
       }
@@ -67,7 +68,7 @@ __global__ void __launch_bounds__(kRoiThreads, kPoolBlocks<T>)
       if (b < tile.count) {
         const int64_t bin = tile.begin + b;
         const A scale = valid ? shared.lists[b].scale() : static_cast<A>(NAN);
-        T* to = output + (tile.roi * s.channels + tile.block * s.block_channels() + pass) * s.bins() + bin;
+        T* to = output + (tile.roi * s.channels + tile.channel_set * s.set_channels() + pass) * s.bins() + bin;
 #pragma unroll 4
         for (int c = threadIdx.x / kBinTile; c < channels; c += kRoiThreads / kBinTile) {
           to[c * s.bins()] = static_cast<T>(valid ? shared.sums[b][c] * scale : scale);
@@ -78,31 +79,32 @@ __global__ void __launch_bounds__(kRoiThreads, kPoolBlocks<T>)
   }
 }
 
-// The gradient by the output. Of its channels and bins, one has stride 1.
+// The gradient by the output. Either its channels or its bins have stride 1.
 template <typename T>
-struct RoiPoolGrad {
+struct RoiPoolGradView {
   const T* values;
   int64_t channel_stride, bin_stride;  // a RoI has channels * bins values
 };
 
-// Where gradients go. Null where not needed.
+// Where gradients go. Pointers are null where gradients are not needed.
 template <typename T>
-struct RoiPoolGradients {
+struct RoiPoolGradientsView {
   using A = Accumulate<T>;
-  Sums<A> images;    // as images
+  Sums<A> images;    // shaped as the operands' images
   const int* codes;  // exponents of the output's gradient and of the masks, where images are summed in fixed point
   int log2_terms;
-  T* offsets;  // as offsets, where every bin has an offset of its own
-  T* masks;    // as masks, where there is one block of channels
-  A* bins;     // (rois, blocks, 3, bins): by x, by y, by mask; what is not written directly is summed later
+  T* offsets;  // shaped as the offsets, where every bin has an offset of its own
+  T* masks;    // shaped as the masks, where there is one channel set
+  A* bins;     // (rois, channel_sets, 3, bins), by x, y and mask, where gradients of bins are summed later
 
   __device__ __forceinline__ bool needs_samples() const { return offsets || masks || bins; }
 };
 
-// Puts the gradients of a tile of bins into shared memory; `first` is the first of `channels` channels.
+// Puts the output gradients of a tile of bins into shared memory, for `channels` channels from `first` on.
 template <typename T, int kVector, int kVectors>
-__device__ __forceinline__ void read_grad(const RoiPoolGrad<T>& grad_output, const RoiPoolSizes& s, const BinTile& tile,
-                                          int64_t first, int channels, Vector<T, kVector> (&grad)[kBinTile][kVectors]) {
+__device__ __forceinline__ void read_grad(const RoiPoolGradView<T>& grad_output, const RoiPoolSizes& s,
+                                          const BinTile& tile, int64_t first, int channels,
+                                          Vector<T, kVector> (&grad)[kBinTile][kVectors]) {
   const bool bins_side_by_side = grad_output.bin_stride == 1;
   const T* from = grad_output.values + tile.roi * s.channels * s.bins() + first * grad_output.channel_stride +
                   tile.begin * grad_output.bin_stride;
@@ -114,16 +116,16 @@ __device__ __forceinline__ void read_grad(const RoiPoolGrad<T>& grad_output, con
   }
 }
 
-// Writes the gradients of a tile's bins by x, y and mask. The bins of a RoI on no image have zeros.
+// Writes the gradients of a tile's bins by x, y and mask. They are zero for a RoI that names no image.
 template <typename T>
-__device__ __forceinline__ void write_bins(const RoiPoolGradients<T>& gradients, const RoiPoolSizes& s,
+__device__ __forceinline__ void write_bins(const RoiPoolGradientsView<T>& gradients, const RoiPoolSizes& s,
                                            const BinTile& tile, const Accumulate<T> (&by)[kBinTile][3]) {
   const int b = threadIdx.x;
   if (b >= tile.count) return;
-  const int64_t bin = tile.begin + b, row = tile.roi * s.blocks + tile.block;
+  const int64_t bin = tile.begin + b, row = tile.roi * s.channel_sets + tile.channel_set;
   if (gradients.offsets) {
-    gradients.offsets[row * 2 * s.parts + bin] = static_cast<T>(by[b][0]);
-    gradients.offsets[(row * 2 + 1) * s.parts + bin] = static_cast<T>(by[b][1]);
+    gradients.offsets[row * 2 * s.offset_cells + bin] = static_cast<T>(by[b][0]);
+    gradients.offsets[(row * 2 + 1) * s.offset_cells + bin] = static_cast<T>(by[b][1]);
   }
   if (gradients.masks) gradients.masks[tile.roi * s.bins() + bin] = static_cast<T>(by[b][2]);
   if (gradients.bins) {
@@ -131,10 +133,10 @@ __device__ __forceinline__ void write_bins(const RoiPoolGradients<T>& gradients,
   }
 }
 
-template <typename T, template <typename> class Bins, int kVector>
+template <typename T, template <typename> class Geometry, int kVector>
 __global__ void __launch_bounds__(kRoiThreads, kPoolGradientBlocks<T>)
-    roi_pool_gradient_kernel(const RoiPoolOperands<T> operands, const Bins<Accumulate<T>> bins,
-                             const RoiPoolGrad<T> grad_output, const RoiPoolGradients<T> gradients) {
+    roi_pool_gradient_kernel(const RoiPoolOperandsView<T> operands, const Geometry<Accumulate<T>> geometry,
+                             const RoiPoolGradView<T> grad_output, const RoiPoolGradientsView<T> gradients) {
   using A = Accumulate<T>;
   using Lane = LaneChannels<kVector>;
   struct Shared {
@@ -153,13 +155,13 @@ __global__ void __launch_bounds__(kRoiThreads, kPoolGradientBlocks<T>)
     const bool valid = operands.on_image(tile.roi);
     if (threadIdx.x < kBinTile)
       shared.by[threadIdx.x][0] = shared.by[threadIdx.x][1] = shared.by[threadIdx.x][2] = A(0);
-    for (int64_t pass = 0; valid && pass < s.block_channels(); pass += kPassChannels) {
+    for (int64_t pass = 0; valid && pass < s.set_channels(); pass += kPassChannels) {
       const int channels = pass_channels(s, pass);
-      read_grad(grad_output, s, tile, tile.block * s.block_channels() + pass, channels, shared.grad);
+      read_grad(grad_output, s, tile, tile.channel_set * s.set_channels() + pass, channels, shared.grad);
       __syncthreads();
       bool more = true;
-      for (int64_t part = 0; more; ++part) {
-        more = list_bins<T, Bins>(operands, bins, tile, part, shared.lists);
+      for (int64_t pair = 0; more; ++pair) {
+        more = list_bins<T, Geometry>(operands, geometry, tile, pair, shared.lists);
         for (int b = threadIdx.x / kWarp; b < tile.count; b += kRoiWarps) {
           const int64_t image = shared.lists[b].image + pass;
           const A scale = shared.lists[b].scale();
@@ -172,7 +174,7 @@ __global__ void __launch_bounds__(kRoiThreads, kPoolGradientBlocks<T>)
             for (int i = 0; i < kVector; ++i) grad[v][i] = static_cast<A>(shared.grad[b][c / kVector].value[i]);
           }
           A by_x = 0, by_y = 0, by_mask = 0;
-          for_each_pixel<1>(shared.lists[b], [&](const AxisEntry<A>& row, const AxisEntry<A>& column) {
+          for_each_pixel<1>(shared.lists[b], [&](const PixelLine<A>& row, const PixelLine<A>& column) {
             const int64_t pixel = image + row.at + column.at;
             const A weight = row.weight * column.weight;
             A dot = 0;
@@ -210,20 +212,21 @@ __global__ void __launch_bounds__(kRoiThreads, kPoolGradientBlocks<T>)
   }
 }
 
-// Sums `by_bin` (rois, blocks, 3, bins), in order, where bins share an offset or blocks a mask. `offsets` and `masks`
-// are null where not needed.
-template <typename T, template <typename> class Bins>
-__global__ void __launch_bounds__(kRoiThreads, 1) sum_bins_kernel(const RoiPoolSizes s, const Bins<Accumulate<T>> bins,
-                                                                  const Accumulate<T>* by_bin, T* offsets, T* masks) {
+// Sums `by_bin` (rois, channel_sets, 3, bins), in order, where bins share an offset or channel sets share a mask.
+// `offsets` and `masks` are null where not needed.
+template <typename T, template <typename> class Geometry>
+__global__ void __launch_bounds__(kRoiThreads, 1)
+    sum_bins_kernel(const RoiPoolSizes s, const Geometry<Accumulate<T>> geometry, const Accumulate<T>* by_bin,
+                    T* offsets, T* masks) {
   using A = Accumulate<T>;
   const int64_t threads = int64_t{gridDim.x} * kRoiThreads, thread = int64_t{blockIdx.x} * kRoiThreads + threadIdx.x;
   if (offsets) {
-    for (int64_t i = thread; i < s.rois * s.blocks * 2 * s.parts; i += threads) {
-      const int64_t part = i % s.parts, axis = i / s.parts % 2, row = i / s.parts / 2;
+    for (int64_t i = thread; i < s.rois * s.channel_sets * 2 * s.offset_cells; i += threads) {
+      const int64_t cell = i % s.offset_cells, axis = i / s.offset_cells % 2, row = i / s.offset_cells / 2;
       const A* plane = by_bin + (row * 3 + axis) * s.bins();
       A sum = 0;
       for (int64_t bin = 0; bin < s.bins(); ++bin) {
-        if (bins.part(bin / s.out_w, bin % s.out_w) == part) sum += plane[bin];
+        if (geometry.offset_cell(bin / s.out_w, bin % s.out_w) == cell) sum += plane[bin];
       }
       offsets[i] = static_cast<T>(sum);
     }
@@ -232,8 +235,8 @@ __global__ void __launch_bounds__(kRoiThreads, 1) sum_bins_kernel(const RoiPoolS
     for (int64_t i = thread; i < s.rois * s.bins(); i += threads) {
       const int64_t bin = i % s.bins(), roi = i / s.bins();
       A sum = 0;
-      for (int64_t block = 0; block < s.blocks; ++block) {
-        sum += by_bin[((roi * s.blocks + block) * 3 + 2) * s.bins() + bin];
+      for (int64_t set = 0; set < s.channel_sets; ++set) {
+        sum += by_bin[((roi * s.channel_sets + set) * 3 + 2) * s.bins() + bin];
       }
       masks[i] = static_cast<T>(sum);
     }

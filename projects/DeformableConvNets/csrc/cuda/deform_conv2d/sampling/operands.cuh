@@ -8,9 +8,9 @@
 
 namespace dcn::cuda {
 
-// A tensor (batch, channels, positions) of any strides.
+// A tensor (batch, channels, positions) with any strides.
 template <typename T>
-struct Planes {
+struct PlanesView {
   T* data;
   int64_t image_stride, channel_stride, position_stride;
 
@@ -19,9 +19,9 @@ struct Planes {
   }
 };
 
-// The weight of any strides: output channels, counted over all conv groups, by input channels of one group by taps.
+// The weight with any strides: output channels, counted over all conv groups, by input channels of one group, by taps.
 template <typename T>
-struct Weights {
+struct WeightsView {
   T* data;
   int64_t output_stride, channel_stride, tap_stride;
 
@@ -30,21 +30,22 @@ struct Weights {
   }
 };
 
-// Gradients by where samples fall.
+// Where the gradients by offset and mask go.
 template <typename T>
-struct SampleGradients {
-  Planes<T> offsets, masks;  // as the offsets and masks; the latter's data is null where there are none
+struct SampleGradientsView {
+  PlanesView<T> offsets, masks;  // shaped as offset and mask; masks.data is null where there is no mask
 };
 
+// What the kernels read.
 template <typename T>
-struct Operands {
+struct OperandsView {
   DeformConv2dSizes sizes;
-  int64_t segment;           // neighbouring channels in the same conv group and the same deform group: gcd of the two
-  const T* images;           // (batch, pixels, channels)
-  Planes<const T> offsets;   // (batch, deform_groups * taps * 2, positions)
-  Planes<const T> masks;     // (batch, deform_groups * taps, positions); its data is null where there is none
-  bool logits;               // the masks are logits of the modulation
-  Weights<const T> weights;  // (out_channels, group_channels, taps)
+  int64_t segment;  // neighbouring channels in the same conv group and the same deform group: gcd of the two
+  const T* images;  // (batch, pixels, channels)
+  PlanesView<const T> offsets;   // (batch, deform_groups * taps * 2, positions)
+  PlanesView<const T> masks;     // (batch, deform_groups * taps, positions); its data is null where there is none
+  bool logits;                   // the masks are logits of the modulation
+  WeightsView<const T> weights;  // (out_channels, group_channels, taps)
 
   __device__ __forceinline__ const T* image(int64_t n) const { return images + n * sizes.pixels() * sizes.channels; }
 };
@@ -56,15 +57,16 @@ struct Place {
   A modulation;
 };
 
-// The derivative of the modulation by the mask that the caller gave.
+// The derivative of the modulation by the mask, or by its logits if the caller gave those.
 template <typename T, typename A>
-__device__ __forceinline__ A modulation_slope(const Operands<T>& operands, A modulation) {
+__device__ __forceinline__ A modulation_slope(const OperandsView<T>& operands, A modulation) {
   return operands.logits ? modulation * (A(1) - modulation) : A(1);
 }
 
-// The only place where offsets and masks are read. Indices are int where they fit, which is cheaper to divide.
+// Where a sample falls. Nothing else reads offsets and masks. Index is int where indices fit: that is cheaper to
+// divide.
 template <typename A, typename T, typename Index>
-__device__ __forceinline__ Place<A> place_sample(const Operands<T>& operands, Index image, Index position,
+__device__ __forceinline__ Place<A> place_sample(const OperandsView<T>& operands, Index image, Index position,
                                                  Index deform_group, Index tap) {
   const DeformConv2dSizes& s = operands.sizes;
   const Index out_w = static_cast<Index>(s.out_w), kernel_w = static_cast<Index>(s.kernel_w);

@@ -1,7 +1,7 @@
 // Copyright (c) the dcn_d2 authors. SPDX-License-Identifier: Apache-2.0
-// The samples that read a pixel, listed for every tap and deform group by the four pixels that they lie between. With
-// them the gradient by the input is a gather as well: nothing is added by atomics, and the order of sums does not
-// change from run to run.
+// The samples that read a pixel. For every tap and deform group they are listed by cells: a cell is the square between
+// four pixels, some of which may not exist. With these lists the gradient by the input is a gather as well: nothing is
+// added by atomics, and the order of sums is the same in every run.
 #pragma once
 
 #include "cuda/deform_conv2d/sampling/operands.cuh"
@@ -13,8 +13,8 @@ constexpr int kListThreads = 256;
 // One sample in the list of its cell.
 template <typename A>
 struct alignas(4 * sizeof(A)) ListedSample {
-  int32_t position;  // counted over the images of `SampleLists`
-  A y, x;            // by how much it lies beyond the upper left pixel
+  int32_t position;  // counted over the images of `SampleListsView`
+  A y, x;            // how far it lies beyond the upper left pixel
   A modulation;
 };
 
@@ -25,11 +25,11 @@ struct alignas(2 * sizeof(A)) ListEntry {
   A weight;  // modulated by the mask
 };
 
-// What reads a pixel: the samples of the cells above it and of those below. Of each two, the left one comes first.
+// What reads a pixel: the samples of the two cells above it, then those of the two below. The left cell comes first.
 template <typename A>
 struct PixelSamples {
   struct Row {
-    int32_t begin, middle, end;  // of the left cell, of the right one, of what comes after
+    int32_t begin, middle, end;  // where the left cell's samples begin, the right one's, and what comes after
   };
   Row rows[2];
 
@@ -45,17 +45,17 @@ struct PixelSamples {
   }
 };
 
-// Between how many pixels of an image, of which some may not exist, samples can lie.
+// The number of cells of an image, for one tap and deform group.
 DCN_HOST_DEVICE int64_t image_cells(const DeformConv2dSizes& s) { return (s.height + 1) * (s.width + 1); }
 
-// Lists of the samples of some images. Those of cell i are [starts[i], starts[i + 1]), in the order of positions.
+// Lists of the samples of some images. Cell i has samples [starts[i], starts[i + 1]), in the order of positions.
 template <typename A>
-struct SampleLists {
+struct SampleListsView {
   int64_t first_image, images;
   const int32_t* starts;
   const ListedSample<A>* samples;
 
-  // The one with this lower right pixel, which may not exist. It has an index of 32 bits: ListTensors looks after that.
+  // The index of the cell with this lower right pixel, which may not exist. It fits 32 bits: SampleListTensors checks.
   __device__ __forceinline__ static int32_t cell(const DeformConv2dSizes& s, int32_t image, int32_t deform_group,
                                                  int32_t tap, int32_t y, int32_t x) {
     const int32_t plane =
@@ -73,9 +73,9 @@ struct SampleLists {
 DCN_HOST_DEVICE int64_t image_samples(const DeformConv2dSizes& s) { return s.deform_groups * s.taps() * s.positions(); }
 DCN_HOST_DEVICE int64_t image_lists(const DeformConv2dSizes& s) { return s.deform_groups * s.taps() * image_cells(s); }
 
-// Calls visit(cell, sample) for this thread's samples, but for those that read no pixel.
+// Calls visit(cell, sample) for this thread's samples, except those that read no pixel.
 template <typename A, typename T, typename Visit>
-__device__ __forceinline__ void for_each_listed(const Operands<T>& operands, int64_t first_image, int64_t images,
+__device__ __forceinline__ void for_each_listed(const OperandsView<T>& operands, int64_t first_image, int64_t images,
                                                 const Visit& visit) {
   const DeformConv2dSizes& s = operands.sizes;
   const auto positions = static_cast<int32_t>(s.positions()), taps = static_cast<int32_t>(s.taps());
@@ -91,7 +91,7 @@ __device__ __forceinline__ void for_each_listed(const Operands<T>& operands, int
     const auto fraction = [](const AxisSample<A>& axis) {
       return axis.exists[1] ? axis.weight[1] : A(1) - axis.weight[0];
     };
-    visit(SampleLists<A>::cell(s, image, deform_group, tap, y.low + 1, x.low + 1),
+    visit(SampleListsView<A>::cell(s, image, deform_group, tap, y.low + 1, x.low + 1),
           ListedSample<A>{image * positions + position, fraction(y), fraction(x), place.modulation});
   }
 }
@@ -99,7 +99,8 @@ __device__ __forceinline__ void for_each_listed(const Operands<T>& operands, int
 // Adds the length of list i to counts[i + 2].
 template <typename T>
 __global__ void __launch_bounds__(kListThreads, 1)
-    count_samples_kernel(const Operands<T> operands, const int64_t first_image, const int64_t images, int32_t* counts) {
+    count_samples_kernel(const OperandsView<T> operands, const int64_t first_image, const int64_t images,
+                         int32_t* counts) {
   for_each_listed<Accumulate<T>>(operands, first_image, images,
                                  [&](int32_t cell, const auto&) { atomicAdd(counts + cell + 2, 1); });
 }
@@ -107,15 +108,15 @@ __global__ void __launch_bounds__(kListThreads, 1)
 // Puts samples into their lists, in any order. List i begins at starts[i + 1], which moves to its end.
 template <typename T>
 __global__ void __launch_bounds__(kListThreads, 1)
-    list_samples_kernel(const Operands<T> operands, const int64_t first_image, const int64_t images, int32_t* starts,
-                        ListedSample<Accumulate<T>>* samples) {
+    list_samples_kernel(const OperandsView<T> operands, const int64_t first_image, const int64_t images,
+                        int32_t* starts, ListedSample<Accumulate<T>>* samples) {
   for_each_listed<Accumulate<T>>(operands, first_image, images, [&](int32_t cell, const auto& sample) {
     samples[atomicAdd(starts + cell + 1, 1)] = sample;
   });
 }
 
-// Puts what all threads of the block see into the order of positions: a bitonic network of which every comparison moves
-// the greater one up, so that what a list lacks to a power of two need not exist.
+// All threads of the block together put one list into the order of positions. It is a bitonic network in which every
+// comparison moves the greater one up. So the list may have any length: what it lacks to a power of two need not exist.
 template <typename A>
 __device__ __forceinline__ void sort_together(ListedSample<A>* list, int32_t count) {
   const auto end = static_cast<uint32_t>(count);
@@ -134,8 +135,9 @@ __device__ __forceinline__ void sort_together(ListedSample<A>* list, int32_t cou
   }
 }
 
-// Puts every list into the order of positions, of which none comes twice. A thread sorts a short list; most have no
-// more than two samples. The block sorts the others together, so that lists of any length take bearable time.
+// Puts every list into the order of positions; no position comes twice in a list. A thread sorts a short list alone,
+// and most have no more than two samples. The threads of a block sort a long list together, so that it takes bearable
+// time.
 template <typename A>
 __global__ void __launch_bounds__(kListThreads, 1)
     sort_lists_kernel(const int32_t* starts, const int64_t lists, ListedSample<A>* samples) {
@@ -161,7 +163,8 @@ __global__ void __launch_bounds__(kListThreads, 1)
       }
     }
     __syncthreads();
-    // At its end all have seen all of them, even where the count is zero again.
+    // A fast thread may clear the count for its next round before a slow one tests it here. Both leave the loop: after
+    // the last list's barrier the index has reached the count, whichever they see.
     for (int32_t i = 0; i < shared.count; ++i) {
       const int32_t from = starts[shared.list[i]];
       sort_together(samples + from, starts[shared.list[i] + 1] - from);
@@ -169,15 +172,15 @@ __global__ void __launch_bounds__(kListThreads, 1)
   }
 }
 
-// Keeps the lists of some images alive.
+// The lists of some images, kept alive.
 template <typename A>
-struct ListTensors {
+struct SampleListTensors {
   Tensor starts, samples;
-  SampleLists<A> pointers;
+  SampleListsView<A> view;
 
   template <typename T>
-  ListTensors(const DeviceScope& device, const Operands<T>& operands, const Tensor& like, int64_t first_image,
-              int64_t images) {
+  SampleListTensors(const DeviceScope& device, const OperandsView<T>& operands, const Tensor& like, int64_t first_image,
+                    int64_t images) {
     const DeformConv2dSizes& s = operands.sizes;
     const int64_t lists = images * image_lists(s), most = images * image_samples(s);
     DCN_CHECK(std::max(lists, most) < int64_t{1} << 30, "deform_conv2d: ", most, " samples of ", lists,
@@ -196,11 +199,11 @@ struct ListTensors {
                start_data, sample_data);
     DCN_LAUNCH(sort_lists_kernel<A>, std::min(divide_up(lists, kListThreads), kMaxBlocks), kListThreads,
                device.stream(), start_data, lists, sample_data);
-    pointers = {first_image, images, start_data, sample_data};
+    view = {first_image, images, start_data, sample_data};
   }
 };
 
-// How many images' lists are made at a time: they shall not take much more memory than the images.
+// For how many images lists are made at a time: they must not take much more memory than the images.
 template <typename A>
 int64_t listed_images(const DeformConv2dSizes& s) {
   constexpr int64_t kMostBytes = int64_t{256} << 20;

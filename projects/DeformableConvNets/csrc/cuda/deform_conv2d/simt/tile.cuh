@@ -1,5 +1,5 @@
 // Copyright (c) the dcn_d2 authors. SPDX-License-Identifier: Apache-2.0
-// The matrix product of a block: 256 threads multiply two tiles that they have put into shared memory.
+// The matrix product of a thread block: 256 threads multiply two tiles that they have put into shared memory.
 #pragma once
 
 #include "cuda/launch.cuh"
@@ -8,12 +8,13 @@ namespace dcn::cuda {
 
 constexpr int kThreads = 256;
 constexpr int kTile = 64;   // rows and columns of a product
-constexpr int kDepth = 16;  // what is summed over, at a time
+constexpr int kDepth = 16;  // terms of the sums at a time
 constexpr int kSide = 16;   // threads along each side of the product
 constexpr int kEach = 4;    // rows and columns of a thread
 static_assert(kSide * kSide == kThreads && kSide * kEach == kTile && kTile % kDepth == 0);
 
-// Blocks that a multiprocessor shall hold at least: what the compiler may spend registers on without spilling.
+// Blocks that a multiprocessor must hold at least. The compiler may use as many registers as that leaves, and then
+// spills none.
 template <typename T>
 constexpr int kBlocksPerProcessor = sizeof(T) == 8 ? 1 : 2;
 
@@ -23,7 +24,7 @@ struct Operand {
   A value[kDepth][kTile + 1];
 };
 
-// A thread's part of the product. Neighbouring threads have neighbouring columns.
+// A thread's share of the product. Neighbouring threads have neighbouring columns.
 template <typename A>
 struct Product {
   A value[kEach][kEach] = {};

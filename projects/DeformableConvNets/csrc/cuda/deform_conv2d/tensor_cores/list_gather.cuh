@@ -3,7 +3,7 @@
 #pragma once
 
 #include "cuda/deform_conv2d/sampling/sample_lists.cuh"
-#include "cuda/deform_conv2d/tensor_cores/product.cuh"
+#include "cuda/deform_conv2d/tensor_cores/product_sizes.cuh"
 
 namespace dcn::cuda {
 
@@ -14,23 +14,23 @@ struct ListGather {
   using T = Element<kKind>;
 
   DeformConv2dSizes sizes;
-  SampleLists<float> lists;
+  SampleListsView<float> lists;
   const T* grads;                     // (images of the lists, positions, out_channels)
   int group_columns, group_channels;  // columns of the product that read the same channels, and how many those are
-  uint32_t pitch;                     // of positions, in bytes
+  uint32_t pitch;                     // bytes from one position to the next
 
-  // The threads of a tile's half look after every other tap: kEach of them, or one less.
+  // Each half of a block's threads makes the lists of every other tap: kEach taps, or one less.
   static constexpr int kHalves = kProductThreads / kProductRows, kEach = (kMostTaps + kHalves - 1) / kHalves;
   static constexpr int kHalfWarps = kProductRows / kWarp;
-  // Entries that a warp has room for, by tap that it looks after: lists have four on average. Instead of its longer
-  // lists, a warp that has more keeps where they are: that takes kPlaceEntries of each.
+  // Entries that a warp has room for, for each of its taps: lists have four on average. A warp whose lists need more
+  // room keeps, instead of each long list, only where it is in memory: that takes kPlaceEntries.
   static constexpr int kRoom = 144, kPlaceEntries = 3;
   static_assert(kPlaceEntries * sizeof(ListEntry<float>) == sizeof(PixelSamples<float>));
   static_assert(kPlaceEntries * kWarp <= kRoom);
 
   static constexpr int kTogether = 4;
 
-  // The list of a row and tap.
+  // Where the list of a row and tap is.
   struct List {
     uint32_t bits;
 
@@ -44,40 +44,41 @@ struct ListGather {
   };
   static_assert(kMostTaps * kHalfWarps * kRoom < 1 << 15);
 
-  // The units that some entries of a list name.
+  // The chunks of gradients that some entries of a list name.
   template <int kCount>
   struct Group {
-    Unit grad[kCount];
+    Chunk grad[kCount];
 
-    // Loads those of the first `count` of position(k), of the channels from `channel` on.
+    // Loads the chunks at position(k) for k below `count`, for the channels from `channel` on.
     template <typename Position>
     __device__ __forceinline__ void start(const ListGather& gather, int channel, int count, const Position& position) {
       const char* first = reinterpret_cast<const char*>(gather.grads + channel);
 #pragma unroll
       for (int k = 0; k < kCount; ++k) {
-        grad[k] = Unit{{0, 0, 0, 0}};
-        if (k < count) grad[k] = load_unit(first + multiply_wide(static_cast<uint32_t>(position(k)), gather.pitch));
+        grad[k] = Chunk{{0, 0, 0, 0}};
+        if (k < count) grad[k] = load_chunk(first + multiply_wide(static_cast<uint32_t>(position(k)), gather.pitch));
       }
     }
     template <typename Weight>
-    __device__ __forceinline__ void add_to(float (&sum)[kUnitElements<kKind>], int count, const Weight& weight) const {
+    __device__ __forceinline__ void add_to(float (&sum)[kChunkElements<kKind>], int count, const Weight& weight) const {
 #pragma unroll
       for (int k = 0; k < kCount; ++k) {
         const float by = k < count ? weight(k) : 0.0f;
-        float values[kUnitElements<kKind>];
+        float values[kChunkElements<kKind>];
         to_floats<kKind>(grad[k], values);
 #pragma unroll
-        for (int e = 0; e < kUnitElements<kKind>; ++e) sum[e] += by * values[e];
+        for (int e = 0; e < kChunkElements<kKind>; ++e) sum[e] += by * values[e];
       }
     }
   };
 
-  // What a thread keeps. It loads up to kGroups groups of a list before the tensor cores are busy, the others after.
+  // What a thread keeps. It loads up to kGroups groups of a list before the tensor cores get busy, and the others
+  // after.
   template <int kGroups>
   struct BasicState {
     Group<kTogether> group[kGroups];
     List list;
-    uint32_t unit;
+    uint32_t chunk;
     const Table* table;
     int first;  // channel of the conv group
 
@@ -85,14 +86,14 @@ struct ListGather {
         : first(column_begin / gather.group_columns * gather.group_channels) {}
 
     __device__ __forceinline__ int channel() const {
-      return first + static_cast<int>(unit >> 6) * kUnitElements<kKind>;
+      return first + static_cast<int>(chunk >> 6) * kChunkElements<kKind>;
     }
 
-    // Makes the lists of the step's taps. All threads call it together.
+    // Makes the lists of the step's taps. All threads of the block call it together.
     __device__ __forceinline__ void fill(Table& table, const ListGather& gather, const ProductSizes& sizes, int,
                                          const Step& step) {
-      // Found again, so that a loop need not keep it in registers.
-      const ProductTile tile(sizes, 0, sizes.packing.padded / sizes.segment_tiles);
+      // Computed again, so that a loop need not keep it in registers.
+      const ProductTile tile(sizes, 0, sizes.packing.padded / sizes.stripe_tiles);
       const int deform_group = tile.column() / static_cast<int>(gather.sizes.deform_channels());
       const int thread = static_cast<int>(thread_index()), row = thread % kProductRows, half = thread / kProductRows;
       const int image = (tile.row + row) / sizes.image_rows, pixel = sizes.place(tile.row + row);
@@ -120,7 +121,7 @@ struct ListGather {
           slots += count < kPlaceEntries ? count : kPlaceEntries;
         }
       }
-      // Those of lower lanes come before.
+      // The lists of lower lanes come first.
       int at = half * kHalfWarps * kEach * kRoom + row / kWarp * room;
       for (int distance = 1; distance < kWarp; distance *= 2) {
         const int others = __shfl_xor_sync(kAllLanes, slots, distance);
@@ -159,7 +160,7 @@ struct ListGather {
 
     // Loads what the first entries of a row's list name.
     __device__ __forceinline__ void start(const Table& lists, const ListGather& gather, const Pair& given, int row) {
-      table = &lists, unit = given.bits;
+      table = &lists, chunk = given.bits;
       list = given.exists() ? table->list[given.tap()][row] : List{0};
       const ListEntry<float>* entries = table->entries + list.begin();
 #pragma unroll
@@ -168,9 +169,9 @@ struct ListGather {
         group[g].start(gather, channel(), list.count() - from, [&](int k) { return entries[from + k].position; });
       }
     }
-    // Adds them up, and what else the list has.
-    __device__ __forceinline__ Unit finish(const ListGather& gather) const {
-      float sum[kUnitElements<kKind>] = {};
+    // Adds them up, together with what else the list has.
+    __device__ __forceinline__ Chunk finish(const ListGather& gather) const {
+      float sum[kChunkElements<kKind>] = {};
       const int count = list.count();
       const ListEntry<float>* entries = table->entries + list.begin();
 #pragma unroll
@@ -196,13 +197,13 @@ struct ListGather {
           more.add_to(sum, 1, [&](int) { return entry.weight; });
         }
       }
-      return to_unit<kKind>(sum);
+      return to_chunk<kKind>(sum);
     }
   };
   using State = BasicState<1>;
 };
 
-// Alone on a multiprocessor, a block has registers for more.
+// A block with 256 columns is alone on its multiprocessor and has registers for more.
 template <Kind kKind>
 struct GatherState<256, ListGather<kKind>> {
   using Type = typename ListGather<kKind>::template BasicState<2>;

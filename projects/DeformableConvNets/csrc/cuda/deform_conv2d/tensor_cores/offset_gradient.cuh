@@ -7,9 +7,10 @@
 
 namespace dcn::cuda {
 
-constexpr int kOffsetColumns = 64;  // channels at a time
+constexpr int kOffsetColumns = 64;  // channels of a tile
 constexpr int kOffsetStages = 3;
-// Units of samples that a thread has under way, the first of them while the tensor cores are busy: as registers allow.
+// How many chunks of samples a thread has under way, and how many of these it loads while the tensor cores are busy: as
+// many as registers allow.
 template <Kind kKind>
 constexpr int kOffsetAhead = kKind == Kind::kTF32 ? 1 : 2;
 template <Kind kKind>
@@ -17,29 +18,29 @@ constexpr int kOffsetEarly = kKind == Kind::kTF32 ? 0 : 1;
 constexpr int kOffsetStageBytes = kOperandBytes + kOffsetColumns * kRowBytes;
 
 struct OffsetGradientSizes {
-  Packing packing;      // columns are input channels, of segments that lie in one conv group and one deform group
-  int rows, positions;  // of all images, of one
-  int deform_segments;  // of a deform group
-  int segment_tiles;
+  Packing packing;      // columns are input channels; a stripe lies in one conv group and in one deform group
+  int rows, positions;  // positions of all images, and of one
+  int deform_stripes;   // stripes of a deform group
+  int stripe_tiles;
 
   DCN_HOST_DEVICE int row_tiles() const { return (rows + kProductRows - 1) / kProductRows; }
 };
 
 struct OffsetGradientShared {
-  unsigned char stages[kOffsetStages][kOffsetStageBytes];  // of output gradients, then of weights
+  unsigned char stages[kOffsetStages][kOffsetStageBytes];  // each holds output gradients, then weights
   PackedSample samples[kProductRows];
-  float dots[2][kProductRows][4];  // of either half of the channels, with each corner
+  float dots[2][kProductRows][4];  // products with each corner, for either half of the channels
 };
 
-// Blocks that a multiprocessor shall hold: 12.0 has shared memory for one.
+// Blocks that a multiprocessor must hold at least: 12.0 has shared memory for one.
 template <Kind kKind>
 constexpr int kOffsetBlocks = kKind == Kind::kFloat32 || kCompiledCapability >= 120 ? 1 : 2;
 
 // What a block owns: a tile of positions, a tap and a deform group.
-struct OffsetGradientPart {
+struct OffsetGradientShare {
   int tap, deform_group, row;  // the first one
 
-  __device__ __forceinline__ static OffsetGradientPart of_block(const DeformConv2dSizes& s) {
+  __device__ __forceinline__ static OffsetGradientShare of_block(const DeformConv2dSizes& s) {
     const int block = static_cast<int>(block_index()), taps = static_cast<int>(s.taps()), rest = block / taps;
     const int deform_groups = static_cast<int>(s.deform_groups);
     return {block % taps, rest % deform_groups, rest / deform_groups * kProductRows};
@@ -48,11 +49,11 @@ struct OffsetGradientPart {
 
 template <Kind kKind>
 __global__ void __launch_bounds__(kProductThreads, kOffsetBlocks<kKind>)
-    offset_gradient_kernel(const OffsetGradientSizes sizes, const Operands<Element<kKind>> operands,
-                           const Element<kKind>* grads, const Unit* packed,
-                           const SampleGradients<Element<kKind>> gradients) {
+    offset_gradient_kernel(const OffsetGradientSizes sizes, const OperandsView<Element<kKind>> operands,
+                           const Element<kKind>* grads, const Chunk* packed,
+                           const SampleGradientsView<Element<kKind>> gradients) {
   using T = Element<kKind>;
-  constexpr int kUnit = kUnitElements<kKind>;
+  constexpr int kChunk = kChunkElements<kKind>;
   DCN_DYNAMIC_SHARED(dynamic);
   auto& shared = *reinterpret_cast<OffsetGradientShared*>(dynamic);
   const DeformConv2dSizes& s = operands.sizes;
@@ -60,61 +61,62 @@ __global__ void __launch_bounds__(kProductThreads, kOffsetBlocks<kKind>)
   const int channels = static_cast<int>(s.channels), width = static_cast<int>(s.width);
   const int out_channels = static_cast<int>(s.out_channels);
 
-  const OffsetGradientPart part = OffsetGradientPart::of_block(s);
+  const OffsetGradientShare share = OffsetGradientShare::of_block(s);
   const int thread = static_cast<int>(threadIdx.x);
   const int warp_row = static_cast<int>(threadIdx.x / (2 * kWarp) * 32);
   const int warp_column = static_cast<int>(threadIdx.x / kWarp % 2 * 32);
 
   if (thread < kProductRows) {
     PackedSample sample{0, 0, 0, 0};
-    const int row = part.row + thread, image = row / sizes.positions;
+    const int row = share.row + thread, image = row / sizes.positions;
     if (row < sizes.rows) {
-      const auto place = place_sample<float>(operands, image, row % sizes.positions, part.deform_group, part.tap);
+      const auto place = place_sample<float>(operands, image, row % sizes.positions, share.deform_group, share.tap);
       sample = pack_sample(place, image, s.pixels(), s.width);
     }
     shared.samples[thread] = sample;
   }
 
-  // Steps of all segments and their tiles of channels follow each other.
-  const int steps = packing.reduction.steps(), first_segment = part.deform_group * sizes.deform_segments;
-  const int end_segment = first_segment + sizes.deform_segments;
-  int next_segment = first_segment, next_column = 0, next_step = 0;
-  const int copy_row = static_cast<int>(threadIdx.x / kRowUnits), copy_unit = static_cast<int>(threadIdx.x % kRowUnits);
-  const int copy_rows = sizes.rows - part.row - copy_row;
-  const Unit* next_weights =
-      packed + (int64_t{part.tap} * packing.segments + first_segment) * packing.segment_units() + thread;
-  const auto first_output = [&](int segment) {
-    return segment * packing.columns / packing.group_columns * packing.group_channels;
+  // The steps go through all stripes, and in each through its tiles of channels.
+  const int steps = packing.reduction.steps(), first_stripe = share.deform_group * sizes.deform_stripes;
+  const int end_stripe = first_stripe + sizes.deform_stripes;
+  int next_stripe = first_stripe, next_column = 0, next_step = 0;
+  const int copy_row = static_cast<int>(threadIdx.x / kRowChunks),
+            copy_chunk = static_cast<int>(threadIdx.x % kRowChunks);
+  const int copy_rows = sizes.rows - share.row - copy_row;
+  const Chunk* next_weights =
+      packed + (int64_t{share.tap} * packing.stripes + first_stripe) * packing.stripe_chunks() + thread;
+  const auto first_output = [&](int stripe) {
+    return stripe * packing.columns / packing.group_columns * packing.group_channels;
   };
   const T* next_grads =
-      grads + (int64_t{part.row} + copy_row) * out_channels + first_output(first_segment) + copy_unit * kUnit;
+      grads + (int64_t{share.row} + copy_row) * out_channels + first_output(first_stripe) + copy_chunk * kChunk;
   const auto copy_operands = [&](int stage) {
-    if (next_segment < end_segment) {
-      const SharedAddress rows = shared_address(shared.stages[stage]) + swizzled(copy_row, copy_unit);
-      const bool unit_exists = next_step * kRowUnits + copy_unit < packing.reduction.units;
+    if (next_stripe < end_stripe) {
+      const SharedAddress rows = shared_address(shared.stages[stage]) + swizzled(copy_row, copy_chunk);
+      const bool chunk_exists = next_step * kRowChunks + copy_chunk < packing.reduction.chunks;
       const T* from = next_grads;
 #pragma unroll
-      for (int i = 0; i < kProductRows; i += kProductThreads / kRowUnits) {
-        const bool exists = unit_exists && i < copy_rows;
+      for (int i = 0; i < kProductRows; i += kProductThreads / kRowChunks) {
+        const bool exists = chunk_exists && i < copy_rows;
         copy_async(rows + i * kRowBytes, exists ? from : grads, exists);
-        from += int64_t{out_channels} * (kProductThreads / kRowUnits);
+        from += int64_t{out_channels} * (kProductThreads / kRowChunks);
       }
-      const SharedAddress weights = shared_address(shared.stages[stage]) + kOperandBytes + thread * kUnitBytes;
+      const SharedAddress weights = shared_address(shared.stages[stage]) + kOperandBytes + thread * kChunkBytes;
 #pragma unroll
-      for (int i = 0; i < kOffsetColumns * kRowUnits; i += kProductThreads) {
-        copy_async(weights + i * kUnitBytes, next_weights + i);
+      for (int i = 0; i < kOffsetColumns * kRowChunks; i += kProductThreads) {
+        copy_async(weights + i * kChunkBytes, next_weights + i);
       }
-      next_grads += kRowUnits * kUnit, next_weights += packing.step_units();
+      next_grads += kRowChunks * kChunk, next_weights += packing.step_chunks();
       if (++next_step == steps) {
         next_step = 0, next_column += kOffsetColumns;
-        next_grads -= steps * kRowUnits * kUnit;
-        next_weights += kOffsetColumns * kRowUnits;
+        next_grads -= steps * kRowChunks * kChunk;
+        next_weights += kOffsetColumns * kRowChunks;
         if (next_column < packing.padded) {
-          next_weights -= packing.segment_units();
+          next_weights -= packing.stripe_chunks();
         } else {
-          next_column = 0, ++next_segment;
-          next_weights -= packing.step_units();
-          next_grads += first_output(next_segment) - first_output(next_segment - 1);
+          next_column = 0, ++next_stripe;
+          next_weights -= packing.step_chunks();
+          next_grads += first_output(next_stripe) - first_output(next_stripe - 1);
         }
       }
     }
@@ -124,27 +126,27 @@ __global__ void __launch_bounds__(kProductThreads, kOffsetBlocks<kKind>)
   for (int i = 0; i < kOffsetStages - 1; ++i) copy_operands(i);
 
   using Product = WarpProduct<kKind, 2, 4, true>;
-  // A lane has four rows of a tile, and of each eight channels, in so many units.
-  constexpr int kUnits = 8 / kUnit, kLoads = 4 * kUnits;
-  float dots[4][4] = {};  // of a lane's rows with each corner
-  Unit corner[kOffsetAhead<kKind>][4];
-  int segment = first_segment, column = 0;  // of the tile
+  // A lane has four rows of a tile, and eight channels of each row, in kChunks chunks.
+  constexpr int kChunks = 8 / kChunk, kLoads = 4 * kChunks;
+  float dots[4][4] = {};  // products of a lane's rows with each corner
+  Chunk corner[kOffsetAhead<kKind>][4];
+  int stripe = first_stripe, column = 0;  // the tile that is multiplied
   const int lane_column = warp_column + static_cast<int>(threadIdx.x % 4 * 8);
-  // Loads the corners of one unit of one row.
+  // Loads the corners of one chunk of one row.
   const auto load = [&](int index) {
-    const int local = column + lane_column, row = index / kUnits, skipped = index % kUnits * kUnit;
+    const int local = column + lane_column, row = index / kChunks, skipped = index % kChunks * kChunk;
     PackedSample sample{shared.samples[warp_row + Product::row(row / 2, row % 2 * 2)].place, 0, 0, 0};
     if (local + skipped >= packing.columns) sample.place = 0;
-    const T* pixel = operands.images + (int64_t{sample.pixel(width)} * channels + segment * packing.columns + local);
+    const T* pixel = operands.images + (int64_t{sample.pixel(width)} * channels + stripe * packing.columns + local);
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
       corner[index % kOffsetAhead<kKind>][k] =
-          sample.exists(k) ? load_unit(pixel + (k / 2 * width + k % 2) * channels + skipped) : Unit{{0, 0, 0, 0}};
+          sample.exists(k) ? load_chunk(pixel + (k / 2 * width + k % 2) * channels + skipped) : Chunk{{0, 0, 0, 0}};
     }
   };
 
   int stage = 0;
-  while (segment < end_segment) {
+  while (stripe < end_stripe) {
     Product product;
     for (int step = 0; step < steps; ++step) {
       wait_copies<kOffsetStages - 2>();
@@ -162,24 +164,24 @@ __global__ void __launch_bounds__(kProductThreads, kOffsetBlocks<kKind>)
     for (int index = kOffsetEarly<kKind>; index < kOffsetAhead<kKind>; ++index) load(index);
 #pragma unroll
     for (int index = 0; index < kLoads; ++index) {
-      const int row = index / kUnits, i = row / 2, half = row % 2;
+      const int row = index / kChunks, i = row / 2, half = row % 2;
       const PackedSample& sample = shared.samples[warp_row + Product::row(i, 2 * half)];
 #pragma unroll
       for (int k = 0; k < 4; ++k) {
-        float values[kUnit], dot = 0;
+        float values[kChunk], dot = 0;
         to_floats<kKind>(corner[index % kOffsetAhead<kKind>][k], values);
 #pragma unroll
-        for (int e = 0; e < kUnit; ++e) {
-          const int c = index % kUnits * kUnit + e;
+        for (int e = 0; e < kChunk; ++e) {
+          const int c = index % kChunks * kChunk + e;
           dot += product.value[i][c / 2][2 * half + c % 2] * values[e];
         }
-        // An infinite product shall not meet what does not exist.
-        if (sample.exists(k) && column + lane_column + index % kUnits * kUnit < packing.columns) dots[row][k] += dot;
+        // An infinite product must not meet what does not exist.
+        if (sample.exists(k) && column + lane_column + index % kChunks * kChunk < packing.columns) dots[row][k] += dot;
       }
       if (index + kOffsetAhead<kKind> < kLoads) load(index + kOffsetAhead<kKind>);
     }
     column += kOffsetColumns;
-    if (column >= packing.padded) column = 0, ++segment;
+    if (column >= packing.padded) column = 0, ++stripe;
   }
   wait_copies<0>();
 
@@ -196,7 +198,7 @@ __global__ void __launch_bounds__(kProductThreads, kOffsetBlocks<kKind>)
   }
   __syncthreads();
   // Computed again, so that the loop need not keep it in registers.
-  const OffsetGradientPart result = OffsetGradientPart::of_block(s);
+  const OffsetGradientShare result = OffsetGradientShare::of_block(s);
   const int row = result.row + thread;
   if (thread >= kProductRows || row >= sizes.rows) return;
   float dot[4];

@@ -7,115 +7,115 @@
 
 namespace dcn::cuda {
 
-constexpr int kMostTaps = 9;  // whose samples a block locates at a time
+constexpr int kMostTaps = 9;  // taps whose samples a block locates at a time
 
-// The channels of one group in `segments` equal segments of `units` units each. Summed over: blocks of up to kMostTaps
-// taps, therein segments, therein blocks of up to eight units, therein taps (a tile's neighbouring taps read the same
-// pixels), therein units. Eight pairs of tap and unit make a step; a block's last step may have fewer.
+// The order of a sum over taps and over the channels of a group, which are `segments` segments of `chunks` chunks:
+//   for each group of up to kMostTaps taps
+//     for each segment
+//       for each group of up to kRowChunks chunks
+//         for each tap of its group: the neighbouring taps of a tile read the same pixels
+//           for each chunk of its group
+// The two inner loops are a stretch. Its pairs of tap and chunk are cut into steps of kRowChunks pairs; the last step
+// of a stretch may have fewer.
 struct Reduction {
-  int taps, segments, units;
+  int taps, segments, chunks;
 
-  DCN_HOST_DEVICE int steps_of(int block_taps) const {
-    const int rest = (block_taps * (units % kRowUnits) + kRowUnits - 1) / kRowUnits;
-    return segments * (units / kRowUnits * block_taps + rest);
+  // The steps of one group of taps.
+  DCN_HOST_DEVICE int steps_of(int group_taps) const {
+    const int rest = (group_taps * (chunks % kRowChunks) + kRowChunks - 1) / kRowChunks;
+    return segments * (chunks / kRowChunks * group_taps + rest);
   }
   DCN_HOST_DEVICE int steps() const {
     return taps / kMostTaps * steps_of(kMostTaps) + (taps % kMostTaps ? steps_of(taps % kMostTaps) : 0);
   }
-  // The blocks of taps and units that steps go through one after the other, and the first step of each.
-  DCN_HOST_DEVICE int unit_blocks() const { return (units + kRowUnits - 1) / kRowUnits; }
-  DCN_HOST_DEVICE int blocks() const { return (taps + kMostTaps - 1) / kMostTaps * segments * unit_blocks(); }
-  DCN_HOST_DEVICE int first_step(int block) const {
-    const int unit_block = block % unit_blocks(), segment = block / unit_blocks() % segments;
-    const int tap = block / unit_blocks() / segments * kMostTaps;
-    const int block_taps = taps - tap < kMostTaps ? taps - tap : kMostTaps;
-    return tap / kMostTaps * steps_of(kMostTaps) + segment * (steps_of(block_taps) / segments) +
-           unit_block * block_taps;
+  DCN_HOST_DEVICE int chunk_groups() const { return (chunks + kRowChunks - 1) / kRowChunks; }
+  DCN_HOST_DEVICE int stretches() const { return (taps + kMostTaps - 1) / kMostTaps * segments * chunk_groups(); }
+  DCN_HOST_DEVICE int first_step(int stretch) const {
+    const int chunk_group = stretch % chunk_groups(), segment = stretch / chunk_groups() % segments;
+    const int tap = stretch / chunk_groups() / segments * kMostTaps;
+    const int group_taps = taps - tap < kMostTaps ? taps - tap : kMostTaps;
+    return tap / kMostTaps * steps_of(kMostTaps) + segment * (steps_of(group_taps) / segments) +
+           chunk_group * group_taps;
   }
 };
 
 // One step of a Reduction.
 struct Step {
-  int tap, taps;      // of the block: the first and how many
-  int segment;        //
-  int unit, units;    // of the block: the first, counted in the segment, and how many
-  int index, length;  // of the step in the block, and the block's steps
+  int tap, taps;      // the stretch's first tap, and how many it has
+  int segment;        // the segment of the stretch
+  int chunk, chunks;  // the stretch's first chunk, counted in its segment, and how many it has
+  int index, length;  // the index of the step in the stretch, and how many steps that has
 
   DCN_HOST_DEVICE Step(const Reduction& r, int step) {
-    tap = segment = unit = 0, index = step;
-    start_block(r);
+    tap = segment = chunk = 0, index = step;
+    start_stretch(r);
     while (index >= length) {
       index -= length;
-      next_block(r);
+      next_stretch(r);
     }
   }
 
-  DCN_HOST_DEVICE void advance(const Reduction& r) {
-    if (++index < length) return;
-    index = 0;
-    next_block(r);
-  }
+  // Whether it is the first step for its taps and segment.
+  DCN_HOST_DEVICE bool starts_segment() const { return index == 0 && chunk == 0; }
 
-  // Whether it is the first for its taps and segment.
-  DCN_HOST_DEVICE bool starts_segment() const { return index == 0 && unit == 0; }
-
-  // Of the pair in column `column` of this step, the tap, counted in the block: none if that is not below `taps`.
-  DCN_HOST_DEVICE int tap_of(int column) const { return (index * kRowUnits + column) / units; }
-  // and the unit, counted in the segment.
-  DCN_HOST_DEVICE int unit_of(int column) const { return unit + (index * kRowUnits + column) % units; }
+  // The tap of the pair in column `column` of this step, counted in the stretch. There is no such pair from `taps` on.
+  DCN_HOST_DEVICE int tap_of(int column) const { return (index * kRowChunks + column) / chunks; }
+  // The chunk of that pair, counted in the segment.
+  DCN_HOST_DEVICE int chunk_of(int column) const { return chunk + (index * kRowChunks + column) % chunks; }
 
  private:
-  DCN_HOST_DEVICE void start_block(const Reduction& r) {
+  DCN_HOST_DEVICE void start_stretch(const Reduction& r) {
     taps = r.taps - tap < kMostTaps ? r.taps - tap : kMostTaps;
-    units = r.units - unit < kRowUnits ? r.units - unit : kRowUnits;
-    length = (taps * units + kRowUnits - 1) / kRowUnits;
+    chunks = r.chunks - chunk < kRowChunks ? r.chunks - chunk : kRowChunks;
+    length = (taps * chunks + kRowChunks - 1) / kRowChunks;
   }
-  DCN_HOST_DEVICE void next_block(const Reduction& r) {
-    unit += kRowUnits;
-    if (unit >= r.units) unit = 0, ++segment;
+  DCN_HOST_DEVICE void next_stretch(const Reduction& r) {
+    chunk += kRowChunks;
+    if (chunk >= r.chunks) chunk = 0, ++segment;
     if (segment == r.segments) segment = 0, tap += kMostTaps;
-    start_block(r);
+    start_stretch(r);
   }
 };
 
-// One pair of tap and unit of a step, in 4 bytes: kernels read from a table what would cost them registers to compute.
+// One pair of tap and chunk of a step, in 4 bytes. Kernels read pairs from a table: to compute them would cost
+// registers.
 struct Pair {
   uint32_t bits;
 
   DCN_HOST_DEVICE Pair(const Reduction& r, const Step& step, int column) {
     const int tap = step.tap_of(column);
     const bool exists = tap < step.taps;
-    const int unit = exists ? step.segment * r.units + step.unit_of(column) : 0;
-    bits = static_cast<uint32_t>(unit) << 6 | static_cast<uint32_t>(exists ? tap : 0) << 2 |
+    const int chunk = exists ? step.segment * r.chunks + step.chunk_of(column) : 0;
+    bits = static_cast<uint32_t>(chunk) << 6 | static_cast<uint32_t>(exists ? tap : 0) << 2 |
            static_cast<uint32_t>(step.starts_segment()) << 1 | static_cast<uint32_t>(exists);
   }
 
   DCN_HOST_DEVICE bool exists() const { return bits & 1; }
   DCN_HOST_DEVICE bool starts_segment() const { return bits & 2; }
-  DCN_HOST_DEVICE int tap() const { return static_cast<int>(bits >> 2 & 15); }  // counted in the block of taps
-  DCN_HOST_DEVICE int unit() const { return static_cast<int>(bits >> 6); }      // counted in the group
+  DCN_HOST_DEVICE int tap() const { return static_cast<int>(bits >> 2 & 15); }  // counted in the group of taps
+  DCN_HOST_DEVICE int chunk() const { return static_cast<int>(bits >> 6); }     // counted in the channels' group
 };
 static_assert(kMostTaps <= 16);
 
-// Weights as the second operand of a product: for every segment of columns and every step, `padded` rows of 128 bytes,
-// one for each column, swizzled. What does not exist is zero.
+// How weights are packed as the second operand of a product: for every stripe of columns and every step, `padded` rows
+// of 128 bytes, one for each column, swizzled. What does not exist is zero.
 struct Packing {
   Reduction reduction;
-  int segments;         // of the columns
-  int columns, padded;  // of a segment
+  int stripes;          // how many stripes the columns form
+  int columns, padded;  // columns of a stripe, and with padding
   int group_columns;    // neighbouring columns that are multiplied with the same channels
   int group_channels;   // how many channels that are
   bool outputs;         // columns are output channels, summed over are input channels; or the other way round
-  // Of the convolution: output and input channels of a group.
+  // Output and input channels of a group of the convolution.
   int conv_outputs, conv_channels;
-  bool permuted = false;  // rows are as permuted_row says
-  int outer_taps = 1;  // if not 1, all segments are packed for one tap after the other, and the Reduction has one tap
+  bool permuted = false;  // whether rows are permuted, see permuted_row
+  int outer_taps = 1;     // if not 1, all stripes are packed for one tap after the other, and the Reduction has one tap
 
-  DCN_HOST_DEVICE int64_t step_units() const { return int64_t{padded} * kRowUnits; }
-  DCN_HOST_DEVICE int64_t segment_units() const { return step_units() * reduction.steps(); }
-  DCN_HOST_DEVICE int64_t weight_units() const { return segment_units() * segments * outer_taps; }
+  DCN_HOST_DEVICE int64_t step_chunks() const { return int64_t{padded} * kRowChunks; }
+  DCN_HOST_DEVICE int64_t stripe_chunks() const { return step_chunks() * reduction.steps(); }
+  DCN_HOST_DEVICE int64_t weight_chunks() const { return stripe_chunks() * stripes * outer_taps; }
   // Behind the weights lie the Pairs of all steps.
-  DCN_HOST_DEVICE int64_t total_units() const { return weight_units() + 2 * int64_t{reduction.steps()}; }
+  DCN_HOST_DEVICE int64_t total_chunks() const { return weight_chunks() + 2 * int64_t{reduction.steps()}; }
 };
 
 // Which row of every 32 a packed column has, so that the sums that a lane gets in four neighbouring fragments, two in
@@ -125,47 +125,47 @@ DCN_HOST_DEVICE int permuted_row(int column) {
 }
 
 constexpr int kPackThreads = 256;
-constexpr int kPackColumns = 8;  // of a block
+constexpr int kPackColumns = 8;  // columns that a block packs
 
-// Whether a block packs all outer taps: each alone would read the same memory again.
+// Whether a block packs all outer taps. One block for each would read the same memory again.
 DCN_HOST_DEVICE bool packs_outer_taps(const Packing& packing) {
   return packing.outer_taps > 1 && packing.outer_taps <= kMostTaps;
 }
 
 inline int64_t pack_blocks(const Packing& packing) {
   const int64_t outer_taps = packs_outer_taps(packing) ? 1 : packing.outer_taps;
-  return packing.segments * outer_taps * (packing.padded / kPackColumns) * packing.reduction.blocks();
+  return packing.stripes * outer_taps * (packing.padded / kPackColumns) * packing.reduction.stretches();
 }
 
-// A block packs what a block of the Reduction sums over, for some columns. Through shared memory: weights are read in
-// the order in which they lie in memory, by lines of one output channel's weights for several input channels and taps.
+// A block packs a stretch of the Reduction for some columns. It goes through shared memory: weights are read in the
+// order in which they lie in memory, by lines of one output channel's weights for several input channels and taps.
 template <Kind kKind>
 __global__ void __launch_bounds__(kPackThreads)
-    pack_kernel(const Packing packing, const Weights<const Element<kKind>> weights, Unit* packed) {
-  constexpr int kUnit = kUnitElements<kKind>;
-  // The bits of an element, which take no arithmetic.
-  using Bits = std::conditional_t<kUnit == 8, uint16_t, uint32_t>;
+    pack_kernel(const Packing packing, const WeightsView<const Element<kKind>> weights, Chunk* packed) {
+  constexpr int kChunk = kChunkElements<kKind>;
+  // Elements are moved as bits.
+  using Bits = std::conditional_t<kChunk == 8, uint16_t, uint32_t>;
   struct Shared {
-    alignas(kUnitBytes) Bits weights[kPackColumns * kRowUnits * kUnit * kMostTaps];
+    alignas(kChunkBytes) Bits weights[kPackColumns * kRowChunks * kChunk * kMostTaps];
   };
   DCN_SHARED(Shared, shared);
   const Reduction& reduction = packing.reduction;
   const int thread = static_cast<int>(threadIdx.x);
   const int column_tiles = packing.padded / kPackColumns;
   int index = static_cast<int>(blockIdx.x);
-  const int column_begin = index % column_tiles * kPackColumns;  // in its segment
+  const int column_begin = index % column_tiles * kPackColumns;  // in its stripe
   index /= column_tiles;
-  const int block = index % reduction.blocks(), outer = index / reduction.blocks();
-  const int outer_tap = outer / packing.segments, segment_begin = outer % packing.segments * packing.columns;
-  const int first_step = reduction.first_step(block);
+  const int stretch = index % reduction.stretches(), outer = index / reduction.stretches();
+  const int outer_tap = outer / packing.stripes, stripe_begin = outer % packing.stripes * packing.columns;
+  const int first_step = reduction.first_step(stretch);
   const Step step(reduction, first_step);
   const bool all_outer = packs_outer_taps(packing);
   const int tap_begin = outer_tap + step.tap, taps = all_outer ? packing.outer_taps : step.taps;  // that are read
-  const int elements = step.units * kUnit;
+  const int elements = step.chunks * kChunk;
 
   // Columns are counted from `n` on, what is summed over from `m` on, over all conv groups.
-  const int group = segment_begin / packing.group_columns, n = segment_begin + column_begin;
-  const int m = group * packing.group_channels + (step.segment * reduction.units + step.unit) * kUnit;
+  const int group = stripe_begin / packing.group_columns, n = stripe_begin + column_begin;
+  const int m = group * packing.group_channels + (step.segment * reduction.chunks + step.chunk) * kChunk;
   const int columns = packing.columns - column_begin < kPackColumns ? packing.columns - column_begin : kPackColumns;
   const int lines = packing.outputs ? kPackColumns : elements, length = packing.outputs ? elements : kPackColumns;
   const int first_output = packing.outputs ? n : m, first_channel = packing.outputs ? m : n;
@@ -174,22 +174,22 @@ __global__ void __launch_bounds__(kPackThreads)
   // In shared memory a line is as in memory: of taps of channels, or of channels of taps.
   const bool taps_first = weights.tap_stride <= weights.channel_stride;
   const int line_elements = length * taps;
-  const int runs = taps_first ? 1 : taps, run = line_elements / runs;  // what follows each other in memory
-  const int run_units = run / kUnit;
+  const int runs = taps_first ? 1 : taps, run = line_elements / runs;  // elements that follow each other in memory
+  const int run_chunks = run / kChunk;
   const auto* base = reinterpret_cast<const Bits*>(&weights.at(0, 0, tap_begin));
   const int64_t channel_begin = first_channel - group * packing.conv_channels;
   const bool dense =
       taps_first ? weights.tap_stride == 1 && weights.channel_stride == taps : weights.channel_stride == 1;
-  const bool aligned = reinterpret_cast<uintptr_t>(base) % kUnitBytes == 0 && run % kUnit == 0 &&
-                       weights.output_stride % kUnit == 0 && channel_begin * weights.channel_stride % kUnit == 0 &&
-                       (taps_first || weights.tap_stride % kUnit == 0);
+  const bool aligned = reinterpret_cast<uintptr_t>(base) % kChunkBytes == 0 && run % kChunk == 0 &&
+                       weights.output_stride % kChunk == 0 && channel_begin * weights.channel_stride % kChunk == 0 &&
+                       (taps_first || weights.tap_stride % kChunk == 0);
   if (dense && aligned && !merged && columns == kPackColumns) {
 #pragma unroll 3
-    for (int at = thread; at < lines * runs * run_units; at += kPackThreads) {
-      const int line = at / (runs * run_units), tap = at / run_units % runs, unit = at % run_units;
+    for (int at = thread; at < lines * runs * run_chunks; at += kPackThreads) {
+      const int line = at / (runs * run_chunks), tap = at / run_chunks % runs, chunk = at % run_chunks;
       const Bits* from = base + (first_output + line) * weights.output_stride + channel_begin * weights.channel_stride +
-                         tap * weights.tap_stride + unit * kUnit;
-      store_unit(shared.weights + line * line_elements + tap * run + unit * kUnit, load_unit(from));
+                         tap * weights.tap_stride + chunk * kChunk;
+      store_chunk(shared.weights + line * line_elements + tap * run + chunk * kChunk, load_chunk(from));
     }
   } else {
     for (int at = thread; at < lines * line_elements; at += kPackThreads) {
@@ -209,22 +209,22 @@ __global__ void __launch_bounds__(kPackThreads)
   }
   __syncthreads();
 
-  // Of the outer taps, each has all segments.
-  const int written = all_outer ? packing.outer_taps : 1, step_units = step.length * kPackColumns * kRowUnits;
+  // Every outer tap has all stripes.
+  const int written = all_outer ? packing.outer_taps : 1, step_chunks = step.length * kPackColumns * kRowChunks;
   const int element_stride = !packing.outputs ? line_elements : taps_first ? taps : 1;
   const int column_stride = packing.outputs ? line_elements : taps_first ? taps : 1;
   const int tap_stride = taps_first ? 1 : length;
-  for (int index_in_block = thread; index_in_block < written * step_units; index_in_block += kPackThreads) {
-    const int moved = index_in_block / step_units, at = index_in_block % step_units;  // by outer taps
-    const int slot = at % kRowUnits, column = at / kRowUnits % kPackColumns, place = at / (kPackColumns * kRowUnits);
-    const int pair = place * kRowUnits + slot, tap = pair / step.units, unit = pair % step.units;
-    Unit result{{0, 0, 0, 0}};
+  for (int index_in_stretch = thread; index_in_stretch < written * step_chunks; index_in_stretch += kPackThreads) {
+    const int moved = index_in_stretch / step_chunks, at = index_in_stretch % step_chunks;  // by outer taps
+    const int slot = at % kRowChunks, column = at / kRowChunks % kPackColumns, place = at / (kPackColumns * kRowChunks);
+    const int pair = place * kRowChunks + slot, tap = pair / step.chunks, chunk = pair % step.chunks;
+    Chunk result{{0, 0, 0, 0}};
     if (tap < step.taps) {
       const Bits* from =
-          shared.weights + column * column_stride + unit * kUnit * element_stride + (moved + tap) * tap_stride;
+          shared.weights + column * column_stride + chunk * kChunk * element_stride + (moved + tap) * tap_stride;
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        if constexpr (kUnit == 8) {
+        if constexpr (kChunk == 8) {
           result.word[i] = from[2 * i * element_stride] | uint32_t{from[(2 * i + 1) * element_stride]} << 16;
         } else {
           const uint32_t bits = from[i * element_stride];
@@ -233,30 +233,34 @@ __global__ void __launch_bounds__(kPackThreads)
       }
     }
     const int local = column_begin + column, row = packing.permuted ? permuted_row(local) : local;
-    Unit* to = packed + (int64_t{moved} * packing.segments + outer) * packing.segment_units() +
-               (first_step + place) * packing.step_units();
-    to[row * kRowUnits + (slot ^ row % kRowUnits)] = result;
+    Chunk* to = packed + (int64_t{moved} * packing.stripes + outer) * packing.stripe_chunks() +
+                (first_step + place) * packing.step_chunks();
+    to[row * kRowChunks + (slot ^ row % kRowChunks)] = result;
     if (moved == 0 && outer == 0 && local == 0) {
       Step here = step;
       here.index = place;
-      reinterpret_cast<Pair*>(packed + packing.weight_units())[first_step * kRowUnits + pair] =
+      reinterpret_cast<Pair*>(packed + packing.weight_chunks())[first_step * kRowChunks + pair] =
           Pair(reduction, here, slot);
     }
   }
 }
 
-// Weights packed for one kernel.
-class PackedWeights {
+// Weights packed for one kernel, kept alive.
+class PackedWeightTensor {
  public:
   template <Kind kKind>
-  PackedWeights(std::integral_constant<Kind, kKind>, const DeviceScope& device, const Tensor& like,
-                const Packing& packing, const Weights<const Element<kKind>>& weights)
-      : tensor_(torch::stable::empty(std::array<int64_t, 1>{packing.total_units() * kUnitBytes}, ScalarType::Byte,
+  PackedWeightTensor(std::integral_constant<Kind, kKind>, const DeviceScope& device, const Tensor& like,
+                     const Packing& packing, const WeightsView<const Element<kKind>>& weights)
+      : tensor_(torch::stable::empty(std::array<int64_t, 1>{packing.total_chunks() * kChunkBytes}, ScalarType::Byte,
                                      std::nullopt, like.device())) {
+    DCN_CHECK(packing.total_chunks() <= kMostChunks, "deform_conv2d: weight takes ",
+              packing.total_chunks() * kChunkBytes,
+              " bytes in the order in which the tensor cores read it, but at most ", kMostChunks * kChunkBytes,
+              " are supported");
     DCN_LAUNCH(pack_kernel<kKind>, pack_blocks(packing), kPackThreads, device.stream(), packing, weights,
-               static_cast<Unit*>(tensor_.mutable_data_ptr()));
+               static_cast<Chunk*>(tensor_.mutable_data_ptr()));
   }
-  const Unit* units() const { return static_cast<const Unit*>(tensor_.const_data_ptr()); }
+  const Chunk* chunks() const { return static_cast<const Chunk*>(tensor_.const_data_ptr()); }
 
  private:
   Tensor tensor_;

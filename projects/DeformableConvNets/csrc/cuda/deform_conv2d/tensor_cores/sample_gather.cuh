@@ -1,20 +1,22 @@
 // Copyright (c) the dcn_d2 authors. SPDX-License-Identifier: Apache-2.0
-// Gathers samples: where they fall is found once for a tile of positions, up to kMostTaps taps and a deform group, and
+// Gathers samples. Where they fall is found once for a tile of positions, up to kMostTaps taps and a deform group, and
 // kept in shared memory for all channels.
 #pragma once
 
-#include "cuda/deform_conv2d/tensor_cores/product.cuh"
+#include "cuda/deform_conv2d/tensor_cores/product_sizes.cuh"
 
 namespace dcn::cuda {
 
-// Of the four in a step: split operands take the registers that more would need.
+// How many of the four slices of a step are unrolled. With kFloat32, the halves of the operands take the registers that
+// more than one would need.
 template <Kind kKind>
 constexpr int kUnrolledSlices = kKind == Kind::kFloat32 ? 1 : 4;
 
 // A sample in 16 bytes.
 struct alignas(16) PackedSample {
-  uint32_t place;  // index of the upper left pixel among all images, plus width + 1, times 16; bits of what exists
-  float y, x;      // by how much it lies beyond the upper left pixel
+  // 16 * (index of the upper left pixel among all images + width + 1), plus one bit for each corner that exists.
+  uint32_t place;
+  float y, x;  // how far it lies beyond the upper left pixel
   float modulation;
 
   DCN_HOST_DEVICE bool exists(int corner) const { return place >> corner & 1; }
@@ -34,28 +36,27 @@ DCN_HOST_DEVICE PackedSample pack_sample(const Place<float>& place, int64_t imag
   return {static_cast<uint32_t>(index) << 4 | exists, fraction(place.y), fraction(place.x), place.modulation};
 }
 
-// A sample of images of 16-bit elements in 16 bytes, with all that can be computed before it is known for which
-// channels it is read: the arithmetic on its corners is packed, two elements at a time.
+// A sample in 16 bytes, for images of 16-bit elements. It holds all that does not depend on the channel. The arithmetic
+// on its corners is packed, two elements at a time.
 struct alignas(16) PairedSample {
-  uint32_t first;    // where the upper left pixel begins, in units from the first image on, modulo 2^32
-  uint32_t corners;  // bits of what exists
+  uint32_t first;    // where the upper left pixel begins: the index of its first chunk in all images, modulo 2^32
+  uint32_t corners;  // one bit for each corner that exists
   uint32_t weights[2];
 
   DCN_HOST_DEVICE bool exists(int corner) const { return corners >> corner & 1; }
 };
 constexpr uint32_t kAllCorners = 15;
-constexpr int64_t kMostUnits = (int64_t{1} << 32) - 1;
 
-// A sample as it is kept for all channels.
+// A sample as it is kept in shared memory, for all channels.
 template <Kind kKind>
-using KeptSample = std::conditional_t<kUnitElements<kKind> == 8, PairedSample, PackedSample>;
+using KeptSample = std::conditional_t<kChunkElements<kKind> == 8, PairedSample, PackedSample>;
 
 template <Kind kKind>
 __device__ __forceinline__ KeptSample<kKind> keep_sample(const Place<float>& place, int64_t image,
                                                          const DeformConv2dSizes& s) {
-  if constexpr (kUnitElements<kKind> == 8) {
+  if constexpr (kChunkElements<kKind> == 8) {
     const int64_t pixel = image * s.pixels() + int64_t{place.y.low} * s.width + place.x.low;
-    PairedSample sample{static_cast<uint32_t>(pixel * (s.channels / kUnitElements<kKind>)), 0, {0, 0}};
+    PairedSample sample{static_cast<uint32_t>(pixel * (s.channels / kChunkElements<kKind>)), 0, {0, 0}};
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
       sample.corners |= static_cast<uint32_t>(place.y.exists[k / 2] && place.x.exists[k % 2]) << k;
@@ -71,44 +72,44 @@ __device__ __forceinline__ KeptSample<kKind> keep_sample(const Place<float>& pla
   }
 }
 
-// A unit of a sample between loading and use.
+// A chunk of a sample: its corners between loading and use.
 template <Kind kKind>
 struct Interpolation {
-  static constexpr bool kPaired = kUnitElements<kKind> == 8;
+  static constexpr bool kPaired = kChunkElements<kKind> == 8;
 
-  Unit corner[4];
+  Chunk corner[4];
   const KeptSample<kKind>* sample;
 
-  // Loads the corners of the unit with this index in a pixel; pixels have `pixel_units`.
+  // Loads the corners. `chunk` is the index of the chunk in its pixel, which has `pixel_chunks` of them.
   __device__ __forceinline__ void start(const KeptSample<kKind>* place, bool exists, const Element<kKind>* images,
-                                        uint32_t unit, uint32_t pixel_units, int width) {
+                                        uint32_t chunk, uint32_t pixel_chunks, int width) {
     sample = place;
     if constexpr (kPaired) {
       const uint32_t corners = exists ? place->corners : 0;
-      const uint32_t first = place->first + unit, row_units = width * pixel_units;
+      const uint32_t first = place->first + chunk, row_chunks = width * pixel_chunks;
       if (corners != kAllCorners) {
 #pragma unroll
-        for (int k = 0; k < 4; ++k) corner[k] = zero_unit();
+        for (int k = 0; k < 4; ++k) corner[k] = zero_chunk();
       }
 #pragma unroll
       for (int k = 0; k < 4; ++k) {
-        const uint32_t at = first + k / 2 * row_units + k % 2 * pixel_units;
-        load_unit_if(corner[k], reinterpret_cast<const Unit*>(images) + at, corners & 1u << k);
+        const uint32_t at = first + k / 2 * row_chunks + k % 2 * pixel_chunks;
+        load_chunk_if(corner[k], reinterpret_cast<const Chunk*>(images) + at, corners & 1u << k);
       }
     } else {
       const PackedSample here{exists ? place->place : 0, 0, 0, 0};
-      const int channels = static_cast<int>(pixel_units) * kUnitElements<kKind>;
-      const Element<kKind>* from = images + unit * kUnitElements<kKind> + int64_t{here.pixel(width)} * channels;
+      const int channels = static_cast<int>(pixel_chunks) * kChunkElements<kKind>;
+      const Element<kKind>* from = images + chunk * kChunkElements<kKind> + int64_t{here.pixel(width)} * channels;
 #pragma unroll
       for (int k = 0; k < 4; ++k) {
-        corner[k] = here.exists(k) ? load_unit(from + (k / 2 * width + k % 2) * channels) : Unit{{0, 0, 0, 0}};
+        corner[k] = here.exists(k) ? load_chunk(from + (k / 2 * width + k % 2) * channels) : Chunk{{0, 0, 0, 0}};
       }
     }
   }
-  // Interpolates between them. Of 16-bit elements, each of the four terms rounds the sum.
-  __device__ __forceinline__ Unit finish() const {
+  // Interpolates between the corners. The sum of 16-bit elements is rounded after each of its four terms.
+  __device__ __forceinline__ Chunk finish() const {
     if constexpr (kPaired) {
-      Unit sum{{0, 0, 0, 0}};
+      Chunk sum{{0, 0, 0, 0}};
 #pragma unroll
       for (int k = 0; k < 4; ++k) {
         const uint32_t weight = both_halves(sample->weights[k / 2], k % 2);
@@ -118,16 +119,16 @@ struct Interpolation {
       return sum;
     } else {
       const float y = sample->y, x = sample->x, modulation = sample->modulation;
-      float sum[kUnitElements<kKind>] = {};
+      float sum[kChunkElements<kKind>] = {};
 #pragma unroll
       for (int k = 0; k < 4; ++k) {
         const float weight = (k / 2 ? y : 1.0f - y) * (k % 2 ? x : 1.0f - x) * modulation;
-        float values[kUnitElements<kKind>];
+        float values[kChunkElements<kKind>];
         to_floats<kKind>(corner[k], values);
 #pragma unroll
-        for (int e = 0; e < kUnitElements<kKind>; ++e) sum[e] += weight * values[e];
+        for (int e = 0; e < kChunkElements<kKind>; ++e) sum[e] += weight * values[e];
       }
-      return to_unit<kKind>(sum);
+      return to_chunk<kKind>(sum);
     }
   }
 };
@@ -135,16 +136,16 @@ struct Interpolation {
 // How the channels of a product's rows are found.
 struct GatherSizes {
   int group_columns, group_channels;  // columns of the product that read the same channels, and how many those are
-  int deform_channels;                // of a deform group
-  int segment_units;                  // in the same conv group and the same deform group
-  int pixel_units;                    // of all channels
+  int deform_channels;                // channels of a deform group
+  int segment_chunks;                 // chunks of a segment, which lies in one conv group and in one deform group
+  int pixel_chunks;                   // chunks of a pixel
 };
 
 template <Kind kKind>
 struct SampleGather {
-  static constexpr bool kLean = true;  // whether it leaves registers for two blocks
+  static constexpr bool kLean = true;  // it leaves registers for two blocks
 
-  Operands<Element<kKind>> operands;
+  OperandsView<Element<kKind>> operands;
   GatherSizes sizes;
 
   struct Table {
@@ -154,17 +155,17 @@ struct SampleGather {
   // What a thread keeps.
   struct State {
     Interpolation<kKind> interpolation;
-    uint32_t channel_unit;  // the first of the group
+    uint32_t channel_chunk;  // the first chunk of the group's channels
 
     __device__ __forceinline__ State(const SampleGather& gather, int column_begin)
-        : channel_unit(column_begin / gather.sizes.group_columns * gather.sizes.group_channels / kUnitElements<kKind>) {
-    }
+        : channel_chunk(column_begin / gather.sizes.group_columns * gather.sizes.group_channels /
+                        kChunkElements<kKind>) {}
 
-    // Locates the samples of the step's taps and segment. All threads call it together.
+    // Locates the samples of the step's taps and segment. All threads of the block call it together.
     __device__ __forceinline__ void fill(Table& table, const SampleGather& gather, const ProductSizes& sizes,
                                          int row_begin, const Step& step) {
       const DeformConv2dSizes& s = gather.operands.sizes;
-      const int first = (channel_unit + step.segment * gather.sizes.segment_units) * kUnitElements<kKind>;
+      const int first = (channel_chunk + step.segment * gather.sizes.segment_chunks) * kChunkElements<kKind>;
       const int deform_group = first / gather.sizes.deform_channels;
       const int row = static_cast<int>(threadIdx.x) % kProductRows;
       const int image = (row_begin + row) / sizes.image_rows, position = sizes.place(row_begin + row);
@@ -182,9 +183,9 @@ struct SampleGather {
     __device__ __forceinline__ void start(const Table& table, const SampleGather& gather, const Pair& pair, int row) {
       const DeformConv2dSizes& s = gather.operands.sizes;
       interpolation.start(&table.sample[pair.tap()][row], pair.exists(), gather.operands.images,
-                          channel_unit + pair.unit(), gather.sizes.pixel_units, static_cast<int>(s.width));
+                          channel_chunk + pair.chunk(), gather.sizes.pixel_chunks, static_cast<int>(s.width));
     }
-    __device__ __forceinline__ Unit finish(const SampleGather&) const { return interpolation.finish(); }
+    __device__ __forceinline__ Chunk finish(const SampleGather&) const { return interpolation.finish(); }
   };
 };
 

@@ -1,6 +1,6 @@
 // Copyright (c) the dcn_d2 authors. SPDX-License-Identifier: Apache-2.0
-// The gradient by the weight on tensor cores: output gradients by samples, which are gathered again, summed over
-// positions. Positions are rows in shared memory, so that operands are read transposed.
+// The gradient by the weight on tensor cores: the product of output gradients and samples, which are gathered again,
+// summed over positions. Positions are rows in shared memory, so operands are read transposed.
 #pragma once
 
 #include "cuda/deform_conv2d/tensor_cores/sample_gather.cuh"
@@ -9,21 +9,23 @@ namespace dcn::cuda {
 
 // Positions that are summed over in one step: four fragments.
 template <Kind kKind>
-constexpr int kWeightPositions = 8 * kUnitElements<kKind>;
+constexpr int kWeightPositions = 8 * kChunkElements<kKind>;
 
-// A row of units is cut into parts of 128 bytes, each of which lies in a block of its own. Its units are permuted so
-// that both the gather and the transposed reading meet all banks.
+// Where a chunk of a position lies. A position's chunks are cut into lines of 128 bytes. First come the first lines of
+// all positions, then the second ones, and so on. The chunks of a line are permuted so that both the gather and the
+// transposed reading use all banks.
 template <Kind kKind>
-DCN_HOST_DEVICE unsigned position_unit(unsigned position, unsigned unit) {
-  const unsigned key = kUnitElements<kKind> == 8 ? position % 8 : position % 4 * 2;
-  return (unit / kRowUnits * kWeightPositions<kKind> + position) * kRowBytes + (unit % kRowUnits ^ key) * kUnitBytes;
+DCN_HOST_DEVICE unsigned position_chunk(unsigned position, unsigned chunk) {
+  const unsigned key = kChunkElements<kKind> == 8 ? position % 8 : position % 4 * 2;
+  return (chunk / kRowChunks * kWeightPositions<kKind> + position) * kRowBytes +
+         (chunk % kRowChunks ^ key) * kChunkBytes;
 }
 
 struct WeightGradientSizes {
-  Reduction reduction;  // of one group: its segments and units of channels
+  Reduction reduction;  // the segments and chunks of one group's channels
   int groups, group_channels, group_outputs;
-  int conv_channels, conv_outputs;  // of the convolution's groups, of which several may be one group here
-  int rows, positions;              // of all images, of one
+  int conv_channels, conv_outputs;  // channels of a group of the convolution; several of those may be one group here
+  int rows, positions;              // positions of all images, and of one
   int deform_channels;
   int segment_tiles, output_tiles;
   int splits;
@@ -36,54 +38,55 @@ struct WeightGradientSizes {
 template <Kind kKind, int kOutputs, int kChannels>
 struct WeightGradientTile {
   static constexpr int kPositions = kWeightPositions<kKind>;
-  static constexpr int kGradUnits = kOutputs / kUnitElements<kKind>, kSampleUnits = kChannels / kUnitElements<kKind>;
-  static constexpr int kGradBytes = kPositions * kGradUnits * kUnitBytes;
-  static constexpr int kSampleBytes = kPositions * kSampleUnits * kUnitBytes;
-  // Of a warp: 32 output channels by these.
+  static constexpr int kGradChunks = kOutputs / kChunkElements<kKind>,
+                       kSampleChunks = kChannels / kChunkElements<kKind>;
+  static constexpr int kGradBytes = kPositions * kGradChunks * kChunkBytes;
+  static constexpr int kSampleBytes = kPositions * kSampleChunks * kChunkBytes;
+  // A warp has 32 output channels by kWarpChannels input channels.
   static constexpr int kWarpChannels = kOutputs * kChannels / 256, kWarpsAcross = kChannels / kWarpChannels;
-  // Rows of the threads together, and how often a thread gathers or copies a unit in a step.
-  static constexpr int kGatherRows = kProductThreads / kSampleUnits, kGathers = kPositions / kGatherRows;
-  static constexpr int kCopyRows = kProductThreads / kGradUnits, kCopies = kPositions / kCopyRows;
-  // All threads locate a sample each, for so many steps.
+  // Rows that all threads gather or copy together, and how often they do so in a step.
+  static constexpr int kGatherRows = kProductThreads / kSampleChunks, kGathers = kPositions / kGatherRows;
+  static constexpr int kCopyRows = kProductThreads / kGradChunks, kCopies = kPositions / kCopyRows;
+  // The steps for which all threads locate one sample each.
   static constexpr int kLocatedSteps = kProductThreads / kPositions;
   static_assert(kOutputs / 32 * kWarpsAcross == kProductThreads / kWarp);
   // All of a thread's rows are permuted alike.
-  static_assert(kGatherRows % kUnitElements<kKind> == 0 && kCopyRows % kUnitElements<kKind> == 0);
+  static_assert(kGatherRows % kChunkElements<kKind> == 0 && kCopyRows % kChunkElements<kKind> == 0);
 
   struct Shared {
     unsigned char grads[2][kGradBytes];
     unsigned char samples[2][kSampleBytes];
     KeptSample<kKind> places[2 * kProductThreads];
-    int deform_group, tap;  // of the block: here they take no registers
+    int deform_group, tap;  // those of the block: in shared memory they take no registers
   };
 };
 
 // A warp's operands in shared memory: output gradients, of 32 output channels, and samples, of kColumns times 8.
 template <Kind kKind, int kColumns>
 struct TransposedOperands {
-  unsigned left, right;  // where the lane's first row of a matrix lies, for elements of 16 bits
+  unsigned left, right;  // for elements of 16 bits: where the first row of the lane's matrices lies
 
   __device__ __forceinline__ TransposedOperands(int output, int channel) {
     const unsigned lane = threadIdx.x % kWarp;
-    left = position_unit<kKind>(lane % 8 + lane / 16 * 8, output / 8 + lane / 8 % 2);
-    right = position_unit<kKind>(lane % 16, channel / 8 + lane / 16);
+    left = position_chunk<kKind>(lane % 8 + lane / 16 * 8, output / 8 + lane / 8 % 2);
+    right = position_chunk<kKind>(lane % 16, channel / 8 + lane / 16);
   }
 
   // Adds the products of a quarter of the positions.
   __device__ __forceinline__ void add_slice(WarpProduct<kKind, 2, kColumns, true>& product, const unsigned char* grads,
                                             int output, const unsigned char* samples, int channel, int slice) const {
     uint32_t a[2][4];
-    if constexpr (kUnitElements<kKind> == 8) {
-      // Rows are aligned, so that the bits of the unit are bits of the address.
+    if constexpr (kChunkElements<kKind> == 8) {
+      // Rows are aligned, so that the bits of the chunk are bits of the address.
       const int offset = slice * 16 * kRowBytes;
       const SharedAddress first = shared_address(const_cast<unsigned char*>(grads)) + left;
-      const SharedAddress rows[2] = {first + offset, flip(first, 2 * kUnitBytes) + offset};
+      const SharedAddress rows[2] = {first + offset, flip(first, 2 * kChunkBytes) + offset};
       load_matrices<2, true>(a, rows);
       const SharedAddress columns = shared_address(const_cast<unsigned char*>(samples)) + right;
 #pragma unroll
       for (unsigned j = 0; j < kColumns; j += 2) {
         uint32_t pair[1][4];
-        const SharedAddress at[1] = {flip(columns, j * kUnitBytes) + offset};
+        const SharedAddress at[1] = {flip(columns, j * kChunkBytes) + offset};
         load_matrices<1, true>(pair, at);
         const uint32_t b[2][2] = {{pair[0][0], pair[0][1]}, {pair[0][2], pair[0][3]}};
         product.add(static_cast<int>(j), a, b);
@@ -91,7 +94,7 @@ struct TransposedOperands {
     } else {
       // Elements of 32 bits are read one by one.
       const auto element = [](const unsigned char* rows, unsigned position, unsigned column) {
-        return *reinterpret_cast<const uint32_t*>(rows + position_unit<kKind>(position, column / 4) + column % 4 * 4);
+        return *reinterpret_cast<const uint32_t*>(rows + position_chunk<kKind>(position, column / 4) + column % 4 * 4);
       };
       const unsigned lane = threadIdx.x % kWarp, g = lane / 4, t = slice * 8 + lane % 4;
 #pragma unroll
@@ -114,42 +117,44 @@ struct TransposedOperands {
 };
 
 // What a block computes.
-struct WeightGradientPart {
-  int output, channel, local;  // the tile's first ones: in its group, of all, in its segment
+struct WeightGradientShare {
+  // The tile's first output channel, counted in its group, and its first input channel, counted over all and in its
+  // segment.
+  int output, channel, local;
   int tap, split;
 
   template <int kOutputs, int kChannels>
-  __device__ __forceinline__ static WeightGradientPart of_block(const WeightGradientSizes& sizes,
-                                                                int segment_channels) {
+  __device__ __forceinline__ static WeightGradientShare of_block(const WeightGradientSizes& sizes,
+                                                                 int segment_channels) {
     int index = static_cast<int>(block_index());
-    WeightGradientPart part;
-    part.output = index % sizes.output_tiles * kOutputs;
+    WeightGradientShare share;
+    share.output = index % sizes.output_tiles * kOutputs;
     index /= sizes.output_tiles;
     const int tile = index % sizes.channel_tiles();
     index /= sizes.channel_tiles();
-    part.tap = index % sizes.reduction.taps, part.split = index / sizes.reduction.taps;
-    part.local = tile % sizes.segment_tiles * kChannels;
-    part.channel = tile / sizes.segment_tiles * segment_channels + part.local;
-    return part;
+    share.tap = index % sizes.reduction.taps, share.split = index / sizes.reduction.taps;
+    share.local = tile % sizes.segment_tiles * kChannels;
+    share.channel = tile / sizes.segment_tiles * segment_channels + share.local;
+    return share;
   }
 };
 
-// Blocks that a multiprocessor shall hold: of the larger tiles two, where there is shared memory for them.
+// Blocks that a multiprocessor must hold at least: two of the larger tiles only where there is shared memory for them.
 DCN_HOST_DEVICE constexpr int weight_gradient_blocks(Kind kind, int outputs, int channels, int capability) {
   const bool room = capability >= 90 && capability < 120;
   return kind == Kind::kFloat32 || (outputs * channels > 128 * 64 && !room) ? 1 : 2;
 }
 
-// A block sums one tap of up to kOutputs output channels by up to kChannels input channels over a part of the
+// A block sums one tap of up to kOutputs output channels by up to kChannels input channels over a split of the
 // positions.
 template <Kind kKind, int kOutputs, int kChannels>
 __global__ void __launch_bounds__(kProductThreads,
                                   (weight_gradient_blocks(kKind, kOutputs, kChannels, kCompiledCapability)))
-    weight_gradient_tensor_kernel(const WeightGradientSizes sizes, const Operands<Element<kKind>> operands,
+    weight_gradient_tensor_kernel(const WeightGradientSizes sizes, const OperandsView<Element<kKind>> operands,
                                   const Element<kKind>* grads, float* partials) {
   using T = Element<kKind>;
   using Tile = WeightGradientTile<kKind, kOutputs, kChannels>;
-  constexpr int kUnit = kUnitElements<kKind>, kPositions = Tile::kPositions, kGathers = Tile::kGathers;
+  constexpr int kChunk = kChunkElements<kKind>, kPositions = Tile::kPositions, kGathers = Tile::kGathers;
   constexpr int kColumns = Tile::kWarpChannels / 8;
   DCN_DYNAMIC_SHARED(dynamic);
   auto& shared = *reinterpret_cast<typename Tile::Shared*>(dynamic);
@@ -160,17 +165,17 @@ __global__ void __launch_bounds__(kProductThreads,
   const int warp_output = warp / Tile::kWarpsAcross * 32;
   const int warp_channel = warp % Tile::kWarpsAcross * Tile::kWarpChannels;
 
-  const int segment_channels = sizes.reduction.units * kUnit;
-  const auto part = WeightGradientPart::of_block<kOutputs, kChannels>(sizes, segment_channels);
-  const int group = part.channel / sizes.group_channels;
+  const int segment_channels = sizes.reduction.chunks * kChunk;
+  const auto share = WeightGradientShare::of_block<kOutputs, kChannels>(sizes, segment_channels);
+  const int group = share.channel / sizes.group_channels;
   const int steps = (sizes.rows + kPositions - 1) / kPositions;
-  const int begin = static_cast<int>(int64_t{steps} * part.split / sizes.splits);
-  const int end = static_cast<int>(int64_t{steps} * (part.split + 1) / sizes.splits);
+  const int begin = static_cast<int>(int64_t{steps} * share.split / sizes.splits);
+  const int end = static_cast<int>(int64_t{steps} * (share.split + 1) / sizes.splits);
 
-  const int copy_row = thread / Tile::kGradUnits, copy_output = part.output + thread % Tile::kGradUnits * kUnit;
+  const int copy_row = thread / Tile::kGradChunks, copy_output = share.output + thread % Tile::kGradChunks * kChunk;
   const T* copy_from = grads + (int64_t{begin} * kPositions + copy_row) * out_channels + group * sizes.group_outputs +
-                       copy_output;  // of the next step
-  const unsigned copy_to = position_unit<kKind>(copy_row, thread % Tile::kGradUnits);
+                       copy_output;  // for the next step
+  const unsigned copy_to = position_chunk<kKind>(copy_row, thread % Tile::kGradChunks);
   const auto copy_grads = [&](int step) {
     if (step < end) {
       const SharedAddress to = shared_address(shared.grads[step % 2]) + copy_to;
@@ -195,27 +200,27 @@ __global__ void __launch_bounds__(kProductThreads,
     shared.places[row % (2 * kProductThreads)] = place;
   };
   Interpolation<kKind> interpolation;
-  const int gather_unit = thread % Tile::kSampleUnits, gather_row = thread / Tile::kSampleUnits;
-  const bool gather_exists = part.local + gather_unit * kUnit < segment_channels;
-  const uint32_t gather_first = static_cast<uint32_t>(part.channel) / kUnit + gather_unit;
+  const int gather_chunk = thread % Tile::kSampleChunks, gather_row = thread / Tile::kSampleChunks;
+  const bool gather_exists = share.local + gather_chunk * kChunk < segment_channels;
+  const uint32_t gather_first = static_cast<uint32_t>(share.channel) / kChunk + gather_chunk;
   const auto start = [&](int step, int i) {
     const int first = step * kPositions % (2 * kProductThreads) + gather_row;
     interpolation.start(&shared.places[first + i * Tile::kGatherRows], gather_exists, operands.images, gather_first,
-                        static_cast<uint32_t>(channels) / kUnit, width);
+                        static_cast<uint32_t>(channels) / kChunk, width);
   };
   const auto finish = [&](int step, int i) {
-    // Found again: to keep it would take a register too many.
+    // Computed again: to keep it would take a register too many.
     const unsigned at = thread_index();
     unsigned char* to =
-        shared.samples[step % 2] + position_unit<kKind>(at / Tile::kSampleUnits, at % Tile::kSampleUnits);
-    store_unit(to + i * Tile::kGatherRows * kRowBytes, interpolation.finish());
+        shared.samples[step % 2] + position_chunk<kKind>(at / Tile::kSampleChunks, at % Tile::kSampleChunks);
+    store_chunk(to + i * Tile::kGatherRows * kRowBytes, interpolation.finish());
   };
 
   copy_grads(begin);
-  const int deform_group = part.channel / sizes.deform_channels;
-  if (thread == 0) shared.deform_group = deform_group, shared.tap = part.tap;
-  locate(begin, deform_group, part.tap);
-  if ((begin + 1) % Tile::kLocatedSteps == 0) locate(begin + 1, deform_group, part.tap);
+  const int deform_group = share.channel / sizes.deform_channels;
+  if (thread == 0) shared.deform_group = deform_group, shared.tap = share.tap;
+  locate(begin, deform_group, share.tap);
+  if ((begin + 1) % Tile::kLocatedSteps == 0) locate(begin + 1, deform_group, share.tap);
   __syncthreads();
 #pragma unroll
   for (int i = 0; i < kGathers; ++i) start(begin, i), finish(begin, i);
@@ -241,7 +246,7 @@ __global__ void __launch_bounds__(kProductThreads,
   wait_copies<0>();
 
   // Computed again, so that the loop need not keep it in registers.
-  const auto result = WeightGradientPart::of_block<kOutputs, kChannels>(sizes, segment_channels);
+  const auto result = WeightGradientShare::of_block<kOutputs, kChannels>(sizes, segment_channels);
   const int first_output = result.channel / sizes.group_channels * sizes.group_outputs;
 #pragma unroll
   for (int i = 0; i < 2; ++i) {

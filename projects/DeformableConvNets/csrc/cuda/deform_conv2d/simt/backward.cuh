@@ -1,134 +1,18 @@
 // Copyright (c) the dcn_d2 authors. SPDX-License-Identifier: Apache-2.0
-// Kernels of deform_conv2d for every type and size: implicit matrix products without tensor cores. Samples are gathered
-// into shared memory where they are multiplied; no column matrix exists.
+// The gradients of deform_conv2d without tensor cores, for every type and size: implicit matrix products, as in
+// forward.cuh.
 #pragma once
 
 #include "cuda/deform_conv2d/sampling/sample_lists.cuh"
-#include "cuda/deform_conv2d/simt/tile.cuh"
+#include "cuda/deform_conv2d/simt/samples.cuh"
 
 namespace dcn::cuda {
-
-// Up to kTile output positions of one image.
-struct PositionTile {
-  int64_t image, begin, count;
-};
-DCN_HOST_DEVICE int64_t position_tiles(const DeformConv2dSizes& s) { return s.batch * divide_up(s.positions(), kTile); }
-DCN_HOST_DEVICE PositionTile position_tile(const DeformConv2dSizes& s, int64_t index) {
-  const int64_t each = divide_up(s.positions(), kTile), begin = index % each * kTile;
-  const int64_t left = s.positions() - begin;
-  return {index / each, begin, left < kTile ? left : kTile};
-}
-
-// The four pixels that a sample reads, top left, top right, bottom left, bottom right; -1 where there is none.
-template <typename A>
-struct Neighbours {
-  int32_t pixel[4];
-  A weight[4];  // modulated by the mask
-};
-
-// Derivatives of Neighbours::weight.
-template <typename A>
-struct Derivatives {
-  A by_y[4], by_x[4], by_mask[4];
-};
-
-// Locates the samples of one tap for a tile of positions; those past its end read nothing. `derivatives` may be null.
-template <typename T, typename A>
-__device__ __forceinline__ void locate(const Operands<T>& operands, const PositionTile& tile, int64_t deform_group,
-                                       int64_t tap, Neighbours<A>* neighbours, Derivatives<A>* derivatives) {
-  const DeformConv2dSizes& s = operands.sizes;
-  const int index = threadIdx.x;
-  if (index >= kTile) return;
-  Place<A> place{no_sample<A>(), no_sample<A>(), 1};
-  if (index < tile.count) place = place_sample<A>(operands, tile.image, tile.begin + index, deform_group, tap);
-  const auto& [y, x, modulation] = place;
-#pragma unroll
-  for (int k = 0; k < 4; ++k) {
-    const int row = k / 2, column = k % 2;
-    const bool exists = y.exists[row] && x.exists[column];
-    neighbours[index].pixel[k] = exists ? (y.low + row) * static_cast<int32_t>(s.width) + x.low + column : -1;
-    neighbours[index].weight[k] = y.weight[row] * x.weight[column] * modulation;
-    if (derivatives) {
-      derivatives[index].by_y[k] = y.slope[row] * x.weight[column] * modulation;
-      derivatives[index].by_x[k] = y.weight[row] * x.slope[column] * modulation;
-      derivatives[index].by_mask[k] = y.weight[row] * x.weight[column] * modulation_slope(operands, modulation);
-    }
-  }
-}
-
-// `channel` points to the channel in the image's first pixel.
-template <typename T, typename A>
-__device__ __forceinline__ A read_sample(const T* channel, int64_t channels, const Neighbours<A>& neighbours) {
-  A value = 0;
-#pragma unroll
-  for (int k = 0; k < 4; ++k) {
-    const int64_t pixel = neighbours.pixel[k];
-    if (pixel >= 0) value += neighbours.weight[k] * static_cast<A>(channel[pixel * channels]);
-  }
-  return value;
-}
-
-DCN_HOST_DEVICE int64_t forward_work(const DeformConv2dSizes& s) {
-  return position_tiles(s) * s.groups * divide_up(s.group_out_channels(), kTile);
-}
-
-// A block multiplies the weights of up to kTile output channels of one conv group by the samples of a tile of
-// positions.
-template <typename T>
-__global__ void __launch_bounds__(kThreads, kBlocksPerProcessor<T>)
-    forward_kernel(const Operands<T> operands, const T* bias, const Planes<T> output) {
-  using A = Accumulate<T>;
-  struct Shared {
-    Operand<A> weights, samples;
-    Neighbours<A> neighbours[kTile];
-  };
-  DCN_SHARED(Shared, shared);
-  const DeformConv2dSizes& s = operands.sizes;
-  const int64_t out_tiles = divide_up(s.group_out_channels(), kTile);
-
-  for (int64_t work = blockIdx.x; work < forward_work(s); work += gridDim.x) {
-    const PositionTile tile = position_tile(s, work / out_tiles / s.groups);
-    const int64_t group = work / out_tiles % s.groups;
-    const int64_t out_begin = group * s.group_out_channels() + work % out_tiles * kTile;
-    const int64_t out_end = (group + 1) * s.group_out_channels();
-    const T* image = operands.image(tile.image);
-    const int64_t group_begin = group * s.group_channels();
-    Product<A> product;
-    for (int64_t begin = group_begin; begin < group_begin + s.group_channels(); begin += operands.segment) {
-      for (int64_t tap = 0; tap < s.taps(); ++tap) {
-        locate<T, A>(operands, tile, begin / s.deform_channels(), tap, shared.neighbours, nullptr);
-        __syncthreads();
-        for (int64_t c = begin; c < begin + operands.segment; c += kDepth) {
-          const int64_t depth = begin + operands.segment - c;
-          fill_along_depth(shared.weights, [&](int k, int i) {
-            const bool exists = k < depth && out_begin + i < out_end;
-            return exists ? static_cast<A>(operands.weights.at(out_begin + i, c - group_begin + k, tap)) : A(0);
-          });
-          fill_along_depth(shared.samples, [&](int k, int j) {
-            return k < depth ? read_sample(image + c + k, s.channels, shared.neighbours[j]) : A(0);
-          });
-          __syncthreads();
-          product.add(shared.weights, shared.samples);
-          __syncthreads();
-        }
-      }
-    }
-    for (int i = 0; i < kEach; ++i) {
-      const int64_t o = out_begin + Product<A>::row(i);
-      for (int j = 0; j < kEach; ++j) {
-        if (o >= out_end || Product<A>::column(j) >= tile.count) continue;
-        const A value = product.value[i][j] + (bias ? static_cast<A>(bias[o]) : A(0));
-        output.at(tile.image, o, tile.begin + Product<A>::column(j)) = static_cast<T>(value);
-      }
-    }
-  }
-}
 
 // A block computes the gradients of up to kTile pixels of one image by up to kTile channels of a segment.
 template <typename T>
 __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor<T>)
-    input_gradient_kernel(const Operands<T> operands, const SampleLists<Accumulate<T>> lists,
-                          const Planes<const T> grad_output, const Planes<T> grad_input) {
+    input_gradient_kernel(const OperandsView<T> operands, const SampleListsView<Accumulate<T>> lists,
+                          const PlanesView<const T> grad_output, const PlanesView<T> grad_input) {
   using A = Accumulate<T>;
   struct Shared {
     Operand<A> weights, grads;
@@ -196,13 +80,13 @@ DCN_HOST_DEVICE int64_t sample_gradient_work(const DeformConv2dSizes& s) {
 // grad_output and weights; it is dotted with the pixels.
 template <typename T>
 __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor<T>)
-    sample_gradient_kernel(const Operands<T> operands, const Planes<const T> grad_output,
-                           const SampleGradients<T> gradients) {
+    sample_gradient_kernel(const OperandsView<T> operands, const PlanesView<const T> grad_output,
+                           const SampleGradientsView<T> gradients) {
   using A = Accumulate<T>;
   struct Shared {
     Operand<A> grads, weights;
-    Neighbours<A> neighbours[kTile];
-    Derivatives<A> derivatives[kTile];
+    Corners<A> corners[kTile];
+    CornerDerivatives<A> derivatives[kTile];
   };
   DCN_SHARED(Shared, shared);
   const DeformConv2dSizes& s = operands.sizes;
@@ -212,7 +96,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor<T>)
     const PositionTile tile = position_tile(s, work / s.taps() / s.deform_groups);
     const T* image = operands.image(tile.image);
     // The barriers below lie between this and the first use.
-    locate(operands, tile, deform_group, tap, shared.neighbours, shared.derivatives);
+    locate(operands, tile, deform_group, tap, shared.corners, shared.derivatives);
 
     A by_y[kEach] = {}, by_x[kEach] = {}, by_mask[kEach] = {};
     const int64_t last = (deform_group + 1) * s.deform_channels();
@@ -237,11 +121,11 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor<T>)
         }
 #pragma unroll
         for (int i = 0; i < kEach; ++i) {
-          const Neighbours<A>& neighbours = shared.neighbours[Product<A>::row(i)];
-          const Derivatives<A>& derivatives = shared.derivatives[Product<A>::row(i)];
+          const Corners<A>& corners = shared.corners[Product<A>::row(i)];
+          const CornerDerivatives<A>& derivatives = shared.derivatives[Product<A>::row(i)];
 #pragma unroll
           for (int k = 0; k < 4; ++k) {
-            const int64_t pixel = neighbours.pixel[k];
+            const int64_t pixel = corners.pixel[k];
             if (pixel < 0) continue;
             A dot = 0;
 #pragma unroll
@@ -272,32 +156,32 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor<T>)
   }
 }
 
-// Work of one part of the positions: tiles of the weight.
+// The work of one split of the positions: tiles of the weight.
 template <typename T>
-DCN_HOST_DEVICE int64_t weight_tiles(const Operands<T>& operands) {
+DCN_HOST_DEVICE int64_t weight_tiles(const OperandsView<T>& operands) {
   const DeformConv2dSizes& s = operands.sizes;
   const int64_t channel_tiles = s.channels / operands.segment * divide_up(operands.segment, kTile);
   return channel_tiles * s.taps() * divide_up(s.group_out_channels(), kTile);
 }
 
-// A block sums one tap of up to kTile output channels by up to kTile input channels over one of `parts` parts of the
-// positions, into `partials` (parts, out_channels, taps, group_channels).
+// A block sums one tap of up to kTile output channels by up to kTile input channels over one of `splits` splits of the
+// positions, into `partials` (splits, out_channels, taps, group_channels).
 template <typename T>
 __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor<T>)
-    weight_gradient_kernel(const Operands<T> operands, const Planes<const T> grad_output, const int64_t parts,
+    weight_gradient_kernel(const OperandsView<T> operands, const PlanesView<const T> grad_output, const int64_t splits,
                            Accumulate<T>* partials) {
   using A = Accumulate<T>;
   struct Shared {
     Operand<A> grads, samples;
-    Neighbours<A> neighbours[kTile];
+    Corners<A> corners[kTile];
   };
   DCN_SHARED(Shared, shared);
   const DeformConv2dSizes& s = operands.sizes;
   const int64_t out_tiles = divide_up(s.group_out_channels(), kTile);
   const int64_t segment_tiles = divide_up(operands.segment, kTile);
 
-  for (int64_t work = blockIdx.x; work < weight_tiles(operands) * parts; work += gridDim.x) {
-    const int64_t part = work / weight_tiles(operands), weight_tile = work % weight_tiles(operands);
+  for (int64_t work = blockIdx.x; work < weight_tiles(operands) * splits; work += gridDim.x) {
+    const int64_t split = work / weight_tiles(operands), weight_tile = work % weight_tiles(operands);
     const int64_t tap = weight_tile / out_tiles % s.taps(), channel_tile = weight_tile / out_tiles / s.taps();
     const int64_t segment = channel_tile / segment_tiles * operands.segment, end = segment + operands.segment;
     const int64_t begin = segment + channel_tile % segment_tiles * kTile;
@@ -306,10 +190,10 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor<T>)
     const int64_t out_end = (group + 1) * s.group_out_channels();
 
     Product<A> product;
-    for (int64_t t = position_tiles(s) * part / parts; t < position_tiles(s) * (part + 1) / parts; ++t) {
+    for (int64_t t = position_tiles(s) * split / splits; t < position_tiles(s) * (split + 1) / splits; ++t) {
       const PositionTile tile = position_tile(s, t);
       const T* image = operands.image(tile.image);
-      locate<T, A>(operands, tile, begin / s.deform_channels(), tap, shared.neighbours, nullptr);
+      locate<T, A>(operands, tile, begin / s.deform_channels(), tap, shared.corners, nullptr);
       __syncthreads();
       for (int p = 0; p < tile.count; p += kDepth) {
         fill_along_depth(shared.grads, [&](int k, int i) {
@@ -317,7 +201,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor<T>)
           return exists ? static_cast<A>(grad_output.at(tile.image, out_begin + i, tile.begin + p + k)) : A(0);
         });
         fill_along_tile(shared.samples, [&](int k, int j) {
-          return begin + j < end ? read_sample(image + begin + j, s.channels, shared.neighbours[p + k]) : A(0);
+          return begin + j < end ? read_sample(image + begin + j, s.channels, shared.corners[p + k]) : A(0);
         });
         __syncthreads();
         product.add(shared.grads, shared.samples);
@@ -329,8 +213,8 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor<T>)
       for (int j = 0; j < kEach; ++j) {
         const int64_t c = begin + Product<A>::column(j);
         if (o >= out_end || c >= end) continue;
-        partials[((part * s.out_channels + o) * s.taps() + tap) * s.group_channels() + c - group * s.group_channels()] =
-            product.value[i][j];
+        partials[((split * s.out_channels + o) * s.taps() + tap) * s.group_channels() + c -
+                 group * s.group_channels()] = product.value[i][j];
       }
     }
   }
