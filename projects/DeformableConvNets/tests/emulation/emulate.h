@@ -303,7 +303,7 @@ namespace dcn::emulate {
 
 inline void Machine::run_block() {
   shared_.clear(), shared_bytes_ = 0;
-  // Of exactly the size that was asked for, so that a sanitizer sees accesses beyond it; the skipped bytes align it.
+  // Has exactly the size that was asked for, so that a sanitizer sees accesses beyond it; the skipped bytes align it.
   dynamic_.reset(new unsigned char[dynamic_bytes_ + kDynamicAlignment]);
   dynamic_skipped_ = kDynamicAlignment - reinterpret_cast<uintptr_t>(dynamic_.get()) % kDynamicAlignment;
   std::memset(dynamic_.get(), 0xff, dynamic_bytes_ + kDynamicAlignment);

@@ -3,11 +3,14 @@
 
 from __future__ import annotations
 
+import faulthandler
+import functools
 import os
 import re
 import shlex
 import shutil
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -84,3 +87,55 @@ def emulate(name: str, values: dict[str, Any], **need: bool) -> dict[str, Tensor
     backward = f"{name}_backward"
     found = call(operators, COMPILED.get(backward, backward), values | needed | {"grad": grad})
     return {"output": output, "grad": grad} | dict(zip(GRADIENTS[name], found))
+
+
+def barriers(path: str) -> list[tuple[str, int]]:
+    """Files and lines of the barriers of all kernels in one file or folder of csrc/cuda; there must be some."""
+    root = PROJECT / "csrc/cuda"
+    found = []
+    for file in [root / path] if (root / path).is_file() else sorted((root / path).rglob("*.cu*")):
+        lines = file.read_text().splitlines()
+        found += [(str(file.relative_to(root)), n) for n, line in enumerate(lines, 1) if "__syncthreads()" in line]
+    assert found, path
+    return found
+
+
+def changes_something(run: Callable[[], bool]) -> bool:
+    """Calls `run` in a process of its own: code that reads poison may crash, and that counts too."""
+    pid = os.fork()
+    if pid == 0:
+        faulthandler.disable()
+        changed = True
+        try:
+            changed = run()
+        finally:
+            os._exit(int(changed))
+    return os.waitpid(pid, 0)[1] != 0
+
+
+def removal_is_noticed(
+    configure: Any,
+    operator: str,
+    values: dict[str, Any],
+    file: str,
+    line: int,
+    same: Callable[[Tensor, Tensor], bool] = torch.equal,
+) -> bool:
+    """Whether results change, or an emulated kernel fails, in some schedule without the barrier on this line."""
+    configure(ROUND_ROBIN)
+    expected = emulate(operator, values)
+    configure(GREEDY_WARP)
+    complete = emulate(operator, values)
+    assert all(same(complete[name], value) for name, value in expected.items()), "results change with all barriers"
+
+    def changes(schedule: int) -> bool:
+        configure(schedule, line, file)
+        try:
+            found = emulate(operator, values)
+        except RuntimeError as error:
+            return "emulated kernel" in str(error)
+        return not all(same(found[name], value) for name, value in expected.items())
+
+    noticed = any(changes_something(functools.partial(changes, schedule)) for schedule in (ROUND_ROBIN, GREEDY_WARP))
+    configure(ROUND_ROBIN)
+    return noticed

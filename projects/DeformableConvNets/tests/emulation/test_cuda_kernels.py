@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import shlex
 import subprocess
@@ -29,14 +30,14 @@ from tests.ops.samples import (
 
 from .emulator import (
     GRADIENTS,
-    GREEDY_WARP,
     HERE,
     PROJECT,
-    ROUND_ROBIN,
     SANITIZED,
+    barriers,
     call,
     compile_library,
     emulate,
+    removal_is_noticed,
 )
 
 TOLERANCE = checks.TOLERANCE | {torch.float16: 4e-3}
@@ -244,43 +245,12 @@ def test_entry_points_check_their_operands() -> None:
             emulate(operator, values | {"grad": torch.zeros(3, 3, 3, 3, dtype=torch.float64)})
 
 
-def barriers(path: str) -> list[tuple[str, int]]:
-    """Files and lines of the barriers of all kernels in one file or folder of csrc/cuda; there must be some."""
-    root = PROJECT / "csrc/cuda"
-    found = []
-    for file in [root / path] if (root / path).is_file() else sorted((root / path).rglob("*.cu*")):
-        lines = file.read_text().splitlines()
-        found += [(str(file.relative_to(root)), n) for n, line in enumerate(lines, 1) if "__syncthreads()" in line]
-    assert found, path
-    return found
-
-
-def removal_is_noticed(configure: Any, operator: str, values: dict[str, Any], file: str, line: int) -> bool:
-    """Whether results change, or an emulated kernel fails, in some schedule without the barrier on this line."""
-    configure(ROUND_ROBIN)
-    expected = emulate(operator, values)
-    noticed = False
-    for schedule in (ROUND_ROBIN, GREEDY_WARP):
-        configure(schedule, line, file)
-        try:
-            found = emulate(operator, values)
-        except RuntimeError as error:
-            assert "emulated kernel" in str(error)
-            noticed = True
-        else:
-            noticed |= any(not torch.allclose(found[name], value, equal_nan=True) for name, value in expected.items())
-    configure(ROUND_ROBIN)
-    return noticed
-
-
 @pytest.mark.unsanitized
 @pytest.mark.parametrize(("file", "line"), barriers("deform_conv2d/simt"))
 def test_a_removed_barrier_is_noticed(configure: Any, file: str, line: int) -> None:
     """The emulator finds each of the kernels' barriers missing, so it would find one that was forgotten."""
     values = conv_values(conv_sample("many_channels"))
-    assert removal_is_noticed(configure, "deform_conv2d", values, file, line), (
-        f"{file}:{line}: nothing needs this barrier, or the emulator does not see what does"
-    )
+    assert removal_is_noticed(configure, "deform_conv2d", values, file, line)
 
 
 @pytest.mark.unsanitized
@@ -289,9 +259,9 @@ def test_a_removed_barrier_of_pooling_is_noticed(configure: Any, file: str, line
     """With maps of several tiles, and blocks that have several tiles of bins and passes over the channels."""
     rois = ((0, 2.0, 3.0, 30.0, 40.0), (5, 1.0, 1.0, 9.0, 9.0), (1, -12.0, 5.0, 21.5, 70.0))
     sample = RoiSample("barriers", channels=260, size=(13, 21), output_size=(5, 5), rois=rois)
-    assert removal_is_noticed(configure, "deform_roi_pool", roi_values(sample), file, line), (
-        f"{file}:{line}: nothing needs this barrier, or the emulator does not see what does"
-    )
+    # Atomic additions come in another order where threads do, and one RoI names no image, which gives NaN.
+    same = functools.partial(torch.allclose, equal_nan=True)
+    assert removal_is_noticed(configure, "deform_roi_pool", roi_values(sample), file, line, same)
 
 
 @pytest.mark.slow

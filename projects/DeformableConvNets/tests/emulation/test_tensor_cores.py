@@ -4,10 +4,7 @@
 from __future__ import annotations
 
 import ctypes
-import faulthandler
-import functools
 import os
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -17,8 +14,8 @@ from torch import Tensor
 from dcn_d2.ops import reference
 from tests.ops.samples import ConvSample, by_name
 
-from .emulator import GREEDY_WARP, ROUND_ROBIN, SANITIZED, call, emulate
-from .test_cuda_kernels import barriers, conv_values
+from .emulator import GREEDY_WARP, ROUND_ROBIN, SANITIZED, barriers, call, emulate, removal_is_noticed
+from .test_cuda_kernels import conv_values
 
 # The numbers of dcn::cuda::Kind in csrc/cuda/mma.cuh.
 KINDS = {"float16": 0, "bfloat16": 1, "tf32": 2}
@@ -233,30 +230,7 @@ def test_samples_that_all_read_the_same_pixels(
 def test_a_removed_barrier_of_lists_is_noticed(configure: Any, file: str, line: int) -> None:
     sample = ConvSample("one_place", channels=8, out_channels=8, size=(20, 20), batch=1, kernel=(1, 2), padding=(0, 1))
     values = on_one_place(conv_values(sample, torch.float32), sample)
-    configure(ROUND_ROBIN)
-    expected = emulate("deform_conv2d", values)["input"]
-
-    def run(schedule: int) -> bool:
-        configure(schedule, line, file)
-        try:
-            return not torch.equal(emulate("deform_conv2d", values)["input"], expected)
-        except RuntimeError as error:
-            return "emulated kernel" in str(error)
-
-    assert any(changes_something(functools.partial(run, schedule)) for schedule in (ROUND_ROBIN, GREEDY_WARP))
-
-
-def changes_something(run: Callable[[], bool]) -> bool:
-    """Calls `run` in a process of its own: code that reads poison may crash, and that counts too."""
-    pid = os.fork()
-    if pid == 0:
-        faulthandler.disable()
-        changed = True
-        try:
-            changed = run()
-        finally:
-            os._exit(int(changed))
-    return os.waitpid(pid, 0)[1] != 0
+    assert removal_is_noticed(configure, "deform_conv2d", values, file, line)
 
 
 @pytest.mark.unsanitized
@@ -270,18 +244,6 @@ def test_a_removed_barrier_is_noticed(configure: Any, device: Any, file: str, li
         device(90, multiprocessors, SHARED_BYTES)
         values = conv_values(sample, torch.bfloat16)
         last = values | {"input": values["input"].contiguous(memory_format=torch.channels_last)}
-        for each in (values, last):
-            configure(ROUND_ROBIN)
-            expected = emulate("deform_conv2d", each)
-
-            def run(schedule: int, each: Any = each, expected: Any = expected) -> bool:
-                configure(schedule, line, file)
-                try:
-                    found = emulate("deform_conv2d", each)
-                except RuntimeError as error:
-                    return "emulated kernel" in str(error)
-                return any(not torch.equal(found[name], value) for name, value in expected.items())
-
-            if any(changes_something(functools.partial(run, schedule)) for schedule in (ROUND_ROBIN, GREEDY_WARP)):
-                return
+        if any(removal_is_noticed(configure, "deform_conv2d", each, file, line) for each in (values, last)):
+            return
     pytest.fail(f"{file}:{line}: nothing needs this barrier, or the emulator does not see what does")

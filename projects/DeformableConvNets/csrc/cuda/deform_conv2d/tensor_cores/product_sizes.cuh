@@ -33,7 +33,7 @@ struct ProductSizes {
   PatchOrder order;      // the order of an image's rows
   int columns;           // columns of all stripes
   int stripe_tiles;      // tiles of a stripe's columns
-  int splits;            // parts of the sum, each with a result of its own in `partials`, or 1
+  int splits;            // how many blocks share a sum; if more than 1, each has a result in `partials`
 
   DCN_HOST_DEVICE int place(int row) const { return order.place(row % image_rows); }  // on its image's map
   DCN_HOST_DEVICE int row_tiles() const { return (rows + kProductRows - 1) / kProductRows; }
