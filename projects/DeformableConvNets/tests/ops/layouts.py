@@ -103,7 +103,7 @@ LAYOUTS: dict[str, Layout] = {
 
 
 def arrange(operands: dict[str, Any], choose: random.Random, layout: str | None = None) -> dict[str, Any]:
-    """Lays every tensor out, by `layout` or each by any. Values stay, but for those that `expanded` repeats."""
+    """Lays every tensor out, by `layout` or each by any. Values stay, except those that `expanded` repeats."""
     return {
         name: LAYOUTS[layout or choose.choice(list(LAYOUTS))](value, choose)
         if isinstance(value, Tensor) and value.dim()

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import pytest
 
 # Products on tensor cores, and how many kernels each must be: for float16, bfloat16, TF32 and split float32, and of the
-# implicit products for every width of tiles that plan.h chooses from.
+# implicit products for every width of tiles that plan.cuh chooses from.
 TENSOR_CORE_KERNELS = {
     "product_kernel<SampleGather>": 11,
     "product_kernel<ListGather>": 10,

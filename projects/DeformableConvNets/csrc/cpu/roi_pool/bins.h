@@ -60,7 +60,7 @@ class AxisSum {
 // What the gradient of a bin's offset needs.
 template <typename T>
 struct BinShift {
-  T average;         // factor of the sum but for the modulation
+  T average;         // factor of the sum, without the modulation
   T unit_y, unit_x;  // pixels that an offset of 1 moves the bin by
 };
 
