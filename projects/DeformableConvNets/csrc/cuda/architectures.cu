@@ -1,5 +1,6 @@
 // Copyright (c) the dcn_d2 authors. SPDX-License-Identifier: Apache-2.0
 // The operator `cuda_architectures`: which GPU architectures the CUDA kernels were compiled for.
+#include <sstream>
 #include <string>
 
 #include "tensor.h"
@@ -9,11 +10,11 @@ namespace {
 
 // For example "8.0 9.0".
 std::string cuda_architectures() {
-  std::string names;
+  std::ostringstream names;
   for (const int number : {__CUDA_ARCH_LIST__}) {  // as 800,900: nvcc defines it, the same for every file
-    names += (names.empty() ? "" : " ") + std::to_string(number / 100) + "." + std::to_string(number / 10 % 10);
+    names << (names.tellp() > 0 ? " " : "") << number / 100 << '.' << number / 10 % 10;
   }
-  return names;
+  return names.str();
 }
 
 }  // namespace
