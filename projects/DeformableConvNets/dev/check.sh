@@ -20,7 +20,7 @@ run "ruff format" "$bin/ruff" format --check .
 find csrc tests \( -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' \) -print0 |
   run "clang-format" xargs -0 "$bin/clang-format" --dry-run -Werror
 run "mypy" "$bin/mypy"
-run "README in sync" "$bin/python" dev/readme.py --check
+run "generated documents in sync" "$bin/python" dev/readme.py --check
 
 workers=()
 processors=$(env -u OMP_NUM_THREADS nproc 2>/dev/null || echo 1)  # nproc would say what OMP_NUM_THREADS says

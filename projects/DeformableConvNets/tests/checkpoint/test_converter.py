@@ -6,9 +6,7 @@ import os
 import pickle
 import subprocess
 import sys
-import threading
 from collections import OrderedDict
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -19,9 +17,9 @@ from dcn_d2.checkpoint import path_handlers
 from dcn_d2.checkpoint.__main__ import main
 from dcn_d2.checkpoint.files import sha256_of
 
+from .conftest import Server
 from .layouts import published_layout
 from .test_mmdet import as_v1
-from .test_path_handlers import Server
 from .test_torchvision import their_resnet
 
 WEIGHTS = {  # all but the big ones
@@ -40,17 +38,6 @@ SMALL_CONVERTED = {
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FVCORE_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("no_proxy", "*")
-
-
-@pytest.fixture
-def server(tmp_path: Path) -> Iterator[Server]:
-    (tmp_path / "served").mkdir()
-    with Server(tmp_path / "served") as server:
-        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-        thread.start()
-        yield server
-        server.shutdown()
-        thread.join()
 
 
 def run(*arguments: object, script: tuple[str, ...] = ("-m", "dcn_d2.checkpoint")) -> subprocess.CompletedProcess:

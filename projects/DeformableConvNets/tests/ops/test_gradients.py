@@ -45,6 +45,13 @@ ALONE = [
     Case("deform_psroi_pool", CPU, RoiSample("modulated")),
     Case("deform_conv2d", GROUPED, GROUPED_SAMPLES[2]),
     Case("deform_conv2d", TILED, ConvSample("alone", channels=40, out_channels=24), torch.bfloat16),
+    # Channels that do not fill a vector: the last ones were once summed in another order if one gradient was wanted.
+    *(
+        Case(operator, CPU, ConvSample(f"{channels}_channels", channels=channels, out_channels=4), dtype)
+        for operator in ("deform_conv2d", "modulated_deform_conv2d")
+        for channels in (3, 8, 40)
+        for dtype in (torch.float32, torch.float64)
+    ),
 ]
 
 
@@ -58,6 +65,8 @@ def test_one_gradient_alone(case: Case, needed: str) -> None:
     operands[needed].requires_grad_()
     output = compiled(case.operator, case.sample, **operands)
     output.backward(output_gradient(output))
-    tolerance = 0 if case.dtype == torch.bfloat16 else 1e-12
+    # A weight's gradient alone is computed in larger tiles, so its positions are summed in other groups.
+    larger_tiles = needed == "weight" and case.dtype != torch.bfloat16
+    tolerance = {torch.float64: 1e-12, torch.float32: 1e-5}[case.dtype] if larger_tiles else 0
     torch.testing.assert_close(operands[needed].grad, everything[needed], rtol=0, atol=tolerance)
     assert all(t.grad is None for name, t in operands.items() if isinstance(t, Tensor) and name != needed)
