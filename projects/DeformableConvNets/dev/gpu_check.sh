@@ -92,7 +92,7 @@ except OSError as error:
     missing(error)
 if _library.missing_kernels:
     missing(_library.missing_kernels)
-for name in dcn_d2.ops.__all__:
+for name in (operator.__name__ for operator in dcn_d2.ops.OPERATORS):
     for suffix in ("", "_backward"):
         if not torch._C._dispatch_has_kernel_for_dispatch_key(f"dcn_d2::{name}{suffix}", "CUDA"):
             missing(f"the library has no CUDA kernel of {name}{suffix}")

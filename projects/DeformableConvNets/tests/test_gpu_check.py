@@ -316,6 +316,26 @@ def test_with_the_real_python_it_goes_as_far_as_no_gpu(project: Path, tree: Path
         assert f"  gpu_check: no GPU is visible to torch {torch.__version__}" in run.summary
 
 
+# Makes torch take the CPU for a GPU.
+CPU_AS_GPU = """
+import torch
+ones, zeros, has_kernel = torch.ones, torch.zeros, torch._C._dispatch_has_kernel_for_dispatch_key
+torch.ones = lambda *sizes, device, **options: ones(*sizes, **options)
+torch.zeros = lambda *sizes, device, **options: zeros(*sizes, **options)
+torch._C._dispatch_has_kernel_for_dispatch_key = lambda name, key: has_kernel(name, "CPU" if key == "CUDA" else key)
+torch.cuda.is_available, torch.cuda.get_device_name = lambda: True, lambda: "a GPU"
+torch.cuda.get_device_capability = lambda: (9, 0)
+"""
+
+
+def test_the_check_of_the_library_passes_where_every_operator_has_its_kernels(project: Path) -> None:
+    script = (project / "dev/gpu_check.sh").read_text()
+    (code,) = re.findall(r"^check_library\(\) {\n.*?<<'PY'\n(.*?)^PY$", script, re.M | re.S)
+    run = subprocess.run([sys.executable, "-c", CPU_AS_GPU + code], cwd=project, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.startswith("a GPU (9.0), torch ")
+
+
 def test_a_library_that_does_not_load_is_built_there(tree: Path) -> None:
     run = Run(tree, "load", "tests", MISSING="^-( |$)")
     assert run.verdicts() == {"load": "PASS", "tests": "PASS"}, run.output

@@ -17,7 +17,10 @@ __all__ = [
     "split_offset_and_mask",
 ]
 
+# Each has kernels of its name, and of that of its gradients, in torch.ops.dcn_d2.
+OPERATORS = (deform_conv2d, deform_psroi_pool, deform_roi_pool, modulated_deform_conv2d)
+
 flops.register_formulas()
 # torch.jit.script cannot read these functions, but may call the operators of the same arguments in their place.
-for _operator in (deform_conv2d, deform_psroi_pool, deform_roi_pool, modulated_deform_conv2d):
+for _operator in OPERATORS:
     torch.jit._builtins._register_builtin(_operator, f"dcn_d2::{_operator.__name__}")

@@ -134,8 +134,8 @@ print(len({int(t) for t in os.listdir("/proc/self/task")} - before))
 
 
 def test_operators_are_registered() -> None:
-    for name in dcn_d2.ops.__all__:
-        for operator in (name, f"{name}_backward"):
+    for function in dcn_d2.ops.OPERATORS:
+        for operator in (function.__name__, f"{function.__name__}_backward"):
             assert torch._C._dispatch_has_kernel_for_dispatch_key(f"dcn_d2::{operator}", "CPU")
 
 
