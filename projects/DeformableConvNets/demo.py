@@ -79,6 +79,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="changes to the config")
     args = parser.parse_args(arguments)
+    if late := [word for word in args.opts if word.startswith("--")]:
+        parser.error(f"{late[0]} must come before the first KEY VALUE, {args.opts[0]}")
     if len(args.opts) % 2:
         parser.error(f"KEY VALUE must come in pairs, got {' '.join(args.opts)}")
     return args

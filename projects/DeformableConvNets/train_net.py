@@ -30,7 +30,7 @@ examples:
   train a row of the zoo on COCO, on 8 GPUs (COCO lies in the folder that DETECTRON2_DATASETS names):
     train_net.py --num-gpus 8 --config-file configs/faster_rcnn_R_50_FPN_1x_mdconv_c3-c5.yaml
   go on after an interruption (Ctrl-C and SIGTERM leave a checkpoint):
-    train_net.py --num-gpus 8 --config-file ... --resume
+    train_net.py --resume --num-gpus 8 --config-file ...
   evaluate a model:
     train_net.py --eval-only --config-file ... MODEL.WEIGHTS output/model_final.pth
   evaluate the published weights of a row and compare with the published AP:
@@ -92,6 +92,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error(f"--machine-rank must be below --num-machines, got {args.machine_rank} and {args.num_machines}")
     if args.num_machines > 1 and args.dist_url == "auto":
         parser.error("several machines need --dist-url tcp://FIRST_MACHINE:PORT")
+    if late := [word for word in args.opts if word.startswith("--")]:
+        parser.error(f"{late[0]} must come before the first KEY VALUE, {args.opts[0]}")
     if len(args.opts) % 2:
         parser.error(f"KEY VALUE must come in pairs, got {' '.join(args.opts)}")
     if args.published and (args.resume or "MODEL.WEIGHTS" in args.opts):

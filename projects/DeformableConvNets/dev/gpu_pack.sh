@@ -233,8 +233,8 @@ cat <<END
 .gpu/  $(mib "$output/.gpu/_C.abi3.so") MiB, the library
 .whl/  $(mib "$output/.whl") MiB, $(find "$output/.whl" -type f | wc -l) wheels
 
-Both are in $output. They must travel to the GPU machine with the working tree (all that git does not ignore; .git is
-not needed) and lie at its root. There, from the root:
+Both are in $output. Copy them to the GPU machine with the working tree (all that git does not ignore; .git is not
+needed); they must lie at its root. There, from the root:
 
     projects/DeformableConvNets/dev/gpu_check.sh first
 

@@ -185,6 +185,7 @@ def test_tiny_and_narrow_images_are_drawn(draw: Callable[..., Path], tmp_path: P
         ("--confidence -1", "--confidence: must be from 0 to 1, got -1"),
         ("--confidence 1.5", "--confidence: must be from 0 to 1, got 1.5"),
         ("MODEL.DEVICE", "KEY VALUE must come in pairs, got MODEL.DEVICE"),
+        ("MODEL.DEVICE cpu --points 1", "--points must come before the first KEY VALUE, MODEL.DEVICE"),
     ],
 )
 def test_numbers_out_of_range_are_usage_errors(

@@ -18,6 +18,7 @@ import pytest
 import torch
 import torchvision
 
+import train_net
 from dcn_d2 import layers
 from dcn_d2.config import load_config
 
@@ -193,6 +194,13 @@ def help_of(program: tuple[str, ...]) -> str:
 def test_commands_in_the_documents_take_the_options_they_are_given(program: tuple[str, ...], options: set[str]) -> None:
     text = help_of(program)
     assert not [option for option in options if not re.search(rf"(?<![\w-]){option}(?![\w-])", text)]
+
+
+def test_training_commands_in_the_documents_can_be_read(repository: Path) -> None:
+    found = [words for path in manuals() for words in command_lines(path.read_text()) if "train_net.py" in words]
+    assert len(found) > 5
+    for words in found:
+        train_net.parse_arguments(words[words.index("train_net.py") + 1 :])
 
 
 def test_commands_are_found_in_the_documents(repository: Path) -> None:

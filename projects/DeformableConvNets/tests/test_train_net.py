@@ -320,6 +320,8 @@ def test_weights_of_the_backbone_alone_are_not_evaluated(tmp_path: Path) -> None
         (["--num-machines", "2", "--machine-rank", "2"], "--machine-rank must be below --num-machines"),
         (["--num-machines", "2"], "several machines need --dist-url"),
         (["SEED"], "KEY VALUE must come in pairs, got SEED"),
+        (["OUTPUT_DIR", "a", "--resume"], "--resume must come before the first KEY VALUE, OUTPUT_DIR"),
+        (["OUTPUT_DIR", "a", "--num-gpus", "8"], "--num-gpus must come before the first KEY VALUE, OUTPUT_DIR"),
         (["--published", "--resume"], "--published chooses the weights: leave out --resume"),
         (["--published", "MODEL.WEIGHTS", "a.pth"], "--published chooses the weights"),
         ([], "--config-file FILE is needed"),
