@@ -21,7 +21,14 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from . import __version__, ops
+from . import __version__
+
+try:
+    from . import ops
+except OSError as error:  # the library that DCN_LIBRARY names does not load
+    if __name__ != "__main__":
+        raise
+    sys.exit(f"dcn_d2.info: {error}")
 from .ops import _library, reference
 
 Operator = Callable[..., Tensor]
@@ -45,7 +52,7 @@ def describe() -> dict[str, str]:
         "torch": f"{torch.__version__}, built for CUDA {torch.version.cuda or '-'}",
         "torchvision": version_of("torchvision"),
         "Detectron2": version_of("detectron2"),
-        "kernels": _library.missing_kernels or os.environ.get("DCN_LIBRARY") or "compiled",
+        "kernels": _library.missing_kernels or f"compiled, in {_library.loaded_kernels}",
         "kernels for": ", ".join(compiled_devices()) or "no device: the slow reference runs",
         "CPU": f"torch uses {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads",
         "CPU kernels": f"{instruction_set()}, DCN_CPU_CAPABILITY {os.environ.get('DCN_CPU_CAPABILITY', 'not set')}",
@@ -53,6 +60,8 @@ def describe() -> dict[str, str]:
         "data sets": os.environ.get("DETECTRON2_DATASETS", "./datasets (DETECTRON2_DATASETS is not set)"),
         "cache": cache,
     }
+    if not torch.cuda.device_count():
+        facts["GPU"] = "none that torch can see"
     for index in range(torch.cuda.device_count()):
         capability = torch.cuda.get_device_capability(index)
         facts[f"cuda:{index}"] = (
@@ -226,10 +235,13 @@ def main(arguments: list[str] | None = None) -> None:
         return
     failed = False
     for device in ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]:
-        faults = check(device)
+        try:
+            faults = check(device)
+        except RuntimeError as error:  # a wrong DCN_CPU_CAPABILITY, or a GPU without kernels for it
+            faults = [str(error).strip()]
         failed |= bool(faults)
         print(
-            f"check on {device}: {f'{len(faults)} faults' if faults else 'all operators agree with their references'}"
+            f"check on {device}: {f'{len(faults)} fault(s)' if faults else 'all operators agree with their references'}"
         )
         for fault in faults:
             print(f"  {fault}")

@@ -1,6 +1,10 @@
 # Copyright (c) the dcn_d2 authors. SPDX-License-Identifier: Apache-2.0
 """python -m dcn_d2.info."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -35,6 +39,33 @@ def test_a_wrong_operator_is_noticed(monkeypatch: pytest.MonkeyPatch, capsys: py
 def test_other_strides_than_promised_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(info, "strides_of_fake", lambda operator, operands: (1, 2, 3, 4))
     assert any("promised are (1, 2, 3, 4)" in fault for fault in info.check("cpu"))
+
+
+def test_what_stops_an_operator_is_a_fault_in_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stop(*operands: object, **arguments: object) -> None:
+        raise RuntimeError("DCN_CPU_CAPABILITY must be default, avx2, avx512 or amx, got sse")
+
+    monkeypatch.setattr(ops, "deform_conv2d", stop)
+    with pytest.raises(SystemExit) as stopped:
+        info.main(["--check"])
+    assert stopped.value.code == 1
+    assert "  DCN_CPU_CAPABILITY must be default, avx2, avx512 or amx, got sse\n" in capsys.readouterr().out
+
+
+def test_a_library_that_does_not_load_is_told_in_one_line(tmp_path: Path) -> None:
+    environment = os.environ | {"DCN_LIBRARY": str(tmp_path / "none.so")}
+    command = [sys.executable, "-m", "dcn_d2.info"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stdout == ""
+    (said,) = done.stderr.splitlines()
+    assert said.startswith(f"dcn_d2.info: the library {tmp_path}/none.so that DCN_LIBRARY names does not load")
+
+
+def test_the_file_of_the_kernels_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    named = line(capsys, "kernels").removeprefix("compiled, in ")
+    assert Path(named).is_file()
 
 
 def line(capsys: pytest.CaptureFixture[str], name: str) -> str:

@@ -19,14 +19,16 @@ from ._arguments import check_layout
 
 LIBRARY = torch.library.Library("dcn_d2", "DEF")
 _warned: set[str] = set()
+loaded_kernels = ""  # the file that the kernels came from
 
 
 def _load_kernels() -> str:
-    """Loads `dcn_d2._C`. Returns "" or, where there is none, the reason.
+    """Loads `dcn_d2._C` and notes its file in `loaded_kernels`. Returns "" or, where there is none, the reason.
 
     Raises:
         OSError: the library that DCN_LIBRARY names does not load. It was asked for, so nothing replaces it.
     """
+    global loaded_kernels
     if named := os.environ.get("DCN_LIBRARY"):
         try:
             torch.ops.load_library(named)
@@ -35,6 +37,7 @@ def _load_kernels() -> str:
                 f"the library {named} that DCN_LIBRARY names does not load: {_reason(error)}. Name another one, or "
                 "unset DCN_LIBRARY to use the installed one"
             ) from error
+        loaded_kernels = named
         return ""
     try:
         spec = importlib.util.find_spec("dcn_d2._C")
@@ -50,6 +53,7 @@ def _load_kernels() -> str:
         torch.ops.load_library(spec.origin)
     except OSError as error:
         return f"the compiled library {spec.origin} does not load: {_reason(error)}. Build it again for this PyTorch"
+    loaded_kernels = spec.origin
     return ""
 
 
