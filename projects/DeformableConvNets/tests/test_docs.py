@@ -67,7 +67,8 @@ def anchors(text: str) -> set[str]:
 def links(text: str) -> list[str]:
     """Targets of all links and pictures of a document."""
     text = prose(text)
-    return re.findall(r"\]\(([^)\s]+)\)", text) + re.findall(r"^\[[^\]]+\]: (\S+)$", text, re.MULTILINE)
+    found = re.findall(r"\]\(([^)\s]+)\)", text) + re.findall(r"^\[[^\]]+\]: (\S+)$", text, re.MULTILINE)
+    return found + re.findall(r'<img src="([^"]+)"', text)
 
 
 def local_links(text: str) -> Iterator[tuple[str, str]]:

@@ -14,14 +14,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-import mmcv
-import mmdet
 import torch
 
 from benchmarks.origin import PROJECT
 from benchmarks.origin import commit as named_commit
 
-from . import runner
 from .rows import ROWS, SMALL_SCALE, TEST_SCALE, TRAINED_ROWS
 
 RESULTS = PROJECT / "results"
@@ -35,6 +32,9 @@ TRAINING_COLUMNS = ["row", "term", "dcn_d2", "mmdetection", "relative", "commit"
 
 def origin() -> dict[str, str]:
     """Where a number comes from; a commit with "+" behind it had changes."""
+    import mmcv
+    import mmdet
+
     commit, changed = named_commit()
     commit = commit[:10] + ("+" if changed else "")
     versions = {"mmdet": mmdet.__version__, "mmcv": mmcv.__version__, "torch": torch.__version__.split("+")[0]}
@@ -69,6 +69,10 @@ def main() -> None:
     parser.add_argument("--training", action="store_true", help="the losses instead of the detections")
     parser.add_argument("--pooling", choices=("original", "aligned"), help="of the dpool and mdpool rows")
     arguments = parser.parse_args()
+    try:
+        from . import runner  # imports MMDetection, which --help does not need
+    except ModuleNotFoundError as error:
+        parser.error(f"{error.name} is not installed: CONTRIBUTING.md says how to install MMDetection and mmcv")
     if unknown := set(arguments.rows) - set(ROWS):
         parser.error(f"no such rows: {', '.join(sorted(unknown))}; there are {', '.join(ROWS)}")
     for row in arguments.rows or (TRAINED_ROWS if arguments.training else ROWS):
