@@ -26,10 +26,13 @@ def read(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} cannot be read: {error.strerror}") from error
     except ValueError as error:
         raise ValueError(f"{path} is not a result file: it holds no JSON ({error})") from error
-    keys = ("benchmark", "device", "environment", "rows")
-    missing = [key for key in keys if not isinstance(document, dict) or key not in document]
+    kinds = {"benchmark": str, "device": str, "environment": dict, "rows": list}
+    missing = [key for key in kinds if not isinstance(document, dict) or key not in document]
     if missing:
         raise ValueError(f"{path} is not a result file: it has no {', '.join(missing)}")
+    wrong = [key for key, kind in kinds.items() if not isinstance(document[key], kind)]
+    if wrong or not all(isinstance(row, dict) for row in document["rows"]):
+        raise ValueError(f"{path} is not a result file: it has no usable {', '.join(wrong or ['rows'])}")
     return document
 
 

@@ -15,8 +15,8 @@ from torch import nn
 from .files import CorruptCheckpointError, remove_leftovers, write_atomically
 from .fit import OPTIONAL, Fit, model_state, unwrap_module
 from .mmdet import unwrap_name
+from .names import shown
 from .path_handlers import find_weights, register_path_handlers
-from .reader import shown
 from .resuming import SavedCheckpoints
 from .weights import as_data, check_weights, read_weights
 

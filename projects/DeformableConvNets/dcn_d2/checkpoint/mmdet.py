@@ -134,7 +134,7 @@ def _find_missing(weights: Mapping[str, Any]) -> list[str]:
         norm, _, parameter = name.rpartition(".")
         if parameter == "running_mean" or re.search(r"(\.norm|\.bn\d?|\.downsample\.1)$", norm):
             lacking = [key for key in _STATISTICS if f"{norm}.{key}" not in weights]
-            problems += [f"{norm}.{key} is missing" for key in lacking]
+            problems += [f"{names.shown(norm)}.{key} is missing" for key in lacking]
     return problems
 
 

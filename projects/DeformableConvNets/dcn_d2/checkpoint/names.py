@@ -80,6 +80,13 @@ def backwards(rules: Iterable[Rule]) -> tuple[Rule, ...]:
     return tuple((ours, theirs) for theirs, ours in rules)
 
 
+def shown(name: object) -> str:
+    """A name from a file as it can be shown in a message: in one line, and cut where it is long."""
+    text = str(name)
+    text = text if len(text) <= 120 else f"{text[:100]}…"
+    return text if text.isprintable() else repr(text)[1:-1]
+
+
 def rename(
     weights: Mapping[str, Any], rules: Iterable[Rule], whose: str, left_out: str, problems: Iterable[str] = ()
 ) -> dict[str, Any]:
@@ -104,11 +111,11 @@ def rename(
             continue
         new_name = next((new for rule in rules if (new := _apply(rule, name))), None)
         if new_name is None:
-            found.append(f"{name} is unknown")
+            found.append(f"{shown(name)} is unknown")
         elif new_name in sources:
-            found.append(f"{sources[new_name]} and {name} both become {new_name}")
+            found.append(f"{shown(sources[new_name])} and {shown(name)} both become {shown(new_name)}")
         elif not hasattr(value, "shape"):
-            found.append(f"{name} is of type {type(value).__name__}, not a tensor")
+            found.append(f"{shown(name)} is of type {type(value).__name__}, not a tensor")
         else:
             sources[new_name] = name
     if listed := dict.fromkeys([*found, *problems]):

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from enum import Enum
 from typing import Any
 
+from . import names
 from .mmdet import convert_mmdet_state_dict, has_v1_layout, is_mmdet_detector, unwrap_state_dict
 from .torchvision import convert_torchvision_resnet, is_torchvision_resnet
 
@@ -63,10 +64,11 @@ def convert_checkpoint(checkpoint: Mapping[str, Any], origin: str) -> dict[str, 
             return {"model": converted, "__author__": provenance.author}
     except ValueError as error:
         raise ValueError(f"{origin}: {error}") from error
+    first = ", ".join(names.shown(name) for name in list(weights)[:5])
     raise ValueError(
-        f"{origin} is neither a detector of MMDetection nor a ResNet of torchvision; its first entries are "
-        f"{', '.join(list(map(str, weights))[:5])}. A file of Detectron2 needs no conversion, and no mmdet:// before "
-        "its path"
+        f"{origin} is neither a detector of MMDetection nor a ResNet of torchvision; "
+        f"{f'its first entries are {first}' if first else 'it has no entries'}. A file of Detectron2 needs no "
+        "conversion, and no mmdet:// before its path"
     )
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from .files import CorruptCheckpointError, check_digest
 from .formats import read_file
+from .names import shown
 from .stand_ins import Ignored, NotDataError, Unusable
 
 
@@ -58,13 +59,6 @@ def _read(path: str | os.PathLike[str], values: bool) -> dict[Any, Any]:
             f"{path} is refused: {listed}. Only tensors, arrays, text, numbers and containers of them are read"
         )
     return {key: value for key, value in checkpoint.items() if key not in left_over}
-
-
-def shown(name: object) -> str:
-    """A name from a file as it can be shown in a message: in one line, and cut where it is long."""
-    text = str(name)
-    text = text if len(text) <= 120 else f"{text[:100]}…"
-    return text if text.isprintable() else repr(text)[1:-1]
 
 
 def _left_over(name: object, value: object) -> str:

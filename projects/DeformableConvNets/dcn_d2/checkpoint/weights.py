@@ -11,8 +11,9 @@ import numpy as np
 import torch
 
 from .mmdet import unwrap_state_dict
+from .names import shown
 from .provenance import convert_checkpoint, recognise, warn_of_v1
-from .reader import read_checkpoint, shown
+from .reader import read_checkpoint
 
 
 def read_weights(path: str) -> dict[str, Any]:

@@ -202,9 +202,17 @@ def test_check_says_that_a_file_is_not_complete(tmp_path: Path, capsys: pytest.C
         (None, "cannot be read: No such file or directory"),
         ("milliseconds: 3", "is not a result file: it holds no JSON (Expecting value: line 1 column 1 (char 0))"),
         ("[1, 2]", "is not a result file: it has no benchmark, device, environment, rows"),
+        (
+            '{"benchmark": "layer", "device": 3, "environment": "", "rows": []}',
+            "is not a result file: it has no usable device, environment",
+        ),
+        (
+            '{"benchmark": "layer", "device": "cpu", "environment": {}, "rows": [1]}',
+            "is not a result file: it has no usable rows",
+        ),
         ('{"device": "cpu", "rows": []}', "is not a result file: it has no benchmark, environment"),
     ],
-    ids=["missing", "no JSON", "a list", "another file"],
+    ids=["missing", "no JSON", "a list", "wrong types", "rows that are numbers", "another file"],
 )
 def test_check_of_another_file_is_refused_in_one_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str | None, message: str

@@ -6,6 +6,7 @@ import pytest
 
 from dcn_d2.checkpoint import names
 from dcn_d2.checkpoint.names import Rule, backwards, rename
+from dcn_d2.checkpoint.provenance import convert_checkpoint
 
 VALUE = np.zeros(1)
 
@@ -67,3 +68,18 @@ def test_further_problems_are_listed_once() -> None:
     with pytest.raises(ValueError) as error:
         rename({"a": VALUE}, names.RESNET, "of a test", "never", problems=["b is missing", "b is missing"])
     assert str(error.value).splitlines()[1:] == ["  a is unknown", "  b is missing"]
+
+
+def test_messages_show_no_control_characters_of_names() -> None:
+    evil = {"x\x1b[31m\ny": np.ones(1), "z" * 1000: np.ones(1)}
+    with pytest.raises(ValueError, match="unknown") as unknown:
+        names.rename(evil, names.DETECTOR, "of MMDetection", "(?!)")
+    with pytest.raises(ValueError, match="neither") as foreign:
+        convert_checkpoint(evil, "a file")
+    for message in map(str, (unknown.value, foreign.value)):
+        assert r"x\x1b[31m\ny" in message and "\x1b" not in message and len(message) < 500
+
+
+def test_a_file_without_entries_is_said_to_have_none() -> None:
+    with pytest.raises(ValueError, match="it has no entries"):
+        convert_checkpoint({"state_dict": {}}, "a file")
