@@ -34,7 +34,20 @@ def report(paths: Iterable[Path]) -> str:
 
 
 def _report(documents: Documents, goals: Sequence[Goal]) -> str:
-    """The files by name, then one line a goal, judged by the rows of all these files."""
+    """The files by name, then one line a goal, judged by the rows of all these files.
+
+    Raises:
+        ValueError: something lacks in the files that the goals need.
+    """
+    try:
+        return _judged(documents, goals)
+    except KeyError as error:
+        files = ", ".join(map(str, documents))
+        message = f"{files} cannot be judged: a part of it has no {error}, as a benchmark's rows have"
+        raise ValueError(message) from None
+
+
+def _judged(documents: Documents, goals: Sequence[Goal]) -> str:
     found: dict[str, list[dict[str, Any]]] = {}
     for document in documents.values():
         found.setdefault(document["benchmark"], []).extend(document["rows"])

@@ -13,7 +13,7 @@ from detectron2.layers import FrozenBatchNorm2d
 from torch import nn
 
 from .mmdet import unwrap_name
-from .names import CONSTANTS, COUNTERS
+from .names import CONSTANTS, COUNTERS, shown
 
 logger = logging.getLogger(__name__)
 
@@ -135,7 +135,7 @@ def _differences(model: Mapping[str, Any], weights: Mapping[str, Any]) -> dict[s
         if name not in weights and not OPTIONAL.fullmatch(name):
             differences[name] = f"{name} is missing"
         elif name not in model and not OPTIONAL.fullmatch(name):
-            differences[name] = f"{name} is unknown"
+            differences[name] = f"{shown(name)} is unknown"
         elif name in model and name in weights and tuple(model[name].shape) != tuple(weights[name].shape):
             theirs, mine = list(weights[name].shape), list(model[name].shape)
             differences[name] = f"{name} is {theirs}, the model's is {mine}"

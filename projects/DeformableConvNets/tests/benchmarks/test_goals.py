@@ -210,9 +210,14 @@ def test_check_says_that_a_file_is_not_complete(tmp_path: Path, capsys: pytest.C
             '{"benchmark": "layer", "device": "cpu", "environment": {}, "rows": [1]}',
             "is not a result file: it has no usable rows",
         ),
+        (
+            '{"benchmark": "detector", "device": "cpu", "rows": [{"threads": 1}], '
+            '"environment": {"device": "a CPU", "commit": "abc", "date": "2026-01-02"}}',
+            "cannot be judged: a part of it has no 'milliseconds', as a benchmark's rows have",
+        ),
         ('{"device": "cpu", "rows": []}', "is not a result file: it has no benchmark, environment"),
     ],
-    ids=["missing", "no JSON", "a list", "wrong types", "rows that are numbers", "another file"],
+    ids=["missing", "no JSON", "a list", "wrong types", "rows that are numbers", "rows without times", "another file"],
 )
 def test_check_of_another_file_is_refused_in_one_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str | None, message: str

@@ -119,7 +119,7 @@ def stock_heads(cfg: CfgNode) -> CfgNode:
 def test_everything_that_does_not_fit_is_listed_and_nothing_loaded(source: nn.Module, tmp_path: Path) -> None:
     weights = source.state_dict()
     weights["roi_heads.box_predictor.cls_score.bias"] = torch.zeros(9)
-    weights["surplus.weight"] = torch.zeros(1)
+    weights["surplus.weight"] = weights["surplus\x1b[2J\n.weight"] = torch.zeros(1)  # a terminal would obey the second
     del weights["backbone.bottom_up.res2.0.conv1.norm.running_mean"], weights["backbone.fpn_output3.weight"]
     path = tmp_path / "model.pth"
     torch.save({"model": weights}, path)
@@ -130,11 +130,12 @@ def test_everything_that_does_not_fit_is_listed_and_nothing_loaded(source: nn.Mo
         with pytest.raises(ValueError) as error:
             own.load(str(path))
     assert str(error.value).splitlines() == [
-        f"{path} does not fit the model (4 entries):",
+        f"{path} does not fit the model (5 entries):",
         "  backbone.fpn_output3.weight is missing",
         "  backbone.bottom_up.res2.0.conv1.norm.running_mean is missing",
         "  roi_heads.box_predictor.cls_score.bias is [9], the model's is [6]",
         "  surplus.weight is unknown",
+        r"  surplus\x1b[2J\n.weight is unknown",
     ]
     for name, value in before.items():
         assert torch.equal(model.state_dict()[name], value)
