@@ -60,8 +60,7 @@ class StoppableTrainer(DefaultTrainer):
         except (RuntimeError, EOFError, *MISTAKES) as error:
             # The signal may also have ended a process that loads data, or another process of the job. Then the next
             # call fails before `StopHook` could ask whether to stop, with an EOFError if the process ended while it
-            # handed a batch over. Until the optimizer changes the weights, they
-            # are those of the last iteration.
+            # handed a batch over. Until the optimizer changes the weights, they are those of the last iteration.
             if self.stop.signal and self._phase != "optimizer":
                 self.iter -= 1
                 self.save_and_stop()

@@ -26,7 +26,7 @@ std::tuple<Tensor, Tensor, Tensor> deform_psroi_pool_backward(Tensor grad, Tenso
   const RoiPoolInputs given{input, rois, offset, mask};
   const auto s =
       check_deform_psroi_pool(given, output_size, spatial_scale, group_size, part_size, sample_per_part, trans_std);
-  return roi_pool_gradients<DeformPsRoiPoolGeometry>("deform_psroi_pool_backward", s, grad, {input, rois, offset, mask},
+  return roi_pool_gradients<DeformPsRoiPoolGeometry>("deform_psroi_pool_backward", s, grad, given,
                                                      {need_input, need_offset}, deterministic);
 }
 

@@ -21,7 +21,7 @@ std::tuple<Tensor, Tensor, Tensor> deform_roi_pool_backward(Tensor grad, Tensor 
                                                             bool need_offset, bool deterministic) {
   const RoiPoolInputs given{input, rois, offset, mask};
   const auto s = check_deform_roi_pool(given, output_size, spatial_scale, sampling_ratio, gamma);
-  return roi_pool_gradients<DeformRoiPoolGeometry>("deform_roi_pool_backward", s, grad, {input, rois, offset, mask},
+  return roi_pool_gradients<DeformRoiPoolGeometry>("deform_roi_pool_backward", s, grad, given,
                                                    {need_input, need_offset}, deterministic);
 }
 
