@@ -16,6 +16,7 @@ ALLOWED: dict[str, set[str]] = {
     "ops": set(),
     "layers": {"ops"},
     "config": set(),
+    "command_line": set(),
     "checkpoint": set(),
     "modeling": {"ops", "layers", "config"},
     "visualizer": {"ops", "layers"},
