@@ -266,7 +266,10 @@ def test_mistakes_that_only_loading_shows_end_in_a_line(run: Run, tmp_path: Path
         (["MODEL.WEIGHTS", "/nosuch.pth"], "MODEL.WEIGHTS: there is no file /nosuch.pth"),
         (["--eval-only"], r"heads are not trained: MODEL.WEIGHTS is empty"),
         (["SOLVER.CHECKPOINT_PERIOD", "0"], "SOLVER.CHECKPOINT_PERIOD must be a whole number of at least 1"),
-        (["TEST.AUG.ENABLED", "True"], "test-time augmentation is not supported yet"),
+        (
+            ["TEST.AUG.ENABLED", "True", "MODEL.LOAD_PROPOSALS", "True"],
+            "TEST.AUG.ENABLED is True, but .* LOAD_PROPOSALS",
+        ),
         (["OUTPUT_DIR", "/proc/nothing"], "OUTPUT_DIR /proc/nothing cannot be written"),
     ],
 )

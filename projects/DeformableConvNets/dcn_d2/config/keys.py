@@ -13,6 +13,7 @@ def add_dcn_keys(cfg: CN) -> None:
     _add_deformable_keys(cfg)
     _add_mmdetection_keys(cfg)
     _add_zoo_keys(cfg)
+    _add_evaluation_keys(cfg)
 
 
 def with_dcn_keys(cfg: CN) -> CN:
@@ -122,3 +123,13 @@ def _add_zoo_keys(cfg: CN) -> None:
     _add(published, "BOX_AP", 0.0)
     # Mask AP of the weights on COCO val2017, in percent; 0 for a model without masks.
     _add(published, "MASK_AP", 0.0)
+
+
+def _add_evaluation_keys(cfg: CN) -> None:
+    """Keys of the evaluation."""
+    # The package that computes COCO's AP: "pycocotools", "faster-coco-eval" (the same numbers in less time), or "auto",
+    # which is faster-coco-eval where it is installed.
+    _add(cfg.TEST, "COCO_EVAL", "auto")
+
+    # On panoptic data sets, measure panoptic quality (PQ), for which the package panopticapi must be installed.
+    _add(cfg.TEST, "PANOPTIC_QUALITY", True)

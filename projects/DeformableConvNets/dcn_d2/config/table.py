@@ -62,6 +62,8 @@ OUR_RULES: dict[str, Rule] = {
     "INPUT.RESIZE_WITH": choice("PIL", "cv2"),
     "SOLVER.REFERENCE_IMS_PER_BATCH": whole(0, meaning="0 leaves BASE_LR alone"),
     "SOLVER.OFFSET_LR_FACTOR": factor,
+    "TEST.COCO_EVAL": choice("auto", "pycocotools", "faster-coco-eval"),
+    "TEST.PANOPTIC_QUALITY": flag,
     "PUBLISHED.WEIGHTS": text,
     "PUBLISHED.LOG": text,
     "PUBLISHED.BOX_AP": number(0, 100),

@@ -24,13 +24,20 @@ from detectron2.utils.logger import log_first_n
 from .coco_json import check_coco_json, read_before, read_json
 from .findings import Findings, show
 from .image_files import check_image_files
-from .needs import Needs, check_number_of_classes, compare_names, read_needs
+from .needs import COCO_EVALUATORS, Needs, check_number_of_classes, compare_names, read_needs
 from .proposals import check_proposals
 from .records import check_records
 
 logger = logging.getLogger(__name__)
-# Evaluators whose data sets have COCO's annotations of objects in `json_file`.
-COCO_EVALUATORS = (None, "coco", "coco_panoptic_seg")
+# Files and folders that a data set's metadata may name, and what they hold.
+FILES = {
+    "json_file": "annotations",
+    "image_root": "images",
+    "sem_seg_root": "semantic segmentations",
+    "dirname": "images and annotations",  # PASCAL VOC
+    "image_dir": "images",  # Cityscapes
+    "gt_dir": "annotations",
+}
 _checked: dict[tuple[str, Needs], tuple[Any, ...]] = {}  # and found to be good: see `_fingerprint`
 
 
@@ -45,7 +52,7 @@ def check_data_sets(names: Iterable[str]) -> None:
         if name not in DatasetCatalog:
             raise ValueError(f"there is no data set {name!r}; registered are {', '.join(sorted(DatasetCatalog))}")
         metadata = MetadataCatalog.get(name)
-        for key, what in (("json_file", "annotations"), ("image_root", "images")):
+        for key, what in FILES.items():
             path = metadata.get(key, None)
             if path and not PathManager.exists(path):
                 root = os.environ.get("DETECTRON2_DATASETS")
@@ -57,7 +64,7 @@ def check_data_sets(names: Iterable[str]) -> None:
                 )
 
 
-def check_data(cfg: CfgNode, train: bool, test: bool = True, coco_evaluation: bool = True) -> None:
+def check_data(cfg: CfgNode, train: bool, test: bool = True, evaluation: bool = True) -> None:
     """Checks the data sets of a config against its model, before anything runs.
 
     It checks annotation files, images (their headers: of all images of a small data set, of a sample of a large one),
@@ -71,7 +78,7 @@ def check_data(cfg: CfgNode, train: bool, test: bool = True, coco_evaluation: bo
         cfg: with DATASETS.TRAIN and DATASETS.TEST.
         train: check those of DATASETS.TRAIN.
         test: check those of DATASETS.TEST.
-        coco_evaluation: they must have what COCO's evaluation reads.
+        evaluation: they must have what the evaluation of their `evaluator_type` reads.
 
     Raises:
         FileNotFoundError: annotations or images are not there.
@@ -80,7 +87,7 @@ def check_data(cfg: CfgNode, train: bool, test: bool = True, coco_evaluation: bo
     problem: Exception | None = None
     if comm.is_main_process():
         try:
-            _check(cfg, train, test, coco_evaluation)
+            _check(cfg, train, test, evaluation)
         except Exception as error:  # of any kind: the other processes wait to hear of it
             problem = error
     # The text, as an error of any kind may not arrive whole.
@@ -121,7 +128,7 @@ def advise_on_data(cfg: CfgNode, train: bool, own: Collection[str]) -> None:
             log_first_n(logging.WARNING, f"{error}\n{why}", name=__name__, key="message")  # not at each evaluation
 
 
-def _check(cfg: CfgNode, train: bool, test: bool, coco_evaluation: bool) -> None:
+def _check(cfg: CfgNode, train: bool, test: bool, evaluation: bool) -> None:
     train_sets, test_sets = tuple(cfg.DATASETS.TRAIN), tuple(cfg.DATASETS.TEST) if test else ()
     if train and not train_sets:
         raise ValueError("DATASETS.TRAIN names no data set")
@@ -138,7 +145,13 @@ def _check(cfg: CfgNode, train: bool, test: bool, coco_evaluation: bool) -> None
     elif train_sets and train_sets[0] in DatasetCatalog:
         reference = train_sets[0]  # the weights are taken to be from there
     for name in test_sets:
-        _check_one(name, read_needs(cfg, train=False, coco_evaluation=coco_evaluation), reference, hand_on=not train)
+        evaluator = _evaluator_of(name) if evaluation else ""
+        _check_one(name, read_needs(cfg, train=False, evaluator=evaluator), reference, hand_on=not train)
+
+
+def _evaluator_of(name: str) -> str:
+    """How the results on a data set are measured; as COCO does where it does not say."""
+    return MetadataCatalog.get(name).get("evaluator_type", None) or "coco"
 
 
 def _check_one(name: str, needs: Needs, reference: str, hand_on: bool, quiet: bool = False) -> None:
@@ -154,7 +167,7 @@ def _check_one(name: str, needs: Needs, reference: str, hand_on: bool, quiet: bo
         return
     begin = time.perf_counter()
     with _without_garbage_collection():
-        if path and metadata.get("evaluator_type", None) in COCO_EVALUATORS:
+        if path and _evaluator_of(name) in COCO_EVALUATORS:
             file = PathManager.get_local_path(path)
             content = read_json(file)
             check_coco_json(content, image_root, needs, findings)
@@ -196,9 +209,11 @@ def _load(name: str, findings: Findings) -> Any:
 def _check_names(metadata: Any, needs: Needs, reference: str, findings: Findings) -> None:
     """Checks the lists of names that a data set has in its metadata once it is loaded."""
     names, stuff = metadata.get("thing_classes", None), metadata.get("stuff_classes", None)
-    if needs.coco_evaluation and names is None:
-        way = f"MetadataCatalog.get({metadata.name!r}).thing_classes = [...]"
-        findings.errors.append(f"it has no names of categories, which evaluation needs: {way}")
+    for key in needs.reads.names:
+        if metadata.get(key, None) is None:
+            what = "names of categories" if key == "thing_classes" else f"{key} in its metadata"
+            way = f"MetadataCatalog.get({metadata.name!r}).{key} = {'[...]' if key.endswith('classes') else '...'}"
+            findings.errors.append(f"it has no {what}, which evaluation needs: {way}")
     if needs.train and needs.keypoints:
         _check_keypoint_names(metadata, needs, findings)
     check_number_of_classes(needs, {"thing_classes": names, "stuff_classes": stuff}, findings)

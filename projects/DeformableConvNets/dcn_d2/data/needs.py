@@ -20,11 +20,39 @@ CLASSES = {
 }
 
 
+class Reads(NamedTuple):
+    """What an evaluator reads of a data set once it is loaded."""
+
+    names: tuple[str, ...]  # keys of its metadata
+    fields: tuple[str, ...]  # keys of each image
+    annotations: tuple[str, ...] = ()  # of "masks" and "keypoints": what it reads of annotations besides boxes
+
+
+_COCO = ("image_id", "width", "height")
+_IDS = ("stuff_dataset_id_to_contiguous_id", "thing_dataset_id_to_contiguous_id")
+
+# What the evaluators read, by the `evaluator_type` in a data set's metadata.
+EVALUATORS = {
+    "coco": Reads(("thing_classes",), _COCO, ("masks", "keypoints")),
+    "coco_panoptic_seg": Reads(
+        ("thing_classes", "stuff_classes", "ignore_label", *_IDS),
+        (*_COCO, "sem_seg_file_name"),
+        ("masks", "keypoints"),
+    ),
+    "sem_seg": Reads(("stuff_classes", "ignore_label"), ("sem_seg_file_name",)),
+    "lvis": Reads(("thing_classes",), ("image_id",), ("masks",)),
+    "pascal_voc": Reads(("thing_classes", "split", "year"), ("image_id",)),
+    "cityscapes_instance": Reads(("thing_classes",), ()),
+    "cityscapes_sem_seg": Reads(("stuff_classes",), ()),
+}
+COCO_EVALUATORS = ("coco", "coco_panoptic_seg")  # those that read COCO's annotations of objects in `json_file`
+
+
 class Needs(NamedTuple):
     """What a config asks of one data set. The same needs of the same data give the same findings."""
 
     train: bool  # it is for training and not for tests
-    coco_evaluation: bool  # it is for tests whose results COCO's evaluation measures
+    evaluator: str  # one of `EVALUATORS`; "" if it is for training, or measured in another way
     classes: tuple[tuple[str, int, str], ...]  # (config key, its value, key of the metadata)
     annotations: bool  # objects with boxes
     masks: bool
@@ -34,13 +62,26 @@ class Needs(NamedTuple):
     min_keypoints: int  # images with fewer are left out of the training
 
     @property
+    def coco_evaluation(self) -> bool:
+        """Whether it is for tests whose results COCO's evaluation measures."""
+        return self.evaluator in COCO_EVALUATORS
+
+    @property
+    def reads(self) -> Reads:
+        """What the evaluator reads."""
+        return EVALUATORS.get(self.evaluator, Reads((), ()))
+
+    @property
     def things(self) -> tuple[str, int] | None:
         """The key of the number of object classes and its value."""
         return next(((key, number) for key, number, field in self.classes if field == "thing_classes"), None)
 
 
-def read_needs(cfg: CfgNode, train: bool, coco_evaluation: bool = True) -> Needs:
-    """What `cfg` asks of its data sets for training, or for tests."""
+def read_needs(cfg: CfgNode, train: bool, evaluator: str = "coco") -> Needs:
+    """What `cfg` asks of its data sets for training, or for tests that one of `EVALUATORS` measures.
+
+    Any other `evaluator` reads nothing that is known.
+    """
     model = cfg.MODEL.META_ARCHITECTURE
     heads = CLASSES.get(model, {model.upper(): "thing_classes"})
     classes = tuple(
@@ -49,13 +90,16 @@ def read_needs(cfg: CfgNode, train: bool, coco_evaluation: bool = True) -> Needs
         if "NUM_CLASSES" in cfg.MODEL.get(head, {})
     )
     with_heads = "ROI_HEADS" in heads
-    keypoints = cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS if with_heads and cfg.MODEL.KEYPOINT_ON else 0
+    evaluator = "" if train or evaluator not in EVALUATORS else evaluator
+    read = EVALUATORS[evaluator].annotations if evaluator else ("masks", "keypoints")
+    with_keypoints = with_heads and cfg.MODEL.KEYPOINT_ON and "keypoints" in read
+    keypoints = cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS if with_keypoints else 0
     return Needs(
         train=train,
-        coco_evaluation=coco_evaluation and not train,
+        evaluator=evaluator,
         classes=classes,
         annotations=model != "SemanticSegmentor",
-        masks=with_heads and cfg.MODEL.MASK_ON,
+        masks=with_heads and cfg.MODEL.MASK_ON and "masks" in read,
         mask_format=cfg.INPUT.MASK_FORMAT,
         keypoints=keypoints,
         drops_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,

@@ -41,11 +41,11 @@ def _check_images(records: Sequence[Record], needs: Needs, findings: Findings) -
 
     nameless = [i for i, record in enumerate(records) if not isinstance(record.get("file_name"), (str, os.PathLike))]
     usable = not report(nameless, "images have no 'file_name'")
-    if needs.coco_evaluation:
-        for key in ("image_id", "width", "height"):
+    if needs.evaluator:
+        for key in needs.reads.fields:
             missing = [index for index, record in enumerate(records) if record.get(key) is None]
             usable &= not report(missing, f"images have no '{key}', which evaluation needs")
-        if usable:
+        if usable and "image_id" in needs.reads.fields:
             identities = Counter(str(record["image_id"]) for record in records)
             twice = [i for i, record in enumerate(records) if identities[str(record["image_id"])] > 1]
             report(twice, "images share their 'image_id' with another")

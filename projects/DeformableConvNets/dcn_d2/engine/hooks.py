@@ -8,6 +8,7 @@ from typing import Any
 from detectron2.engine import HookBase, hooks
 from detectron2.utils import comm
 
+from ..evaluation import without_augmentation
 from .stopping import TrainingStopped
 
 
@@ -25,9 +26,20 @@ class StopHook(HookBase):
 
 
 class EvalHook(hooks.EvalHook):
-    """Detectron2's hook, except that a signal ends it at once: clusters do not wait for an evaluation on COCO."""
+    """Detectron2's hook, except that a signal ends it at once: clusters do not wait for an evaluation on COCO.
+
+    Test-time augmentation (TEST.AUG), which takes many times as long, is for the evaluation after training only.
+    """
 
     trainer: Any
+
+    def after_step(self) -> None:
+        cfg = self.trainer.cfg
+        self.trainer.cfg = without_augmentation(cfg)  # the evaluation reads it
+        try:
+            super().after_step()
+        finally:
+            self.trainer.cfg = cfg
 
     def _do_eval(self) -> None:
         stop = self.trainer.stop

@@ -15,7 +15,7 @@ from detectron2.config import CfgNode
 from detectron2.data import build_detection_test_loader, build_detection_train_loader
 from detectron2.engine import DefaultTrainer, create_ddp_model
 from detectron2.engine.train_loop import AMPTrainer, SimpleTrainer, TrainerBase
-from detectron2.evaluation import COCOEvaluator
+from detectron2.evaluation import DatasetEvaluator
 from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
 from torch import nn
@@ -24,6 +24,16 @@ from ..checkpoint import DCNCheckpointer
 from ..config import add_dcn_keys, check_config, with_dcn_keys
 from ..data.checks import advise_on_data, check_data, check_data_sets
 from ..data.mapper import DCNDatasetMapper
+from ..evaluation import (
+    Results,
+    add_augmented,
+    build_augmented_model,
+    build_evaluator,
+    check_augmentation,
+    check_evaluators,
+    check_expected_results,
+    is_augmented,
+)
 from . import checks, folder
 from .logs import log_to
 from .loop import StoppableTrainer
@@ -90,9 +100,9 @@ class DCNTrainer(StoppableTrainer):
             checks.check_batch_size(cfg)
         elif not cfg.DATASETS.TEST:
             raise ValueError("DATASETS.TEST is empty: nothing to evaluate (is --config-file missing?)")
-        checks.check_expected_results(cfg)
+        check_expected_results(cfg)
         if cls._is_ours("test"):
-            checks.check_no_augmentation(cfg)
+            check_augmentation(cfg)
         cls._check_evaluators(cfg)
         tests = cls._is_ours("build_test_loader")
         check_data_sets([*(cfg.DATASETS.TRAIN if trains else ()), *(cfg.DATASETS.TEST if tests else ())])
@@ -114,7 +124,7 @@ class DCNTrainer(StoppableTrainer):
             cfg,
             train=train and cls._is_ours("build_train_loader"),
             test=cls._is_ours("build_test_loader"),
-            coco_evaluation=cls._is_ours("build_evaluator"),
+            evaluation=cls._is_ours("build_evaluator"),
         )
         methods = ("build_train_loader", "build_test_loader", "build_evaluator")
         advise_on_data(cfg, train, [name for name in methods if not cls._is_ours(name)])
@@ -122,8 +132,7 @@ class DCNTrainer(StoppableTrainer):
     @classmethod
     def _check_evaluators(cls, cfg: CfgNode) -> None:
         if cls._is_ours("build_evaluator"):
-            checks.check_evaluators(cfg.DATASETS.TEST)
-            checks.check_keypoint_sigmas(cfg)
+            check_evaluators(cfg, cfg.DATASETS.TEST)
 
     @classmethod
     def _is_ours(cls, name: str) -> bool:
@@ -257,21 +266,42 @@ class DCNTrainer(StoppableTrainer):
 
     @classmethod
     def test(cls, cfg: CfgNode, model: nn.Module, evaluators: Any = None) -> dict[str, Any]:
-        """Evaluates a model, as `DefaultTrainer.test` does."""
-        checks.check_no_augmentation(cfg)
+        """Evaluates a model, as `DefaultTrainer.test` does, and with TEST.AUG.ENABLED again with augmentation.
+
+        Args:
+            cfg: with DATASETS.TEST.
+            model: with its weights.
+            evaluators: one for each data set; None builds them.
+
+        Returns:
+            {task: {metric: value}} of a single data set, {data set: {task: {metric: value}}} of several. The outer keys
+            of results with augmentation end with "_TTA".
+        """
+        augment = cfg.TEST.AUG.ENABLED and len(cfg.DATASETS.TEST) > 0 and not is_augmented(model)
+        if augment:
+            check_augmentation(cfg)
         if evaluators is None and cfg.DATASETS.TEST:
             cls._check_evaluators(cfg)
             cls.check_data(cfg, train=False)
-        return super().test(cfg, model, evaluators)
+        results = Results(super().test(cfg, model, evaluators))
+        return add_augmented(results, cls._test_augmented(cfg, model, evaluators)) if augment else results
 
     @classmethod
-    def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> COCOEvaluator:
-        """Gives COCO's evaluation of all that the model predicts; it writes into OUTPUT_DIR/inference/<data set>."""
-        checks.check_evaluators([dataset_name])
-        tasks = {"bbox": True, "segm": cfg.MODEL.MASK_ON, "keypoints": cfg.MODEL.KEYPOINT_ON}
-        return COCOEvaluator(
-            dataset_name,
-            tasks=[task for task, predicted in tasks.items() if predicted],
-            kpt_oks_sigmas=cfg.TEST.KEYPOINT_OKS_SIGMAS,
-            output_dir=str(Path(cfg.OUTPUT_DIR) / "inference" / dataset_name),
-        )
+    def _test_augmented(cls, cfg: CfgNode, model: nn.Module, evaluators: Any) -> dict[str, Any]:
+        """Evaluates with test-time augmentation; it writes into OUTPUT_DIR/inference_TTA/<data set>."""
+        logger.info("evaluating with test-time augmentation (TEST.AUG)")
+        if evaluators is None:
+            folder, ours = Path(cfg.OUTPUT_DIR) / "inference_TTA", cls._is_ours("build_evaluator")
+            evaluators = [
+                build_evaluator(cfg, name, folder / name) if ours else cls.build_evaluator(cfg, name)
+                for name in cfg.DATASETS.TEST
+            ]
+        return super().test(cfg, build_augmented_model(cfg, model), evaluators)
+
+    @classmethod
+    def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
+        """Gives the evaluator of the data set's type, which writes into OUTPUT_DIR/inference/<data set>.
+
+        `dcn_d2.evaluation.build_evaluator` says which types there are.
+        """
+        return build_evaluator(cfg, dataset_name, Path(cfg.OUTPUT_DIR) / "inference" / dataset_name)

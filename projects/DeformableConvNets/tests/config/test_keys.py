@@ -32,6 +32,8 @@ def test_defaults_leave_detectron2_as_it_is() -> None:
         cfg.INPUT["RESIZE_WITH"],
         cfg.SOLVER["REFERENCE_IMS_PER_BATCH"],
         cfg.SOLVER["OFFSET_LR_FACTOR"],
+        cfg.TEST["COCO_EVAL"],
+        cfg.TEST["PANOPTIC_QUALITY"],
     )
     assert cfg == plain
 

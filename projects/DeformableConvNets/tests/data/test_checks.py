@@ -411,7 +411,7 @@ def test_annotation_files_for_tests_need_what_cocos_evaluation_reads(data: Data,
     assert f"my_val.json): 1 of 3 annotations have no '{key}', which COCO's evaluation reads: id 12 of image 2" in told
     if key in ("iscrowd", "area"):
         check_data(config("my_val"), train=True)  # the training reads none of them
-        check_data(config("", "my_val", *MASKS), train=False, coco_evaluation=False)  # nor may other measures
+        check_data(config("", "my_val", *MASKS), train=False, evaluation=False)  # nor may other measures
     check_data(config("", "my_val", *MASKS), train=False, test=False)
 
 
