@@ -267,8 +267,8 @@ def test_mistakes_that_only_loading_shows_end_in_a_line(run: Run, tmp_path: Path
         (["--eval-only"], r"heads are not trained: MODEL.WEIGHTS is empty"),
         (["SOLVER.CHECKPOINT_PERIOD", "0"], "SOLVER.CHECKPOINT_PERIOD must be a whole number of at least 1"),
         (
-            ["TEST.AUG.ENABLED", "True", "MODEL.LOAD_PROPOSALS", "True"],
-            "TEST.AUG.ENABLED is True, but .* LOAD_PROPOSALS",
+            ["TEST.AUG.ENABLED", "True", "MODEL.KEYPOINT_ON", "True"],
+            "TEST.AUG.ENABLED is True, but .*KEYPOINT_ON",
         ),
         (["OUTPUT_DIR", "/proc/nothing"], "OUTPUT_DIR /proc/nothing cannot be written"),
     ],

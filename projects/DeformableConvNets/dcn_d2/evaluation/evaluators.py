@@ -7,19 +7,21 @@ import os
 
 from detectron2.config import CfgNode
 from detectron2.evaluation import (
-    CityscapesInstanceEvaluator,
-    CityscapesSemSegEvaluator,
     COCOPanopticEvaluator,
     DatasetEvaluator,
     DatasetEvaluators,
     PascalVOCDetectionEvaluator,
-    SemSegEvaluator,
 )
 
+from .any_numpy import (
+    CityscapesInstanceEvaluatorForAnyNumPy,
+    CityscapesSemSegEvaluatorForAnyNumPy,
+    LVISEvaluatorForAnyNumPy,
+    SemSegEvaluatorForAnyNumPy,
+)
 from .checks import check_evaluators
 from .coco import build_coco_evaluator
 from .kinds import measures_panoptic_quality, type_of
-from .lvis import LVISEvaluatorForAnyNumPy
 from .outputs import BOXES, KEYPOINTS, MASKS, PROPOSALS, outputs_of
 
 
@@ -45,12 +47,12 @@ def build_evaluator(cfg: CfgNode, dataset_name: str, output_folder: str | os.Pat
     if kind == "pascal_voc":
         return PascalVOCDetectionEvaluator(dataset_name)
     if kind == "cityscapes_instance":
-        return CityscapesInstanceEvaluator(dataset_name)
+        return CityscapesInstanceEvaluatorForAnyNumPy(dataset_name)
     if kind == "cityscapes_sem_seg":
-        return CityscapesSemSegEvaluator(dataset_name)
+        return CityscapesSemSegEvaluatorForAnyNumPy(dataset_name)
     evaluators: list[DatasetEvaluator] = []
     if kind in ("sem_seg", "coco_panoptic_seg"):
-        evaluators.append(SemSegEvaluator(dataset_name, output_dir=folder))
+        evaluators.append(SemSegEvaluatorForAnyNumPy(dataset_name, folder))
     if kind in ("coco", "coco_panoptic_seg"):
         evaluators.append(build_coco_evaluator(cfg, dataset_name, _tasks(cfg), folder))
     if measures_panoptic_quality(cfg, dataset_name):
