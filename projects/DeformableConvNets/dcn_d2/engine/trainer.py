@@ -103,9 +103,9 @@ class DCNTrainer(StoppableTrainer):
         check_expected_results(cfg)
         if cls._is_ours("test"):
             check_augmentation(cfg)
-        cls._check_evaluators(cfg)
         tests = cls._is_ours("build_test_loader")
         check_data_sets([*(cfg.DATASETS.TRAIN if trains else ()), *(cfg.DATASETS.TEST if tests else ())])
+        cls._check_evaluators(cfg)
 
     @classmethod
     def check_data(cls, cfg: CfgNode, train: bool = True) -> None:

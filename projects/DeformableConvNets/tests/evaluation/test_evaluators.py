@@ -29,7 +29,7 @@ from ..slim import slim_config
 from .sets import CLASSES, IMAGES, Sets, perfect_instances, scores_of, segments_of
 
 
-def config(name: str, *keys: Any, folder: Path | str = "") -> CfgNode:
+def config(name: str, *keys: Any, folder: Path | str = "unused") -> CfgNode:
     cfg = slim_config()
     sets = ["DATASETS.TEST", (name,), "DATASETS.TRAIN", (), "MODEL.ROI_HEADS.NUM_CLASSES", 2]
     cfg.merge_from_list([*sets, "OUTPUT_DIR", str(folder), *keys])
