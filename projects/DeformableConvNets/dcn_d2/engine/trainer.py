@@ -24,7 +24,10 @@ from ..checkpoint import DCNCheckpointer
 from ..config import add_dcn_keys, check_config, with_dcn_keys
 from ..data.checks import advise_on_data, check_data, check_data_sets
 from ..data.mapper import DCNDatasetMapper
+from ..data.own import register_own_data
+from ..data.own.evaluation import FileOrderEvaluator
 from . import checks, folder
+from .class_names import class_names_of
 from .logs import log_to
 from .loop import StoppableTrainer
 from .machine import fit_to_machine, scale_learning_rate
@@ -67,7 +70,9 @@ class DCNTrainer(StoppableTrainer):
         model = create_ddp_model(model, broadcast_buffers=False, **({"device_ids": None} if on_cpu else {}))
         self._trainer = (AMPTrainer if cfg.SOLVER.AMP.ENABLED else SimpleTrainer)(model, loader, optimizer)
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
-        self.checkpointer = DCNCheckpointer(model, cfg.OUTPUT_DIR, fine_tune=True, trainer=weakref.proxy(self))
+        self.checkpointer = DCNCheckpointer(
+            model, cfg.OUTPUT_DIR, fine_tune=True, class_names=class_names_of(cfg), trainer=weakref.proxy(self)
+        )
         self.start_iter = 0
         self.max_iter = cfg.SOLVER.MAX_ITER
         self.cfg = cfg
@@ -84,6 +89,7 @@ class DCNTrainer(StoppableTrainer):
         Raises:
             ValueError, FileNotFoundError: The message names the key or the data set.
         """
+        register_own_data(cfg)
         trains = train and cls._is_ours("build_train_loader")
         check_config(cfg, training=trains)
         if train:
@@ -259,6 +265,7 @@ class DCNTrainer(StoppableTrainer):
     def test(cls, cfg: CfgNode, model: nn.Module, evaluators: Any = None) -> dict[str, Any]:
         """Evaluates a model, as `DefaultTrainer.test` does."""
         checks.check_no_augmentation(cfg)
+        register_own_data(cfg)
         if evaluators is None and cfg.DATASETS.TEST:
             cls._check_evaluators(cfg)
             cls.check_data(cfg, train=False)
@@ -269,7 +276,7 @@ class DCNTrainer(StoppableTrainer):
         """Gives COCO's evaluation of all that the model predicts; it writes into OUTPUT_DIR/inference/<data set>."""
         checks.check_evaluators([dataset_name])
         tasks = {"bbox": True, "segm": cfg.MODEL.MASK_ON, "keypoints": cfg.MODEL.KEYPOINT_ON}
-        return COCOEvaluator(
+        return FileOrderEvaluator(
             dataset_name,
             tasks=[task for task, predicted in tasks.items() if predicted],
             kpt_oks_sigmas=cfg.TEST.KEYPOINT_OKS_SIGMAS,
