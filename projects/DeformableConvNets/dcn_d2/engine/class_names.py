@@ -28,16 +28,15 @@ def class_names_of(cfg: CfgNode) -> list[str]:
     return []
 
 
-def metadata_of(cfg: CfgNode, trained_names: Sequence[str]) -> Metadata:
+def metadata_of(cfg: CfgNode, names: Sequence[str]) -> Metadata:
     """Gives what a `Visualizer` needs to draw a model's output: that of its test data, with its own names of classes.
 
     Args:
         cfg: of the model.
-        trained_names: what its weights say about themselves; [] if they say nothing.
+        names: of its classes; [] if neither its config nor its weights say them.
     """
     registered = MetadataCatalog.get(cfg.DATASETS.TEST[0]) if cfg.DATASETS.TEST else Metadata()
-    names = list(cfg.DATASETS.get("CLASS_NAMES", ())) or list(trained_names)
-    if not names or list(registered.get("thing_classes", None) or ()) == names:
+    if not names or list(registered.get("thing_classes", None) or ()) == list(names):
         return registered
     kept = {key: registered.get(key) for key in ("keypoint_names", "keypoint_flip_map") if registered.get(key, None)}
-    return Metadata(thing_classes=names, **kept)
+    return Metadata(thing_classes=list(names), **kept)

@@ -31,7 +31,8 @@ class DCNPredictor(DefaultPredictor):
     - An input that is not an image is refused.
     - `DCNCheckpointer` reads MODEL.WEIGHTS: as data only. It converts files of MMDetection, and refuses weights that do
       not fit the model, with a list.
-    - `metadata.thing_classes` names the classes as the config or the weights say, also where the data are not.
+    - `class_names` are those that the config (DATASETS.CLASS_NAMES) or the weights say, [] if they say none. `metadata`
+      has them too, also where the data are not.
     - Without a GPU it runs on the CPU, as the trainer does.
 
     Args:
@@ -51,7 +52,8 @@ class DCNPredictor(DefaultPredictor):
         self.model = build_model(self.cfg).eval()
         checkpointer = DCNCheckpointer(self.model, class_names=cfg.DATASETS.get("CLASS_NAMES", ()))
         (checkpointer.load if untrained else checkpointer.load_trained)(cfg.MODEL.WEIGHTS)
-        self.metadata = metadata_of(cfg, checkpointer.trained_names)
+        self.class_names = list(cfg.DATASETS.get("CLASS_NAMES", ())) or list(checkpointer.trained_names)
+        self.metadata = metadata_of(cfg, self.class_names)
         (self.aug,) = build_augmentation(cfg, is_train=False)
         self.input_format = cfg.INPUT.FORMAT
 

@@ -61,10 +61,12 @@ def read_own_file(argument: str, json_file: str, image_root: str, needs: Needs) 
     own = OwnFile(argument, json_file, image_root, content)
     names = own.names
     if twice := [name for name, number in Counter(names).items() if number > 1]:
-        findings.errors.append(f"several categories have the same name: {list_names(twice)}. Give each its own")
+        raise ValueError(
+            f"{findings.subject}: several categories are called {list_names(twice)}: give each its own name"
+        )
     if bad := [name for name in names if not name.strip() or not name.isprintable()]:
-        findings.errors.append(f"names of categories are empty or not printable: {', '.join(map(repr, bad[:8]))}")
-    findings.refuse()
+        listed = ", ".join(map(repr, bad[:8]))
+        raise ValueError(f"{findings.subject}: names of categories are empty or not printable: {listed}")
     return own
 
 
