@@ -40,7 +40,7 @@ def check_class_names(ours: Sequence[str], theirs: Sequence[str], origin: str, *
     both = f"{origin} is of a model with the classes {_listed(theirs)}, but here the classes are {_listed(ours)}"
     moved = [name for name in ours if name in theirs and theirs.index(name) != ours.index(name)]
     if resume:
-        raise ValueError(f"{both}: a run goes on only with the data it began with. Take another OUTPUT_DIR")
+        raise ValueError(f"{both}: a run goes on only with the classes it began with. Take another OUTPUT_DIR")
     if moved:
         first = moved[0]
         raise ValueError(

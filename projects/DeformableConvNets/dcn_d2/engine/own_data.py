@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -15,8 +16,8 @@ from typing import Any
 from detectron2.config import CfgNode
 from detectron2.utils.file_io import PathManager
 
-from ..checkpoint.class_names import peek_class_names
-from ..checkpoint.files import write_atomically
+from ..checkpoint.class_names import check_class_names, peek_class_names
+from ..checkpoint.files import CorruptCheckpointError, write_atomically
 from ..config.access import value_of
 from ..data.findings import show
 from ..data.needs import list_names, read_needs
@@ -59,6 +60,8 @@ def use_own_data(args: Namespace, cfg: CfgNode) -> list[str]:
         test = _read_files(args, "test", cfg)
     notes += _refuse_and_note_shared_images(train, test)
     names = check_same_classes(train) if train else _names_without_training_data(args, cfg, test)
+    if args.resume:
+        _refuse_other_run(cfg.OUTPUT_DIR, names)
     for file in test:
         notes += match_classes(file, names)
     notes += _describe_classes(train, names)
@@ -143,6 +146,14 @@ def _refuse_and_note_shared_images(train: Sequence[OwnFile], test: Sequence[OwnF
         first = show(min(shared))
         return [f"{len(shared)} images are both for training and for tests, such as {first}: AP will be too high"]
     return []
+
+
+def _refuse_other_run(output_dir: str, names: Sequence[str]) -> None:
+    """Refuses to go on with a run of other classes, before anything of it is overwritten."""
+    for checkpoint in folder.find_checkpoints(output_dir)[-1:]:
+        path = os.path.join(output_dir, checkpoint)
+        with contextlib.suppress(OSError, CorruptCheckpointError):  # resuming will say so, or take an earlier one
+            check_class_names(names, peek_class_names(path), path, resume=True)
 
 
 def _names_without_training_data(args: Namespace, cfg: CfgNode, test: Sequence[OwnFile]) -> list[str]:
