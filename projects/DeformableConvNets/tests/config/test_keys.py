@@ -33,6 +33,8 @@ def test_defaults_leave_detectron2_as_it_is() -> None:
         cfg.SOLVER["REFERENCE_IMS_PER_BATCH"],
         cfg.SOLVER["OFFSET_LR_FACTOR"],
     )
+    for key in ("OWN", "CLASS_NAMES", "KEYPOINT_NAMES", "KEYPOINT_FLIP_MAP"):
+        assert cfg.DATASETS.pop(key) == ()
     assert cfg == plain
 
 
