@@ -126,11 +126,12 @@ class Names(NamedTuple):
     truth: list[str]
 
 
-def find_names(args: argparse.Namespace, cfg: CfgNode) -> Names:
+def find_names(args: argparse.Namespace, predictor: DCNPredictor) -> Names:
     """Gives the names of classes for detections and for ground truth."""
     from detectron2.data import MetadataCatalog
 
-    model = class_names(args, cfg)
+    cfg = predictor.cfg
+    model = predictor.class_names or class_names(args, cfg)
     drawn = "" if args.input else args.dataset or cfg.DATASETS.TEST[0]
     return Names(model, list(MetadataCatalog.get(drawn).get("thing_classes", [])) or model if drawn else model)
 
@@ -352,7 +353,8 @@ def prepare(args: argparse.Namespace) -> tuple[list[dict[str, Any]], PictureFold
     folder = PictureFolder(args.output, read)
     if not cfg.MODEL.WEIGHTS:
         raise ValueError("no weights are given: --weights FILE names those of a trained model")
-    return samples, folder, DCNPredictor(cfg), find_names(args, cfg)
+    predictor = DCNPredictor(cfg)
+    return samples, folder, predictor, find_names(args, predictor)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -36,6 +36,7 @@ def read_job(args: argparse.Namespace) -> CfgNode:
 
     from dcn_d2.engine import DCNTrainer, check_single_start, folder, load_config
     from dcn_d2.engine.checks import check_weights_exist
+    from dcn_d2.engine.own_data import use_own_data
 
     check_single_start(args.num_machines)
     cfg = load_config(args.config_file, args.opts)
@@ -44,6 +45,7 @@ def read_job(args: argparse.Namespace) -> CfgNode:
     if not args.eval_only and args.machine_rank == 0:
         folder.check_unlocked(cfg.OUTPUT_DIR)
         folder.check_start(cfg, args.resume, args.overwrite)
+    args.notes = use_own_data(args, cfg)
     DCNTrainer.check(cfg, train=not args.eval_only)
     if not args.eval_only:
         folder.check_writable(cfg.OUTPUT_DIR)
@@ -116,10 +118,12 @@ def evaluate(args: argparse.Namespace, cfg: CfgNode) -> Any:
 
     from dcn_d2.checkpoint import DCNCheckpointer
     from dcn_d2.engine import DCNTrainer, setup
+    from dcn_d2.engine.class_names import class_names_of
 
     cfg = setup(args, cfg)
     model = DCNTrainer.build_model(cfg)
-    DCNCheckpointer(model, save_dir=cfg.OUTPUT_DIR).load_trained(cfg.MODEL.WEIGHTS, resume=args.resume)
+    checkpointer = DCNCheckpointer(model, save_dir=cfg.OUTPUT_DIR, class_names=class_names_of(cfg))
+    checkpointer.load_trained(cfg.MODEL.WEIGHTS, resume=args.resume)
     results = DCNTrainer.test(cfg, model)
     if comm.is_main_process():
         verify_results(cfg, results)

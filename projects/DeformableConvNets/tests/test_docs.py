@@ -197,10 +197,19 @@ def test_commands_in_the_documents_take_the_options_they_are_given(program: tupl
     assert not [option for option in options if not re.search(rf"(?<![\w-]){option}(?![\w-])", text)]
 
 
-def test_training_commands_in_the_documents_can_be_read(repository: Path) -> None:
+def test_training_commands_in_the_documents_can_be_read(
+    repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     found = [words for path in manuals() for words in command_lines(path.read_text()) if "train_net.py" in words]
     assert len(found) > 5
+    monkeypatch.chdir(tmp_path)
     for words in found:
+        for option, name in zip(words, words[1:]):  # arguments of data must exist
+            if option in ("--train-images", "--test-images"):
+                Path(name).mkdir(parents=True, exist_ok=True)
+            if option in ("--train-json", "--test-json"):
+                Path(name).parent.mkdir(parents=True, exist_ok=True)
+                Path(name).touch()
         train_net.parse_arguments(words[words.index("train_net.py") + 1 :])
 
 

@@ -9,6 +9,7 @@
     vocabulary, stand_ins
     weights                         a file of any kind -> checked weights
     download, path_handlers         values of MODEL.WEIGHTS -> local files
+    class_names                     how the classes of a file of weights are called
     checkpointer, fit, resuming     local files -> a model, and back
     __main__                        `python -m dcn_d2.checkpoint`, which converts a file by hand
 

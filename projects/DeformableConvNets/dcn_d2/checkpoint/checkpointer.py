@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,11 +12,13 @@ from detectron2.checkpoint import DetectionCheckpointer
 from fvcore.common.checkpoint import Checkpointer
 from torch import nn
 
+from .class_names import check_class_names, describe_fine_tuning
 from .files import CorruptCheckpointError, remove_leftovers, write_atomically
 from .fit import OPTIONAL, Fit, model_state, unwrap_module
 from .mmdet import unwrap_name
 from .names import shown
 from .path_handlers import find_weights, register_path_handlers
+from .provenance import CLASS_NAMES, read_class_names
 from .resuming import SavedCheckpoints
 from .weights import as_data, check_weights, read_weights
 
@@ -45,16 +47,30 @@ class DCNCheckpointer(DetectionCheckpointer):
         fine_tune: allows heads, neck and offset branches to differ, for example in the number of classes, and the stem
             to take another number of image channels. What differs keeps its initial values, and the log lists it. This
             does not concern resuming, which is always exact.
+        class_names: the names of the model's classes, if they are known. They are saved with the model. Weights that
+            know theirs must not number these classes in another way; in fine-tuning the log says what differs.
         others: as in `DetectionCheckpointer`: `save_to_disk`, and what is saved besides the model.
 
     Attributes:
         initial: names of the model's entries that the last `load` left at their initial values.
+        trained_names: the names of classes that the last file says about itself; () if none.
     """
 
-    def __init__(self, model: nn.Module, save_dir: str = "", *, fine_tune: bool = False, **others: Any) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        save_dir: str = "",
+        *,
+        fine_tune: bool = False,
+        class_names: Sequence[str] = (),
+        **others: Any,
+    ) -> None:
         super().__init__(unwrap_module(model), save_dir, **others)
         register_path_handlers()
         self.fine_tune = fine_tune
+        self.class_names = list(class_names)
+        self.trained_names: tuple[str, ...] = ()
+        self._resuming = False  # a training goes on, whose names of classes must be the same
         self.initial: list[str] = []
         self._path = ""
         self._heuristics = False
@@ -63,6 +79,7 @@ class DCNCheckpointer(DetectionCheckpointer):
     def load(self, path: str, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Loads a file, as `DetectionCheckpointer` does, and sets `initial`."""
         path = os.fspath(path) if path else ""
+        self.trained_names = ()
         self._path = path  # for messages
         self.initial = [name for name in model_state(self.model) if not OPTIONAL.fullmatch(name)]
         if path:
@@ -125,11 +142,11 @@ class DCNCheckpointer(DetectionCheckpointer):
             return self.load(path, checkpointables=[])
         for problem in problems:
             self.logger.warning(f"{problem}: resuming from {file} instead")
-        fine_tune, self.fine_tune = self.fine_tune, False
+        fine_tune, self.fine_tune, self._resuming = self.fine_tune, False, self.fine_tune
         try:
             return self.load(file)
         finally:
-            self.fine_tune = fine_tune
+            self.fine_tune, self._resuming = fine_tune, False
 
     def has_checkpoint(self) -> bool:
         """Whether `save_dir` has a whole checkpoint to resume from."""
@@ -164,6 +181,7 @@ class DCNCheckpointer(DetectionCheckpointer):
         if os.path.basename(name) != name:
             raise ValueError(f"a checkpoint is called {name!r}, which is not the name of a file")
         data: dict[str, Any] = {"model": model_state(self.model)}
+        data |= {CLASS_NAMES: self.class_names} if self.class_names else {}
         data |= {key: value.state_dict() for key, value in self.checkpointables.items()}
         data = {key: as_data(value, key) for key, value in (data | kwargs).items()}
         self._check(data["model"], f"the checkpoint {name}")
@@ -193,9 +211,14 @@ class DCNCheckpointer(DetectionCheckpointer):
 
     def _load_file(self, filename: str) -> dict[str, Any]:
         checkpoint = read_weights(filename)
+        self.trained_names = read_class_names(checkpoint)
         if self._heuristics:
             checkpoint["matching_heuristics"] = True
         self._check(checkpoint["model"], self._path, heuristics=bool(checkpoint.get("matching_heuristics")))
+        if not self.fine_tune:
+            check_class_names(self.class_names, self.trained_names, self._path, resume=self._resuming)
+        elif note := describe_fine_tuning(self.class_names, self.trained_names):
+            self.logger.info(f"fine-tuning from {self._path}: {note}")
         return checkpoint
 
     def _check(self, weights: Mapping[str, Any], origin: str, heuristics: bool = False) -> None:

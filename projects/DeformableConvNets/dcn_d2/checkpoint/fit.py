@@ -12,6 +12,7 @@ import torch
 from detectron2.layers import FrozenBatchNorm2d
 from torch import nn
 
+from .heads import describe_replaced_heads
 from .mmdet import unwrap_name
 from .names import CONSTANTS, COUNTERS, shown
 
@@ -97,6 +98,8 @@ class Fit:
         if fatal:
             raise ValueError(_listed(f"{self.origin} does not fit the model", fatal))
         if problems:
+            for line in describe_replaced_heads(self.model, model_state(self.model), weights, problems):
+                logger.warning(f"fine-tuning from {self.origin}: {line}")
             fate = "what does not fit is left out, and the model's entries keep their initial values"
             logger.warning(_listed(f"fine-tuning from {self.origin}: {fate}", problems))
 

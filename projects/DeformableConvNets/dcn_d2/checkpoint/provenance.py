@@ -14,6 +14,8 @@ from .torchvision import convert_torchvision_resnet, is_torchvision_resnet
 
 logger = logging.getLogger(__name__)
 
+CLASS_NAMES = "class_names"  # the entry of a file of `DCNCheckpointer` that holds the names of its classes
+
 
 class Provenance(Enum):
     """The makers whose files dcn_d2 converts; the value is the maker's name in messages."""
@@ -70,6 +72,21 @@ def convert_checkpoint(checkpoint: Mapping[str, Any], origin: str) -> dict[str, 
         f"{f'its first entries are {first}' if first else 'it has no entries'}. A file of Detectron2 needs no "
         "conversion, and no mmdet:// before its path"
     )
+
+
+def read_class_names(checkpoint: Mapping[str, Any]) -> tuple[str, ...]:
+    """Gives the names of classes that a file says about itself, those of `DCNCheckpointer` and MMDetection; () if none.
+
+    Args:
+        checkpoint: the whole content of the file, before its weights are taken out.
+    """
+    meta = [part for key in ("meta", "dataset_meta") if isinstance(part := checkpoint.get(key), Mapping)]
+    meta += [part for one in meta if isinstance(part := one.get("dataset_meta"), Mapping)]
+    found = [checkpoint.get(CLASS_NAMES), *(one.get(key) for one in meta for key in ("CLASSES", "classes"))]
+    for names_there in found:
+        if isinstance(names_there, (list, tuple)) and all(isinstance(name, str) for name in names_there):
+            return tuple(names_there)
+    return ()
 
 
 def warn_of_v1(provenance: Provenance | None, origin: str) -> None:

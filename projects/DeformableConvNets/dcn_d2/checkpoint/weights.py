@@ -12,7 +12,7 @@ import torch
 
 from .mmdet import unwrap_state_dict
 from .names import shown
-from .provenance import convert_checkpoint, recognise, warn_of_v1
+from .provenance import CLASS_NAMES, convert_checkpoint, read_class_names, recognise, warn_of_v1
 from .reader import read_checkpoint
 
 
@@ -21,7 +21,7 @@ def read_weights(path: str) -> dict[str, Any]:
 
     Returns:
         What Detectron2's checkpointer expects: "model", and where there are any "matching_heuristics", "__author__",
-        and what training has left. Detectors of MMDetection and ResNets of torchvision are converted.
+        "class_names", and what training has left. Detectors of MMDetection and ResNets of torchvision are converted.
 
     Raises:
         ValueError, OSError: As `read_checkpoint`. Or the file has MMDetection's names but is not one of its detectors.
@@ -36,9 +36,8 @@ def read_weights(path: str) -> dict[str, Any]:
         return {"model": weights, "__author__": "Caffe2", "matching_heuristics": True}
     weights = _unwrap(checkpoint, path)
     if provenance := recognise(weights):
-        converted = convert_checkpoint(weights, path)
         warn_of_v1(provenance, path)
-        return converted
+        return _with_class_names(convert_checkpoint(weights, path), checkpoint)
     if isinstance(checkpoint.get("model"), Mapping):
         return checkpoint | {"model": weights}
     return {"model": weights}
@@ -50,7 +49,16 @@ def convert_file(path: str) -> dict[str, Any]:
     Raises:
         ValueError, OSError: As `read_checkpoint`, `check_weights` and `convert_checkpoint`.
     """
-    return convert_checkpoint(read_state_dict(path), path)
+    checkpoint = read_checkpoint(path)
+    weights = _unwrap(checkpoint, path)
+    check_weights(weights, path)
+    return _with_class_names(convert_checkpoint(weights, path), checkpoint)
+
+
+def _with_class_names(converted: dict[str, Any], checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+    """Gives a converted file the names of classes that the original says, if it says any."""
+    names = read_class_names(checkpoint)
+    return converted | ({CLASS_NAMES: list(names)} if names else {})
 
 
 def read_state_dict(path: str) -> dict[str, Any]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import argparse
 
+from .own_data import add_own_data_arguments, check_own_data_arguments
+
 # Points of AP: 0.1 for decoding and resizing images with other libraries than the publisher's, and 0.05 because the
 # published numbers are rounded.
 TOLERANCE = 0.15
@@ -13,6 +15,9 @@ EXAMPLES = """
 examples:
   train a row of the zoo on COCO, on 8 GPUs (COCO lies in the folder that DETECTRON2_DATASETS names):
     train_net.py --num-gpus 8 --config-file configs/faster_rcnn_R_50_FPN_1x_mdconv_c3-c5.yaml
+  train on your own data in COCO's format, from the detector that was trained on COCO:
+    train_net.py --config-file ... --train-json a.json --train-images DIR --test-json b.json --test-images DIR
+      --from-published --epochs 12 OUTPUT_DIR output/mine
   go on after an interruption (Ctrl-C and SIGTERM leave a checkpoint):
     train_net.py --resume --num-gpus 8 --config-file ...
   evaluate a model:
@@ -62,6 +67,7 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="URL",
         help="address at which the processes meet; the default finds a free port on a single machine",
     )
+    add_own_data_arguments(parser)
     parser.add_argument("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="config values to override")
     return parser
 
@@ -87,6 +93,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     if not args.config_file and not args.opts:
         parser.error("--config-file FILE is needed (--help has examples)")
     args.eval_only |= args.published
+    check_own_data_arguments(parser, args)
     if args.overwrite and (args.resume or args.eval_only):
         parser.error("--overwrite starts a new training: leave out --resume, --eval-only and --published")
     return args

@@ -14,6 +14,7 @@ def add_dcn_keys(cfg: CN) -> None:
     _add_mmdetection_keys(cfg)
     _add_zoo_keys(cfg)
     _add_evaluation_keys(cfg)
+    _add_own_data_keys(cfg)
 
 
 def with_dcn_keys(cfg: CN) -> CN:
@@ -133,3 +134,19 @@ def _add_evaluation_keys(cfg: CN) -> None:
 
     # On panoptic data sets, measure panoptic quality (PQ), for which the package panopticapi must be installed.
     _add(cfg.TEST, "PANOPTIC_QUALITY", True)
+
+
+def _add_own_data_keys(cfg: CN) -> None:
+    """Keys of data in COCO's format that the config names itself. train_net.py --train-json sets them."""
+    # Data sets: [name, annotation file, folder of images] of each. DATASETS.TRAIN and DATASETS.TEST may then name them.
+    _add(cfg.DATASETS, "OWN", ())
+
+    # The names of the model's classes, in their order. The categories of DATASETS.OWN are matched with them by name.
+    # Empty: each file's own order counts.
+    _add(cfg.DATASETS, "CLASS_NAMES", ())
+
+    # The names of the keypoints of DATASETS.OWN, in the order of the annotations.
+    _add(cfg.DATASETS, "KEYPOINT_NAMES", ())
+
+    # Pairs of keypoints, [left, right], that change places when an image is flipped.
+    _add(cfg.DATASETS, "KEYPOINT_FLIP_MAP", ())

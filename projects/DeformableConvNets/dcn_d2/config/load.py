@@ -15,7 +15,7 @@ from .access import value_of
 from .checks import find_problems, raise_problems
 from .messages import ConfigError, nearest_key, shorten
 from .reader import read_config_file
-from .registration import add_dcn_config
+from .registration import add_dcn_config, register_own_data
 from .table import RULES
 
 # What yacs raises, and literal_eval, which it reads values with.
@@ -23,7 +23,7 @@ _ERRORS_OF_MERGING = (AssertionError, AttributeError, KeyError, MemoryError, Rec
 
 
 def load_config(config_file: str, opts: Sequence[Any] = (), check: bool = True) -> CfgNode:
-    """Reads a config with dcn_d2's keys, and registers everything of dcn_d2 with Detectron2.
+    """Reads a config with dcn_d2's keys, and registers everything of dcn_d2 and its DATASETS.OWN with Detectron2.
 
     Files are read as data: a YAML file from a stranger cannot run code.
 
@@ -46,6 +46,7 @@ def load_config(config_file: str, opts: Sequence[Any] = (), check: bool = True) 
         raise_problems(
             [(key, f"{origins[key]}: {message}" if key in origins else message) for key, message in find_problems(cfg)]
         )
+        register_own_data(cfg)
     return cfg
 
 

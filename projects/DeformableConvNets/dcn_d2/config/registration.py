@@ -34,3 +34,10 @@ def add_dcn_config(cfg: CfgNode) -> None:
     """
     register()
     add_dcn_keys(cfg)
+
+
+def register_own_data(cfg: CfgNode) -> None:
+    """Registers the data sets of DATASETS.OWN; see `dcn_d2.data.own.register_own_data`."""
+    from ..data import own
+
+    own.register_own_data(cfg)

@@ -43,6 +43,7 @@ names = several(name)
 some_names = several(name, least=1)
 lists_of_sizes = several(several(number(0, above=True), least=1), least=1)
 iou_labels = several(choice(-1, 0, 1), least=2)
+pairs_of_names, own_data = several(several(name, length=2)), several(several(name, length=3))
 
 # The keys of dcn_d2. A test compares this table with the keys that `add_dcn_config` adds.
 OUR_RULES: dict[str, Rule] = {
@@ -68,6 +69,10 @@ OUR_RULES: dict[str, Rule] = {
     "PUBLISHED.LOG": text,
     "PUBLISHED.BOX_AP": number(0, 100),
     "PUBLISHED.MASK_AP": number(0, 100),
+    "DATASETS.OWN": own_data,
+    "DATASETS.CLASS_NAMES": names,
+    "DATASETS.KEYPOINT_NAMES": names,
+    "DATASETS.KEYPOINT_FLIP_MAP": pairs_of_names,
 }
 
 

@@ -21,6 +21,7 @@ from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
 from detectron2.utils.logger import log_first_n
 
+from ..config.messages import nearest
 from .coco_json import check_coco_json, read_before, read_json
 from .findings import Findings, show
 from .image_files import check_image_files
@@ -50,18 +51,36 @@ def check_data_sets(names: Iterable[str]) -> None:
     """
     for name in names:
         if name not in DatasetCatalog:
-            raise ValueError(f"there is no data set {name!r}; registered are {', '.join(sorted(DatasetCatalog))}")
+            known = sorted(DatasetCatalog)
+            raise ValueError(
+                f"there is no data set {name!r}{nearest(name, known)}; registered are {', '.join(known)}. For your own "
+                "data: train_net.py --train-json FILE --train-images FOLDER"
+            )
         metadata = MetadataCatalog.get(name)
         for key, what in FILES.items():
             path = metadata.get(key, None)
             if path and not PathManager.exists(path):
-                root = os.environ.get("DETECTRON2_DATASETS")
                 raise FileNotFoundError(
                     f"data set {name}: its {what} are expected at {os.path.abspath(path)}, which does not exist. "
-                    "Detectron2 looks for data sets below the folder that the environment variable "
-                    f"DETECTRON2_DATASETS names (now {root if root else 'not set, so ./datasets'}); "
-                    "COCO, for example, as coco/annotations, coco/train2017 and coco/val2017 in that folder"
+                    f"{_where_data_are_looked_for(path, bool(metadata.get('own', False)))}"
                 )
+
+
+def _where_data_are_looked_for(path: str, own: bool) -> str:
+    """Says where the path of a data set comes from; `own` is whether from DATASETS.OWN."""
+    if own:
+        return (
+            "The config names it in DATASETS.OWN. If the data were moved, name them again: train_net.py --train-json "
+            "FILE --train-images FOLDER for training, --test-json and --test-images for tests"
+        )
+    root = os.environ.get("DETECTRON2_DATASETS")
+    if not os.path.abspath(path).startswith(os.path.abspath(root or "datasets") + os.sep):
+        return "It was registered with this path"
+    return (
+        "Detectron2 looks for data sets below the folder that the environment variable DETECTRON2_DATASETS names (now "
+        f"{root if root else 'not set, so ./datasets'}); COCO, for example, as coco/annotations, coco/train2017 and "
+        "coco/val2017 in that folder"
+    )
 
 
 def check_data(cfg: CfgNode, train: bool, test: bool = True, evaluation: bool = True) -> None:

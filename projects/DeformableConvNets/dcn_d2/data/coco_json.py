@@ -32,6 +32,8 @@ def read_json(path: str) -> Any:
             text = file.read()
         if not text or text.isspace():
             raise ValueError(f"{path} is empty ({size} bytes)")
+        if text.startswith("\ufeff"):
+            raise ValueError(f"{path} begins with a byte order mark (BOM): save it as UTF-8 without one")
         return json.loads(text)
     except json.JSONDecodeError as error:
         end = "; the file ends there, it may have been cut off" if error.pos >= len(error.doc.rstrip()) - 1 else ""
@@ -39,7 +41,8 @@ def read_json(path: str) -> Any:
             f"{path} ({size} bytes) is not JSON: {error.msg} at line {error.lineno}, column {error.colno}{end}"
         ) from error
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not JSON: byte {error.start} is not {error.encoding} text") from error
+        packed = ": it is compressed (gzip), unpack it" if error.object[:2] == b"\x1f\x8b" else ""
+        raise ValueError(f"{path} is not JSON: byte {error.start} is not {error.encoding} text{packed}") from error
     except RecursionError as error:
         raise ValueError(f"{path} is nested too deeply to be an annotation file") from error
 

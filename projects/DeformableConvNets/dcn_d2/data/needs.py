@@ -118,10 +118,12 @@ def check_number_of_classes(needs: Needs, key_values: dict[str, Sequence[str] | 
             lost = "train as background" if needs.train else "can never be found"
             findings.errors.append(f"{both}: the last ones {lost}. Set {key} to {len(names)}")
         else:
-            findings.warnings.append(
-                f"{both}: the classes from {len(names)} to {number - 1} have no examples, and Detectron2's COCO "
-                f"evaluation stops at the first prediction of one. Set {key} to {len(names)} if that is not meant"
-            )
+            surplus = f"{both}: the classes from {len(names)} to {number - 1} have no examples"
+            if field == "thing_classes" and (needs.train or needs.coco_evaluation):
+                stops = "and COCO's evaluation stops at the first prediction of one, after the training"
+                findings.errors.append(f"{surplus}, {stops}. Set {key} to {len(names)}")
+            else:
+                findings.warnings.append(f"{surplus}. Set {key} to {len(names)} if that is not meant")
 
 
 def compare_names(

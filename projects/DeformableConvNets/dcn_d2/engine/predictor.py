@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import MetadataCatalog
 from detectron2.data.transforms import ResizeTransform
 from detectron2.engine import DefaultPredictor
 from detectron2.modeling import build_model
@@ -18,7 +17,9 @@ from PIL import Image
 from ..checkpoint import DCNCheckpointer
 from ..config import check_config
 from ..data.images import ImageError, check_input_format, pixels_of
+from ..data.own import register_own_data
 from ..data.transforms import build_augmentation
+from .class_names import metadata_of
 from .machine import fit_device
 
 
@@ -30,6 +31,8 @@ class DCNPredictor(DefaultPredictor):
     - An input that is not an image is refused.
     - `DCNCheckpointer` reads MODEL.WEIGHTS: as data only. It converts files of MMDetection, and refuses weights that do
       not fit the model, with a list.
+    - `class_names` are those that the config (DATASETS.CLASS_NAMES) or the weights say, [] if they say none. `metadata`
+      has them too, also where the data are not.
     - Without a GPU it runs on the CPU, as the trainer does.
 
     Args:
@@ -41,15 +44,16 @@ class DCNPredictor(DefaultPredictor):
     def __init__(self, cfg: CfgNode, *, untrained: bool = False) -> None:
         # DefaultPredictor's __init__ is not called: it takes only RGB and BGR, and its checkpointer runs pickled code.
         check_config(cfg)
+        register_own_data(cfg)
         check_input_format(cfg)
         self.cfg = cfg.clone()  # the next lines and building the model may change it
         self.cfg.defrost()
         fit_device(self.cfg)
         self.model = build_model(self.cfg).eval()
-        if cfg.DATASETS.TEST:
-            self.metadata = MetadataCatalog.get(cfg.DATASETS.TEST[0])
-        checkpointer = DCNCheckpointer(self.model)
+        checkpointer = DCNCheckpointer(self.model, class_names=cfg.DATASETS.get("CLASS_NAMES", ()))
         (checkpointer.load if untrained else checkpointer.load_trained)(cfg.MODEL.WEIGHTS)
+        self.class_names = list(cfg.DATASETS.get("CLASS_NAMES", ())) or list(checkpointer.trained_names)
+        self.metadata = metadata_of(cfg, self.class_names)
         (self.aug,) = build_augmentation(cfg, is_train=False)
         self.input_format = cfg.INPUT.FORMAT
 

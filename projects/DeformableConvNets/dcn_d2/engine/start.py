@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import logging
 from argparse import Namespace
 from pathlib import Path
 
@@ -12,8 +13,11 @@ from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
 from ..config import load_config
+from ..data.own import register_own_data
 from . import folder
 from .machine import fit_to_machine, scale_learning_rate
+
+logger = logging.getLogger(__name__)
 
 
 def setup(args: Namespace, cfg: CfgNode | None = None) -> CfgNode:
@@ -23,13 +27,15 @@ def setup(args: Namespace, cfg: CfgNode | None = None) -> CfgNode:
     the training has left in OUTPUT_DIR.
 
     Args:
-        args: the command line; config_file, opts and eval_only are read, and Detectron2 logs all of it.
+        args: the command line; config_file, opts, eval_only and notes, lines for the log, are read, and Detectron2 logs
+            all of it.
         cfg: the config, if it has been read already; it is not changed.
 
     Returns:
         The config that runs, frozen.
     """
     cfg = load_config(args.config_file, args.opts) if cfg is None else cfg.clone()
+    register_own_data(cfg)
     evaluates = getattr(args, "eval_only", False)
     if comm.is_main_process() and not evaluates:
         folder.lock_folder(cfg.OUTPUT_DIR)
@@ -42,4 +48,6 @@ def setup(args: Namespace, cfg: CfgNode | None = None) -> CfgNode:
     default_setup(cfg, args)
     if kept is not None:
         saved.write_bytes(kept)
+    for note in getattr(args, "notes", ()):
+        logger.info(note)
     return cfg

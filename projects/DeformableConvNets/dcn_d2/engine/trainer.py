@@ -24,6 +24,7 @@ from ..checkpoint import DCNCheckpointer
 from ..config import add_dcn_keys, check_config, with_dcn_keys
 from ..data.checks import advise_on_data, check_data, check_data_sets
 from ..data.mapper import DCNDatasetMapper
+from ..data.own import register_own_data
 from ..evaluation import (
     Results,
     add_augmented,
@@ -35,6 +36,7 @@ from ..evaluation import (
     is_augmented,
 )
 from . import checks, folder
+from .class_names import class_names_of
 from .logs import log_to
 from .loop import StoppableTrainer
 from .machine import fit_to_machine, scale_learning_rate
@@ -77,7 +79,9 @@ class DCNTrainer(StoppableTrainer):
         model = create_ddp_model(model, broadcast_buffers=False, **({"device_ids": None} if on_cpu else {}))
         self._trainer = (AMPTrainer if cfg.SOLVER.AMP.ENABLED else SimpleTrainer)(model, loader, optimizer)
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
-        self.checkpointer = DCNCheckpointer(model, cfg.OUTPUT_DIR, fine_tune=True, trainer=weakref.proxy(self))
+        self.checkpointer = DCNCheckpointer(
+            model, cfg.OUTPUT_DIR, fine_tune=True, class_names=class_names_of(cfg), trainer=weakref.proxy(self)
+        )
         self.start_iter = 0
         self.max_iter = cfg.SOLVER.MAX_ITER
         self.cfg = cfg
@@ -94,6 +98,7 @@ class DCNTrainer(StoppableTrainer):
         Raises:
             ValueError, FileNotFoundError: The message names the key or the data set.
         """
+        register_own_data(cfg)
         trains = train and cls._is_ours("build_train_loader")
         check_config(cfg, training=trains)
         if train:
@@ -280,6 +285,7 @@ class DCNTrainer(StoppableTrainer):
         augment = cfg.TEST.AUG.ENABLED and len(cfg.DATASETS.TEST) > 0 and not is_augmented(model)
         if augment:
             check_augmentation(cfg)
+        register_own_data(cfg)
         if evaluators is None and cfg.DATASETS.TEST:
             cls._check_evaluators(cfg)
             cls.check_data(cfg, train=False)

@@ -51,13 +51,28 @@ def build_coco_evaluator(
         logger.info(f"data set {dataset_name}: COCO's AP by faster-coco-eval {faster_coco_eval.__version__}")
     else:
         logger.info(f"data set {dataset_name}: COCO's AP by pycocotools (pip install faster-coco-eval is faster)")
-    kind = FasterCOCOEvaluator if faster else COCOEvaluator
+    kind = FasterCOCOEvaluator if faster else FileOrderCOCOEvaluator
     sigmas = cfg.TEST.KEYPOINT_OKS_SIGMAS
     return kind(dataset_name, tasks=tasks, kpt_oks_sigmas=sigmas, output_dir=output_folder)
 
 
-class FasterCOCOEvaluator(COCOEvaluator):
-    """Detectron2's `COCOEvaluator`, whose numbers faster-coco-eval computes; arguments as there."""
+class FileOrderCOCOEvaluator(COCOEvaluator):
+    """Detectron2's `COCOEvaluator`, which names the AP of a category as the file of annotations does.
+
+    COCO's evaluation lists categories by their ids in the file, and Detectron2 gives them names by their place in
+    the training's list. In a file of the user's own (DATASETS.OWN) the ids may be in another order, or some missing.
+    """
+
+    def _derive_coco_results(
+        self, coco_eval: Any, iou_type: str, class_names: Sequence[str] | None = None
+    ) -> dict[str, float]:
+        if coco_eval is not None and class_names is not None and self._metadata.get("own", False):
+            class_names = [category["name"] for category in self._coco_api.loadCats(coco_eval.params.catIds)]
+        return super()._derive_coco_results(coco_eval, iou_type, class_names)
+
+
+class FasterCOCOEvaluator(FileOrderCOCOEvaluator):
+    """The same, but faster-coco-eval computes the numbers."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, use_fast_impl=False, **kwargs)

@@ -151,7 +151,9 @@ def test_fine_tuning_with_other_classes_keeps_what_fits(
     with pytest.raises(ValueError, match=r"cls_score.weight is \[6, 32\], the model's is \[3, 32\]"):
         DCNCheckpointer(model).load(str(tmp_path / "model.pth"))
     DCNCheckpointer(model, fine_tune=True).resume_or_load(str(tmp_path / "model.pth"), resume=False)
-    (warning,) = [text for text in caplog.messages if text.startswith("fine-tuning")]
+    classifier, boxes, warning = [text for text in caplog.messages if text.startswith("fine-tuning")]
+    assert "the classifier of boxes is replaced, from 5 classes to 2: roi_heads.box_predictor.cls_score" in classifier
+    assert "the refinement of boxes is replaced, from 5 classes to 2: roi_heads.box_predictor.bbox_pred" in boxes
     afresh = {line.split()[0] for line in warning.splitlines()[1:]}
     assert {name.split(".")[-2] for name in afresh} == {"cls_score", "bbox_pred", "conv2_offset"}
     for name, value in model.state_dict().items():

@@ -35,6 +35,8 @@ def test_defaults_leave_detectron2_as_it_is() -> None:
         cfg.TEST["COCO_EVAL"],
         cfg.TEST["PANOPTIC_QUALITY"],
     )
+    for key in ("OWN", "CLASS_NAMES", "KEYPOINT_NAMES", "KEYPOINT_FLIP_MAP"):
+        assert cfg.DATASETS.pop(key) == ()
     assert cfg == plain
 
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+import gzip
 import json
 import logging
 import os
@@ -137,15 +138,14 @@ def test_more_categories_than_classes_do_not_train_the_last_as_background(data: 
     assert f"NUM_CLASSES is {number}" in told and "can never be found" in told
 
 
-def test_fewer_categories_than_classes_are_told_before_the_training(data: Data, warnings: Callable) -> None:
+def test_fewer_categories_than_classes_do_not_stop_the_evaluation_after_hours(data: Data) -> None:
     data.register_file("my_train", data.coco())
     data.register("my_val", data.records())
-    check_data(config("my_train", "my_val", "MODEL.ROI_HEADS.NUM_CLASSES", 80), train=True)
-    told = warnings()
-    assert len(told) == 2 and "my_train" in told[0] and "my_val" in told[1]
-    for line in told:
-        assert "NUM_CLASSES is 80, but the data set has 4 categories (ant, bee, cat, dog)" in line
-        assert "stops at the first prediction" in line
+    for name, cfg_of in (("my_train", ("my_train", "")), ("my_val", ("", "my_val"))):
+        told = error_of(config(*cfg_of, "MODEL.ROI_HEADS.NUM_CLASSES", 80), train=bool(cfg_of[0]))
+        assert name in told and "stops at the first prediction" in told
+        assert "NUM_CLASSES is 80, but the data set has 4 categories (ant, bee, cat, dog)" in told
+    check_data(config("", "my_val", "MODEL.ROI_HEADS.NUM_CLASSES", 80), train=False, coco_evaluation=False)
 
 
 def test_semantic_heads_are_compared_with_the_stuff_classes(data: Data) -> None:
@@ -762,7 +762,13 @@ def test_a_file_that_pycocotools_cannot_read_is_refused(data: Data, encoding: st
     data.register_file("my_train", json.dumps(data.coco()).encode(encoding))
     with pytest.raises(ValueError):
         pycocotools.coco.COCO(str(data.folder / "my_train.json"))
-    assert "my_train.json" in error_of(config("my_train")) and "is not JSON: " in error_of(config("my_train"))
+    told = error_of(config("my_train"))
+    assert "my_train.json" in told and ("byte order mark" if encoding == "utf-8-sig" else "is not JSON: ") in told
+
+
+def test_a_packed_file_is_refused(data: Data) -> None:
+    data.register_file("my_train", gzip.compress(json.dumps(data.coco()).encode()))
+    assert "it is compressed (gzip), unpack it" in error_of(config("my_train"))
 
 
 def test_data_for_training_and_tests_are_still_handed_on_to_the_training(data: Data) -> None:
@@ -805,7 +811,7 @@ def main():
     from detectron2.utils import comm
     from dcn_d2.config import load_config
     from dcn_d2.data import check_data
-    check_data(load_config("", ["DATASETS.TRAIN", ("nuclei_train",)]), train=True)
+    check_data(load_config("", ["DATASETS.TRAIN", ("nuclei_train",), "MODEL.ROI_HEADS.NUM_CLASSES", 1]), train=True)
     DatasetCatalog.register("empty", list)
     try:
         check_data(load_config("", ["DATASETS.TRAIN", ("empty",)]), train=True)
