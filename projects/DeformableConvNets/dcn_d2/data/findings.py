@@ -5,9 +5,22 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 SHOWN = 3  # places that a line names
+
+
+class Fault(NamedTuple):
+    """One kind of fault of a data set."""
+
+    kind: str  # a short name, such as "box-flat"; "" where it has none
+    line: str  # all of it in words
+    warning: bool  # it is no error
+    where: Sequence[int]  # indices of what has the fault
+    things: Sequence[Any]  # all images, annotations or categories that were looked at
+    examples: Sequence[str]  # the first places in words
+    what: str  # the fault without numbers and places
+    then: str  # what it means and the way out
 
 
 class Findings:
@@ -17,12 +30,25 @@ class Findings:
         subject: the data set and its file, which every line begins with.
         errors: faults with which training or evaluation would stop or give wrong numbers.
         warnings: faults that change less than the user may think, or only what the line says.
+        faults: the same with counts and places, in the order in which they were found.
     """
 
     def __init__(self, subject: str) -> None:
         self.subject = subject
         self.errors: list[str] = []
         self.warnings: list[str] = []
+        self.faults: list[Fault] = []
+
+    def note(self, line: str, *, kind: str, warn: bool = False) -> None:
+        """Notes a fault of the data set as a whole.
+
+        Args:
+            line: all of it in words.
+            kind: see `Fault`.
+            warn: it is a warning, not an error.
+        """
+        (self.warnings if warn else self.errors).append(line)
+        self.faults.append(Fault(kind, line, warn, (), (), (), line, ""))
 
     def count(
         self,
@@ -31,6 +57,7 @@ class Findings:
         what: str,
         describe: Callable[[int], str],
         *,
+        kind: str = "",
         then: str = "",
         warn: bool = False,
     ) -> bool:
@@ -41,6 +68,7 @@ class Findings:
             things: all of them.
             what: the fault, as in "annotations have no bbox".
             describe: gives the place of one in words.
+            kind: see `Fault`.
             then: what it means and the way out.
             warn: it is a warning, not an error.
 
@@ -50,10 +78,12 @@ class Findings:
         found = list(where)
         if not found:
             return False
-        places = "; ".join(describe(index) for index in found[:SHOWN])
+        examples = [describe(index) for index in found[:SHOWN]]
+        places = "; ".join(examples)
         more = f"; and {len(found) - SHOWN} more" if len(found) > SHOWN else ""
         line = f"{len(found)} of {len(things)} {what}: {places}{more}{'. ' if then else ''}{then}"
         (self.warnings if warn else self.errors).append(line)
+        self.faults.append(Fault(kind, line, warn, found, things, examples, what, then))
         return True
 
     def warn(self, logger: logging.Logger) -> None:
