@@ -26,7 +26,7 @@ EDGE = 1.0  # pixels that a box may reach over its image's edge without a warnin
 
 def check_annotations(records: Sequence[Record], needs: Needs, names: Sequence[str] | None, findings: Findings) -> None:
     """Checks all annotations, as `check_records` does."""
-    annotations = _Annotations(records, needs, findings)
+    annotations = Annotations(records, needs, findings)
     strange = [i for i, annotation in enumerate(annotations.all) if not isinstance(annotation, dict)]
     if annotations.report(strange, "are not dicts", "entry-not-dict"):
         return
@@ -53,7 +53,7 @@ def is_number(value: Any) -> bool:
         return False
 
 
-class _Annotations:
+class Annotations:
     """All annotations of a data set in one list, and which image each is of."""
 
     def __init__(self, records: Sequence[Record], needs: Needs, findings: Findings) -> None:
@@ -83,7 +83,7 @@ class _Annotations:
         return [annotation.get(key) for annotation in self.all]
 
 
-def _check_categories(annotations: _Annotations, names: Sequence[str] | None) -> None:
+def _check_categories(annotations: Annotations, names: Sequence[str] | None) -> None:
     """Every category_id is a whole number from 0 to below the number of classes."""
     values = annotations.column("category_id")
     column = _as_array(values)
@@ -115,7 +115,7 @@ def _as_array(values: list[Any]) -> np.ndarray | None:
     return column if column.dtype.kind in "iuf" else None
 
 
-def _check_boxes(annotations: _Annotations) -> None:
+def _check_boxes(annotations: Annotations) -> None:
     values, modes = annotations.column("bbox"), annotations.column("bbox_mode")
     allowed = ", ".join(f"BoxMode.{mode.name}" for mode in BOX_LENGTHS)
     missing = [index for index, value in enumerate(values) if value is None]
@@ -131,23 +131,24 @@ def _check_boxes(annotations: _Annotations) -> None:
             continue
         boxes = _as_array(values if len(where) == len(values) else [values[index] for index in where])
         if boxes is None or boxes.shape != (len(where), length) or not np.isfinite(boxes).all():
-            bad = [int(index) for index in where if not _is_box(values[index], length)]
+            bad = [int(index) for index in where if not is_box(values[index], length)]
             annotations.report(bad, f"have a 'bbox' that is not {length} finite numbers", "box-not-finite", key="bbox")
-            good = [int(index) for index in where if _is_box(values[index], length)]
+            good = [int(index) for index in where if is_box(values[index], length)]
             where, boxes = np.array(good, dtype=int), np.array([list(values[i]) for i in good], np.float64)
             boxes = boxes.reshape(-1, length)
         if length == 4:
             _check_place(annotations, where, boxes.astype(np.float64), mode)
 
 
-def _is_box(value: Any, length: int) -> bool:
+def is_box(value: Any, length: int) -> bool:
+    """True for `length` finite numbers."""
     try:
         return not isinstance(value, (str, bytes, dict)) and len(value) == length and all(map(is_number, value))
     except TypeError:
         return False
 
 
-def _check_place(annotations: _Annotations, where: np.ndarray, boxes: np.ndarray, mode: BoxMode) -> None:
+def _check_place(annotations: Annotations, where: np.ndarray, boxes: np.ndarray, mode: BoxMode) -> None:
     """Counts boxes that have no area or do not lie in their image."""
     x0, y0, x1, y1 = boxes.T
     if mode == BoxMode.XYWH_ABS:
@@ -182,7 +183,7 @@ def _check_place(annotations: _Annotations, where: np.ndarray, boxes: np.ndarray
         annotations.report(where[found].tolist(), what, kind, key="bbox", then=then, warn=warn)
 
 
-def _check_masks(annotations: _Annotations, crowd: np.ndarray) -> None:
+def _check_masks(annotations: Annotations, crowd: np.ndarray) -> None:
     """Each object has a mask of a kind that INPUT.MASK_FORMAT takes. Crowds are not trained on."""
     values = annotations.column("segmentation")
     of_objects = np.flatnonzero(~crowd).tolist() if annotations.needs.train else range(len(values))
@@ -206,7 +207,7 @@ def _check_masks(annotations: _Annotations, crowd: np.ndarray) -> None:
         report(lambda value: isinstance(value, dict), runs, "mask-format", way)
     sizes = [(record.get("height"), record.get("width")) for record in annotations.records]
     image = annotations.image.tolist()
-    misfits = [i for i in of_objects if isinstance(values[i], dict) and not _fits(values[i], sizes[image[i]])]
+    misfits = [i for i in of_objects if isinstance(values[i], dict) and not fits_image(values[i], sizes[image[i]])]
     wrong = "have run lengths whose 'size' is not [height, width] of their image, or 'counts' that are not compressed"
     annotations.report(misfits, wrong, "mask-size", key="segmentation")
 
@@ -224,7 +225,7 @@ def _is_polygon(polygon: Any) -> bool:
         return False
 
 
-def _fits(runs: dict[str, Any], height_and_width: tuple[Any, Any]) -> bool:
+def fits_image(runs: dict[str, Any], height_and_width: tuple[Any, Any]) -> bool:
     """True if a mask of run lengths can be decoded and has the size of its image, as far as that is known."""
     size = runs.get("size")
     if not isinstance(runs.get("counts"), (str, bytes)) or not isinstance(size, (list, tuple)) or len(size) != 2:
@@ -232,13 +233,13 @@ def _fits(runs: dict[str, Any], height_and_width: tuple[Any, Any]) -> bool:
     return all(known in (None, value) for known, value in zip(height_and_width, size))
 
 
-def _check_keypoints(annotations: _Annotations, crowd: np.ndarray) -> None:
+def _check_keypoints(annotations: Annotations, crowd: np.ndarray) -> None:
     values, number = annotations.column("keypoints"), annotations.needs.keypoints
     of_objects = np.flatnonzero(~crowd) if annotations.needs.train else np.arange(len(values))
     missing = [int(i) for i in of_objects if values[i] is None]
     if annotations.report(missing, "have no 'keypoints', but MODEL.KEYPOINT_ON is True", "keypoints-missing"):
         return
-    wrong = [int(i) for i in of_objects if not _is_box(values[i], 3 * number)]
+    wrong = [int(i) for i in of_objects if not is_box(values[i], 3 * number)]
     key = "MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS"
     what = f"have 'keypoints' that are not {3 * number} finite numbers ({key} {number}, each x, y, visibility)"
     annotations.report(wrong, what, "keypoints-number", key="keypoints")

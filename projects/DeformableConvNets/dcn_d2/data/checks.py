@@ -153,7 +153,7 @@ def _check_one(name: str, needs: Needs, reference: str, hand_on: bool, quiet: bo
     if _checked.get((name, needs)) == fingerprint:
         return
     begin = time.perf_counter()
-    with _without_garbage_collection():
+    with without_garbage_collection():
         if path and metadata.get("evaluator_type", None) in COCO_EVALUATORS:
             file = PathManager.get_local_path(path)
             content = read_json(file)
@@ -261,7 +261,7 @@ class _HandOn:
 
 
 @contextlib.contextmanager
-def _without_garbage_collection() -> Iterator[None]:
+def without_garbage_collection() -> Iterator[None]:
     """Pauses it while millions of small objects are made: none is garbage, and checking them doubles the time."""
     enabled = gc.isenabled()
     gc.disable()

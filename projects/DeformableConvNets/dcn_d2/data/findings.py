@@ -4,18 +4,19 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 SHOWN = 3  # places that a line names
+EXAMPLES = 5  # places that are kept
 
 
 class Fault(NamedTuple):
     """One kind of fault of a data set."""
 
     kind: str  # a short name, such as "box-flat"; "" where it has none
+    severity: str  # "error", "warning", or "information", which only an inspection tells
     line: str  # all of it in words
-    warning: bool  # it is no error
     where: Sequence[int]  # indices of what has the fault
     things: Sequence[Any]  # all images, annotations or categories that were looked at
     examples: Sequence[str]  # the first places in words
@@ -47,8 +48,13 @@ class Findings:
             kind: see `Fault`.
             warn: it is a warning, not an error.
         """
-        (self.warnings if warn else self.errors).append(line)
-        self.faults.append(Fault(kind, line, warn, (), (), (), line, ""))
+        self.take(Fault(kind, "warning" if warn else "error", line, (), (), (), line, ""))
+
+    def take(self, fault: Fault) -> None:
+        """Notes a fault that was found elsewhere."""
+        self.faults.append(fault)
+        if fault.severity != "information":
+            (self.warnings if fault.severity == "warning" else self.errors).append(fault.line)
 
     def count(
         self,
@@ -60,6 +66,7 @@ class Findings:
         kind: str = "",
         then: str = "",
         warn: bool = False,
+        inform: bool = False,
     ) -> bool:
         """Notes a fault of some images or annotations, if there are any.
 
@@ -71,6 +78,7 @@ class Findings:
             kind: see `Fault`.
             then: what it means and the way out.
             warn: it is a warning, not an error.
+            inform: it is no fault, only good to know.
 
         Returns:
             True if there are any.
@@ -78,12 +86,12 @@ class Findings:
         found = list(where)
         if not found:
             return False
-        examples = [describe(index) for index in found[:SHOWN]]
-        places = "; ".join(examples)
+        examples = [describe(index) for index in found[:EXAMPLES]]
+        places = "; ".join(examples[:SHOWN])
         more = f"; and {len(found) - SHOWN} more" if len(found) > SHOWN else ""
         line = f"{len(found)} of {len(things)} {what}: {places}{more}{'. ' if then else ''}{then}"
-        (self.warnings if warn else self.errors).append(line)
-        self.faults.append(Fault(kind, line, warn, found, things, examples, what, then))
+        severity = "information" if inform else "warning" if warn else "error"
+        self.take(Fault(kind, severity, line, found, things, examples, what, then))
         return True
 
     def warn(self, logger: logging.Logger) -> None:
@@ -98,6 +106,17 @@ class Findings:
         if self.errors:
             lines = "".join(f"\n- {line}" for line in self.errors)
             raise ValueError(f"{self.subject} has {len(self.errors)} kinds of faults:{lines}")
+
+
+def repeated(values: Iterable[Hashable]) -> list[int]:
+    """The indices of values that occurred before."""
+    seen: set[Hashable] = set()
+    found = []
+    for index, value in enumerate(values):
+        if value in seen:
+            found.append(index)
+        seen.add(value)
+    return found
 
 
 def show(name: Any, length: int = 300) -> str:

@@ -177,7 +177,7 @@ def _write_split(folder: Path, split: str, parts: tuple[Part, ...], files: dict[
             for annotation in _visible(crowns, x, y):
                 annotations.append({"id": len(annotations) + 1, "image_id": image["id"], "iscrowd": 0} | annotation)
     categories = [{"id": number, "name": name} for number, name in enumerate(CATEGORIES, 1)]
-    content = {"info": {"description": "tree crowns: see LICENSE.txt for origin and licence"}}
+    content: dict[str, Any] = {"info": {"description": "tree crowns: see LICENSE.txt for origin and licence"}}
     content |= {"images": images, "annotations": annotations, "categories": categories}
     (folder / f"{split}.json").write_text(json.dumps(content))
 
