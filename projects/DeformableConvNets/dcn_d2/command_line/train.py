@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import argparse
 
+from .check_data import add_check_data_arguments, check_check_data_arguments
+
 # Points of AP: 0.1 for decoding and resizing images with other libraries than the publisher's, and 0.05 because the
 # published numbers are rounded.
 TOLERANCE = 0.15
@@ -21,6 +23,8 @@ examples:
     train_net.py --published --num-gpus 8 --config-file configs/faster_rcnn_R_50_FPN_1x_mdconv_c3-c5.yaml
   the same without a network, with a copy of the published file:
     train_net.py --published --config-file ... PUBLISHED.WEIGHTS /path/to/faster_rcnn_..._20200130-d099253b.pth
+  look at the data first: what is wrong with it, and how it looks:
+    train_net.py --check-data --config-file ...
   train on 2 machines with 8 GPUs each, the second one with --machine-rank 1:
     train_net.py --num-machines 2 --machine-rank 0 --num-gpus 8 --dist-url tcp://FIRST_MACHINE:29500 --config-file ...
 """
@@ -62,6 +66,7 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="URL",
         help="address at which the processes meet; the default finds a free port on a single machine",
     )
+    add_check_data_arguments(parser)
     parser.add_argument("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="config values to override")
     return parser
 
@@ -86,6 +91,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         )
     if not args.config_file and not args.opts:
         parser.error("--config-file FILE is needed (--help has examples)")
+    check_check_data_arguments(parser, args)
     args.eval_only |= args.published
     if args.overwrite and (args.resume or args.eval_only):
         parser.error("--overwrite starts a new training: leave out --resume, --eval-only and --published")

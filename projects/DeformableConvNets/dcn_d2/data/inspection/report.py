@@ -93,7 +93,7 @@ class Report:
             lines += [f"data set {name}", *_table(numbers), ""]
         for finding in self.findings:
             head = f"{finding.severity:<12}{finding.data_set}: {finding.kind}"
-            lines += [head, *_wrap(str(finding), _WIDTH, initial_indent=" " * 4, subsequent_indent=" " * 4)]
+            lines += [head, *_wrap(str(finding), " " * 4)]
         counts = (f"{len(self.select(severity))} {plural}" for severity, plural in zip(SEVERITIES, _PLURALS))
         lines.append("nothing found" if not self.findings else ", ".join(counts))
         return "\n".join([*lines, *(f"picture of samples: {path}" for path in self.pictures)])
@@ -111,5 +111,15 @@ _PLURALS = ("kinds of errors", "kinds of warnings", "kinds of information")
 def _table(numbers: dict[str, Any]) -> Iterable[str]:
     for key, value in numbers.items():
         text = ", ".join(f"{name} {part}" for name, part in value.items()) if isinstance(value, dict) else str(value)
-        indent = " " * 4
-        yield from _wrap(f"{key}: {text}", _WIDTH, initial_indent=indent, subsequent_indent=indent * 2)
+        yield from _wrap(f"{key}: {text}", " " * 8)
+
+
+def _wrap(text: str, indent: str) -> list[str]:
+    return textwrap.wrap(
+        text,
+        _WIDTH,
+        initial_indent=" " * 4,
+        subsequent_indent=indent,
+        break_long_words=False,  # paths must stay whole
+        break_on_hyphens=False,
+    )
