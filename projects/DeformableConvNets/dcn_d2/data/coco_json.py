@@ -214,7 +214,8 @@ def _check_annotations(
     ignored = [i for i, annotation in enumerate(annotations) if annotation.get("ignore", 0)]
     what = "have 'ignore' set, which Detectron2 refuses"
     report(ignored, what, "annotation-ignore", "Use 'iscrowd', or take them out")
-    empty = [i for i, annotation in enumerate(annotations) if annotation.get("bbox") == []]
+    boxes = [annotation.get("bbox", [0]) for annotation in annotations]
+    empty = [index for index, box in enumerate(boxes) if box is None or box == []]
     report(empty, "have an empty 'bbox', which Detectron2 refuses", "box-empty")
     segmentations = [annotation.get("segmentation") for annotation in annotations]
     report(

@@ -97,7 +97,9 @@ def look_at_all(records: Sequence[Record], how: HowToRead) -> list[Look | None]:
     jobs = (None if is_remote(r) else {k: r.get(k) for k in ("file_name", "width", "height")} for r in records)
     pool: Executor
     if how.processes:
-        pool = ProcessPoolExecutor(how.workers, mp_context=multiprocessing.get_context("spawn"))
+        context = multiprocessing.get_context("forkserver")  # forking this process would copy its threads' locks
+        context.set_forkserver_preload([__name__])  # one import of Detectron2 for all, which takes seconds
+        pool = ProcessPoolExecutor(how.workers, mp_context=context)
     else:
         pool = ThreadPoolExecutor(how.workers)
     with pool:

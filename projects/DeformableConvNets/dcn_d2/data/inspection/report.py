@@ -82,8 +82,8 @@ class Report:
         counted = {fault.line for fault in findings.faults}
         for severity, lines in (("error", findings.errors), ("warning", findings.warnings)):
             for line in lines:
-                if line not in counted:  # noted without a count
-                    self.findings.append(Finding("data-set", severity, data_set, line, 1, 0))
+                if line not in counted:  # only `needs` notes lines by themselves
+                    self.findings.append(Finding("classes", severity, data_set, line, 1, 0))
         self.findings.extend(Finding.of(fault, data_set) for fault in findings.faults)
         self.findings.sort(key=lambda finding: SEVERITIES.index(finding.severity))  # stable
 
