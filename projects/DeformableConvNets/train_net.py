@@ -61,8 +61,8 @@ def read_job(args: argparse.Namespace) -> CfgNode:
 
 def check_data(args: argparse.Namespace) -> int:
     """Inspects the data and gives the exit code. It starts no process and trains nothing."""
+    from dcn_d2.config import load_config
     from dcn_d2.data.inspection.command import run_check_data
-    from dcn_d2.engine import load_config
 
     return run_check_data(args, load_config(args.config_file, args.opts))
 

@@ -89,7 +89,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error(
             "--published chooses the weights: leave out --resume and MODEL.WEIGHTS (PUBLISHED.WEIGHTS may be set)"
         )
-    if not args.config_file and not args.opts:
+    if not (args.config_file or args.opts or args.check_data):
         parser.error("--config-file FILE is needed (--help has examples)")
     check_check_data_arguments(parser, args)
     args.eval_only |= args.published

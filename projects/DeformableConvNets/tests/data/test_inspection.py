@@ -265,7 +265,7 @@ def test_an_error_is_what_a_training_refuses(
         check_data(cfg, train=True)
     except (ValueError, OSError) as error:
         refused = str(error)
-    report = check_config_data(cfg, workers=1)
+    report = check_config_data(cfg)
     assert report.ok == (not refused), f"{refused}\n{report}"
 
 
@@ -518,7 +518,8 @@ def test_samples_show_variety(world: World) -> None:
 
 
 def command_line(*opts: Any) -> tuple[Namespace, CfgNode]:
-    return Namespace(quick=False, check_workers=1, check_processes=False), config(*opts)
+    args = Namespace(quick=False, check_workers=1, check_processes=False, config_file="some.yaml", opts=[])
+    return args, config(*opts)
 
 
 def test_the_command_says_by_its_exit_code_whether_there_are_errors(
@@ -533,6 +534,21 @@ def test_the_command_says_by_its_exit_code_whether_there_are_errors(
     assert "image-missing" in capsys.readouterr().out
     with pytest.raises(ValueError, match="name no data set"):
         command.run_check_data(*command_line("DATASETS.TRAIN", (), "DATASETS.TEST", ()))
+
+
+def test_files_of_the_command_line_come_before_the_config(
+    world: World, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    train, test = world.write()
+    args, cfg = command_line("MODEL.ROI_HEADS.NUM_CLASSES", 80, "OUTPUT_DIR", str(tmp_path / "out"))
+    args.train_json, args.train_images = [str(train), str(test)], [str(world.folder)]
+    args.test_json = args.test_images = []
+    assert command.run_check_data(args, cfg) == 0  # the number of classes will come from the files
+    said = capsys.readouterr().out
+    assert f"data set {train}" in said and f"data set {test}" in said and "nothing found" in said
+    args.test_json, args.test_images = [str(test)], [str(world.folder)]
+    assert command.run_check_data(args, cfg) == 0
+    assert "4 of 4 images of this test set are also in the data for training" in capsys.readouterr().out
 
 
 def test_data_sets_that_are_not_there_are_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -48,6 +48,14 @@ class HowToRead(NamedTuple):
     processes: bool = False
     progress: bool = False
 
+    @classmethod
+    def of(cls, quick: bool, workers: int | None, processes: bool, progress: bool) -> HowToRead:
+        """The same with as many workers as there are cores if `workers` is None."""
+        return cls(quick, workers or os.cpu_count() or 1, processes, progress)
+
+
+WHOLE = HowToRead()
+
 
 class Look(NamedTuple):
     """What was seen of an image file."""

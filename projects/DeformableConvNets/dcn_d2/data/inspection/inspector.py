@@ -27,11 +27,12 @@ from .fit import inspect_fit
 from .loading import load
 from .objects import inspect_objects, inspect_polygons
 from .picture import draw_samples
-from .pixels import HowToRead, compare_images, inspect_images, look_at_all
+from .pixels import WHOLE, HowToRead, compare_images, inspect_images, look_at_all
 from .report import Report
 
 logger = logging.getLogger(__name__)
 _numbers = itertools.count()
+Pair = tuple[str | os.PathLike[str], str | os.PathLike[str]]  # a file in COCO's format, and the folder of its images
 
 
 class _Trained(NamedTuple):
@@ -79,24 +80,44 @@ def check(
         >>> report = check("train.json", "images")  # doctest: +SKIP
         >>> print(report)  # doctest: +SKIP
     """
-    how = HowToRead(quick, workers or os.cpu_count() or 1, processes, progress)
-    pairs = [(json, images), *([(test_json, test_images)] if test_json is not None else [])]
-    with _registered(pairs) as names:
-        sets = [(name, _needs(cfg, train=index == 0)) for index, name in enumerate(names)]
+    tests = [] if test_json is None else [(test_json, test_images)]
+    how = HowToRead.of(quick, workers, processes, progress)
+    return check_files([(json, images)], tests, cfg, how, output)
+
+
+def check_files(
+    train: Sequence[Pair],
+    test: Sequence[Pair] = (),
+    cfg: CfgNode | None = None,
+    how: HowToRead = WHOLE,
+    output: str | os.PathLike[str] | None = None,
+    classes_from_data: bool = False,
+) -> Report:
+    """Inspects any number of files in COCO's format, each with the folder of its images.
+
+    Args:
+        train: those for training.
+        test: those for tests.
+        cfg: see `check`.
+        how: how images are read.
+        output: see `check`.
+        classes_from_data: the number of classes of `cfg` will be set from the data, so it is not compared.
+    """
+    with _registered([*train, *test]) as names:
+        sets = [(name, _needs(cfg, train=index < len(train))) for index, name in enumerate(names)]
+        if classes_from_data:
+            sets = [(name, needs._replace(classes=())) for name, needs in sets]
         return _inspect(sets, cfg, how, output)
 
 
-def check_config_data(
-    cfg: CfgNode,
-    *,
-    quick: bool = False,
-    workers: int | None = None,
-    processes: bool = False,
-    progress: bool = False,
-    output: str | os.PathLike[str] | None = None,
-) -> Report:
-    """Inspects the data sets that DATASETS.TRAIN and DATASETS.TEST of a config name; see `check`."""
-    how = HowToRead(quick, workers or os.cpu_count() or 1, processes, progress)
+def check_config_data(cfg: CfgNode, how: HowToRead = WHOLE, output: str | os.PathLike[str] | None = None) -> Report:
+    """Inspects the data sets that DATASETS.TRAIN and DATASETS.TEST of a config name.
+
+    Args:
+        cfg: see `check`; its data sets must be registered.
+        how: how images are read.
+        output: see `check`.
+    """
     sets = [(name, _needs(cfg, train=True)) for name in cfg.DATASETS.TRAIN]
     for name in cfg.DATASETS.TEST:
         coco = MetadataCatalog.get(name).get("evaluator_type", None) in ("coco", "coco_panoptic_seg")
@@ -129,7 +150,7 @@ def _needs(cfg: CfgNode | None, train: bool, coco_evaluation: bool = True) -> Ne
 
 
 @contextmanager
-def _registered(pairs: Sequence[tuple[str | os.PathLike[str], str | os.PathLike[str]]]) -> Iterator[list[str]]:
+def _registered(pairs: Sequence[Pair]) -> Iterator[list[str]]:
     """Registers files for as long as they are looked at; a file's name is the data set's, as far as it is free."""
     names = []
     try:
