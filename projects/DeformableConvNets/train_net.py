@@ -61,6 +61,14 @@ def read_job(args: argparse.Namespace) -> CfgNode:
     return cfg
 
 
+def check_data(args: argparse.Namespace) -> int:
+    """Inspects the data and gives the exit code. It starts no process and trains nothing."""
+    from dcn_d2.config import load_config
+    from dcn_d2.data.inspection.command import run_check_data
+
+    return run_check_data(args, load_config(args.config_file, args.opts))
+
+
 def use_published_weights(config_file: str, cfg: CfgNode) -> None:
     """Makes MODEL.WEIGHTS of `cfg` the published weights; `config_file` is for messages."""
     if not cfg.PUBLISHED.WEIGHTS or not cfg.PUBLISHED.BOX_AP:
@@ -166,6 +174,8 @@ def run(argv: list[str] | None = None) -> None:
         from dcn_d2.engine import MISTAKES, ProcessFailedError, launch, one_line
 
         try:
+            if args.check_data:
+                sys.exit(check_data(args))
             job = (args, read_job(args))
             launch(main, args.num_gpus, args.num_machines, args.machine_rank, dist_url=args.dist_url, args=job)
         except (*MISTAKES, ProcessFailedError) as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 
+from .check_data import add_check_data_arguments, check_check_data_arguments
 from .own_data import add_own_data_arguments, check_own_data_arguments
 
 # Points of AP: 0.1 for decoding and resizing images with other libraries than the publisher's, and 0.05 because the
@@ -26,6 +27,8 @@ examples:
     train_net.py --published --num-gpus 8 --config-file configs/faster_rcnn_R_50_FPN_1x_mdconv_c3-c5.yaml
   the same without a network, with a copy of the published file:
     train_net.py --published --config-file ... PUBLISHED.WEIGHTS /path/to/faster_rcnn_..._20200130-d099253b.pth
+  look at the data first: what is wrong with it, and how it looks:
+    train_net.py --check-data --config-file ...
   train on 2 machines with 8 GPUs each, the second one with --machine-rank 1:
     train_net.py --num-machines 2 --machine-rank 0 --num-gpus 8 --dist-url tcp://FIRST_MACHINE:29500 --config-file ...
 """
@@ -68,6 +71,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="address at which the processes meet; the default finds a free port on a single machine",
     )
     add_own_data_arguments(parser)
+    add_check_data_arguments(parser)
     parser.add_argument("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="config values to override")
     return parser
 
@@ -90,8 +94,9 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error(
             "--published chooses the weights: leave out --resume and MODEL.WEIGHTS (PUBLISHED.WEIGHTS may be set)"
         )
-    if not args.config_file and not args.opts:
+    if not (args.config_file or args.opts or args.check_data):
         parser.error("--config-file FILE is needed (--help has examples)")
+    check_check_data_arguments(parser, args)
     args.eval_only |= args.published
     check_own_data_arguments(parser, args)
     if args.overwrite and (args.resume or args.eval_only):

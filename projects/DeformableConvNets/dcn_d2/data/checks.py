@@ -164,11 +164,11 @@ def _check(cfg: CfgNode, train: bool, test: bool, evaluation: bool) -> None:
     elif train_sets and train_sets[0] in DatasetCatalog:
         reference = train_sets[0]  # the weights are taken to be from there
     for name in test_sets:
-        evaluator = _evaluator_of(name) if evaluation else ""
+        evaluator = evaluator_of(name) if evaluation else ""
         _check_one(name, read_needs(cfg, train=False, evaluator=evaluator), reference, hand_on=not train)
 
 
-def _evaluator_of(name: str) -> str:
+def evaluator_of(name: str) -> str:
     """How the results on a data set are measured; as COCO does where it does not say."""
     return MetadataCatalog.get(name).get("evaluator_type", None) or "coco"
 
@@ -185,18 +185,18 @@ def _check_one(name: str, needs: Needs, reference: str, hand_on: bool, quiet: bo
     if _checked.get((name, needs)) == fingerprint:
         return
     begin = time.perf_counter()
-    with _without_garbage_collection():
-        if path and _evaluator_of(name) in COCO_EVALUATORS:
+    with without_garbage_collection():
+        if path and evaluator_of(name) in COCO_EVALUATORS:
             file = PathManager.get_local_path(path)
             content = read_json(file)
             check_coco_json(content, image_root, needs, findings)
             findings.refuse()
             with read_before(file, content):
-                records = _load(name, findings)
+                records = load_data_set(name, findings)
             del content
         else:
-            records = _load(name, findings)
-        _check_names(metadata, needs, reference, findings)
+            records = load_data_set(name, findings)
+        check_names(metadata, needs, reference, findings)
         summary = "of a size that is not known"
         if isinstance(records, Sequence):  # else it is a torch Dataset, which may hold anything
             check_records(records, needs, metadata.get("thing_classes", None), findings)
@@ -213,7 +213,7 @@ def _check_one(name: str, needs: Needs, reference: str, hand_on: bool, quiet: bo
         DatasetCatalog[name] = _HandOn(name, _get_function(name), records)
 
 
-def _load(name: str, findings: Findings) -> Any:
+def load_data_set(name: str, findings: Findings) -> Any:
     """Loads a data set. An error of its loader is raised again with the data set's name."""
     function = DatasetCatalog[name]
     if isinstance(function, _HandOn):  # it is for training and for tests: what was loaded stays for the training
@@ -225,14 +225,14 @@ def _load(name: str, findings: Findings) -> Any:
         raise ValueError(f"{findings.subject} cannot be loaded: {text}") from error
 
 
-def _check_names(metadata: Any, needs: Needs, reference: str, findings: Findings) -> None:
+def check_names(metadata: Any, needs: Needs, reference: str, findings: Findings) -> None:
     """Checks the lists of names that a data set has in its metadata once it is loaded."""
     names, stuff = metadata.get("thing_classes", None), metadata.get("stuff_classes", None)
     for key in needs.reads.names:
         if metadata.get(key, None) is None:
             what = "names of categories" if key == "thing_classes" else f"{key} in its metadata"
             way = f"MetadataCatalog.get({metadata.name!r}).{key} = {'[...]' if key.endswith('classes') else '...'}"
-            findings.errors.append(f"it has no {what}, which evaluation needs: {way}")
+            findings.note(f"it has no {what}, which evaluation needs: {way}", kind="no-names")
     if needs.train and needs.keypoints:
         _check_keypoint_names(metadata, needs, findings)
     check_number_of_classes(needs, {"thing_classes": names, "stuff_classes": stuff}, findings)
@@ -259,15 +259,12 @@ def _get_names(name: str) -> Sequence[str] | None:
 def _check_keypoint_names(metadata: Any, needs: Needs, findings: Findings) -> None:
     for key in ("keypoint_names", "keypoint_flip_map"):
         if metadata.get(key, None) is None:
-            findings.errors.append(
-                f"its metadata have no {key}, which MODEL.KEYPOINT_ON needs: "
-                f"MetadataCatalog.get({metadata.name!r}).{key} = [...]"
-            )
+            way = f"MetadataCatalog.get({metadata.name!r}).{key} = [...]"
+            findings.note(f"its metadata have no {key}, which MODEL.KEYPOINT_ON needs: {way}", kind="keypoint-names")
     names = metadata.get("keypoint_names", None)
     if names is not None and len(names) != needs.keypoints:
-        findings.errors.append(
-            f"it has {len(names)} names of keypoints, but MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS is {needs.keypoints}"
-        )
+        both = f"{len(names)} names of keypoints, but MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS is {needs.keypoints}"
+        findings.note(f"it has {both}", kind="keypoint-names")
 
 
 def _get_function(name: str) -> Callable[[], Any]:
@@ -298,7 +295,7 @@ class _HandOn:
 
 
 @contextlib.contextmanager
-def _without_garbage_collection() -> Iterator[None]:
+def without_garbage_collection() -> Iterator[None]:
     """Pauses it while millions of small objects are made: none is garbage, and checking them doubles the time."""
     enabled = gc.isenabled()
     gc.disable()

@@ -19,6 +19,8 @@ import pycocotools.coco
 from .findings import Findings, shorten
 from .needs import Needs
 
+_SINGULAR = {"images": "image", "annotations": "annotation", "categories": "category"}
+
 
 def read_json(path: str) -> Any:
     """Reads a JSON file as pycocotools does.
@@ -74,27 +76,29 @@ def read_before(path: str, data: dict[str, Any]) -> Iterator[None]:
 def check_coco_json(data: Any, image_root: str, needs: Needs, findings: Findings) -> None:
     """Checks the content of a file; see `Findings` for where the result goes."""
     if not isinstance(data, dict):
-        findings.errors.append(f"the file holds a {type(data).__name__}, not COCO's object with images and annotations")
+        line = f"the file holds a {type(data).__name__}, not COCO's object with images and annotations"
+        findings.note(line, kind="file-content")
         return
     images, annotations, categories = (
         _get_list(data, key, findings) for key in ("images", "annotations", "categories")
     )
     if "annotations" not in data and not needs.train:  # as in COCO's own test sets
-        findings.warnings.append("the file has no 'annotations': predictions will be written and not evaluated")
+        line = "the file has no 'annotations': predictions will be written and not evaluated"
+        findings.note(line, kind="no-annotations", warn=True)
     elif annotations is None:
-        findings.errors.append("the file has no list 'annotations'")
+        findings.note("the file has no list 'annotations'", kind="no-annotations")
     for key, entries in (("images", images), ("categories", categories)):
         if not entries:
-            findings.errors.append(
-                f"the file has no {key}: its list {key!r} is {'missing' if entries is None else 'empty'}"
-            )
+            line = f"the file has no {key}: its list {key!r} is {'missing' if entries is None else 'empty'}"
+            findings.note(line, kind=f"no-{key}")
     if findings.errors:
         return
     assert images and categories  # for the type checker
     _check_images(images, image_root, findings)
     _check_ids(categories, "categories", lambda i: shorten(categories[i]), findings, only=(int,))
     unnamed = _without(categories, "name", (str,))
-    findings.count(unnamed, categories, "categories have no 'name'", lambda i: shorten(categories[i]))
+    what = "categories have no 'name'"
+    findings.count(unnamed, categories, what, lambda i: shorten(categories[i]), kind="category-without-name")
     if annotations and not findings.errors:
         _check_annotations(annotations, images, categories, needs, findings)
 
@@ -105,7 +109,8 @@ def _get_list(data: dict[str, Any], key: str, findings: Findings) -> list[dict[s
     if not isinstance(entries, list):
         return None
     others = [index for index, entry in enumerate(entries) if type(entry) is not dict]
-    findings.count(others, entries, f"entries of {key!r} are not objects", lambda i: f"[{i}] is {shorten(entries[i])}")
+    what = f"entries of {key!r} are not objects"
+    findings.count(others, entries, what, lambda i: f"[{i}] is {shorten(entries[i])}", kind="entry-not-dict")
     return entries
 
 
@@ -124,13 +129,15 @@ def _check_ids(
 ) -> None:
     """Checks that all ids are there and differ."""
     kinds = " or ".join("a whole number" if kind is int else "a text" for kind in only)
-    if findings.count(_without(entries, "id", only), entries, f"{noun} have no 'id' that is {kinds}", describe):
+    what, kind = f"{noun} have no 'id' that is {kinds}", f"{_SINGULAR[noun]}-without-id"
+    if findings.count(_without(entries, "id", only), entries, what, describe, kind=kind):
         return
     ids = [entry["id"] for entry in entries]
     if len(set(ids)) < len(ids):
         seen = Counter(ids)
         twice = [index for index, key in enumerate(ids) if seen[key] > 1]
-        findings.count(twice, entries, f"{noun} share their 'id' with another", describe)
+        kind = f"{_SINGULAR[noun]}-duplicate-id"
+        findings.count(twice, entries, f"{noun} share their 'id' with another", describe, kind=kind)
 
 
 def _check_images(images: Sequence[dict[str, Any]], image_root: str, findings: Findings) -> None:
@@ -140,23 +147,29 @@ def _check_images(images: Sequence[dict[str, Any]], image_root: str, findings: F
 
     _check_ids(images, "images", describe, findings)
     nameless = _without(images, "file_name", (str,)) or [i for i, image in enumerate(images) if not image["file_name"]]
-    if not findings.count(nameless, images, "images have no 'file_name'", describe):
+    if not findings.count(nameless, images, "images have no 'file_name'", describe, kind="image-without-file-name"):
         addresses = [i for i, image in enumerate(images) if not image_root and "://" in image["file_name"]]
         asked = "Reading the images asks these servers; check the file if it is from a stranger"
-        findings.count(addresses, images, "file names are addresses", describe, then=asked, warn=True)
+        what = "file names are addresses"
+        findings.count(addresses, images, what, describe, kind="image-address", then=asked, warn=True)
         outside = [index for index, image in enumerate(images) if image_root and _leaves(image["file_name"])]
         findings.count(
             outside,
             images,
             f"file names lead out of the data set's folder {image_root}",
             describe,
+            kind="image-outside-folder",
             then="The files there will be read as images, and only read; check the file if it is from a stranger",
             warn=True,
         )
     for key in ("width", "height"):
         bad = [i for i, image in enumerate(images) if not _is_size(image.get(key))]
         findings.count(
-            bad, images, f"images have no '{key}' above 0", lambda i: f"{describe(i)}, {key} {images[i].get(key)!r}"
+            bad,
+            images,
+            f"images have no '{key}' above 0",
+            lambda i: f"{describe(i)}, {key} {images[i].get(key)!r}",
+            kind="image-size-field",
         )
 
 
@@ -181,29 +194,38 @@ def _check_annotations(
         annotation = annotations[index]
         return f"id {shorten(annotation.get('id'))} of image {shorten(annotation.get('image_id'))}"
 
-    def report(where: Iterable[int], what: str, then: str = "", warn: bool = False) -> bool:
-        return findings.count(where, annotations, f"annotations {what}", describe, then=then, warn=warn)
+    def report(where: Iterable[int], what: str, kind: str, then: str = "", warn: bool = False) -> bool:
+        what = f"annotations {what}"
+        return findings.count(where, annotations, what, describe, kind=kind, then=then, warn=warn)
 
     # COCO's evaluation puts them into an array of numbers.
     _check_ids(annotations, "annotations", describe, findings, only=(int,) if needs.coco_evaluation else (int, str))
-    if not report(_without(annotations, "image_id", (int, str)), "have no 'image_id'"):
+    if not report(_without(annotations, "image_id", (int, str)), "have no 'image_id'", "annotation-without-image"):
         known = {image.get("id") for image in images if isinstance(image.get("id"), (int, str))}
         lost = [i for i, annotation in enumerate(annotations) if annotation["image_id"] not in known]
         then = "Detectron2 leaves such annotations out"
         if len(lost) == len(annotations):
             then = f"The ids of images are like {shorten(images[0].get('id'))}, and none fits"
-        report(lost, "are of an image that the file does not have", then, warn=len(lost) < len(annotations))
-    if not report(_without(annotations, "category_id", (int,)), "have no 'category_id' that is a whole number"):
+        what, some = "are of an image that the file does not have", len(lost) < len(annotations)
+        report(lost, what, "annotation-of-unknown-image", then, warn=some)
+    what, kind = "have no 'category_id' that is a whole number", "annotation-without-category"
+    if not report(_without(annotations, "category_id", (int,)), what, kind):
         ids = {category["id"] for category in categories}
         wrong = [i for i, annotation in enumerate(annotations) if annotation["category_id"] not in ids]
-        report(wrong, f"have a 'category_id' that no category has (there are {shorten(sorted(ids))})")
+        what = f"have a 'category_id' that no category has (there are {shorten(sorted(ids))})"
+        report(wrong, what, "annotation-of-unknown-category")
     ignored = [i for i, annotation in enumerate(annotations) if annotation.get("ignore", 0)]
-    report(ignored, "have 'ignore' set, which Detectron2 refuses", "Use 'iscrowd', or take them out")
+    what = "have 'ignore' set, which Detectron2 refuses"
+    report(ignored, what, "annotation-ignore", "Use 'iscrowd', or take them out")
+    boxes = [annotation.get("bbox", [0]) for annotation in annotations]
+    empty = [index for index, box in enumerate(boxes) if box is None or box == []]
+    report(empty, "have an empty 'bbox', which Detectron2 refuses", "box-empty")
     segmentations = [annotation.get("segmentation") for annotation in annotations]
     report(
         [i for i, value in enumerate(segmentations) if value and not _is_segmentation(value)],
         "have a 'segmentation' that is neither a list of polygons, each [x0, y0, x1, y1, …], nor run lengths "
         "with 'size' and 'counts'",
+        "mask-unknown",
     )
     if needs.coco_evaluation:
         _check_for_evaluation(annotations, needs, report)
@@ -229,17 +251,20 @@ def _check_for_evaluation(annotations: Sequence[dict[str, Any]], needs: Needs, r
     if needs.keypoints:
         fields |= {"keypoints": (list,), "num_keypoints": (int,)}
     for key, types in fields.items():
-        report(_without(annotations, key, types), f"have no '{key}', which COCO's evaluation reads")
+        what = f"have no '{key}', which COCO's evaluation reads"
+        report(_without(annotations, key, types), what, f"annotation-without-{key}")
     if needs.masks:
         empty = [i for i, annotation in enumerate(annotations) if annotation.get("segmentation") == []]
-        report(empty, "have an empty 'segmentation', which COCO's evaluation of masks cannot read")
+        report(empty, "have an empty 'segmentation', which COCO's evaluation of masks cannot read", "mask-empty")
         short = [i for i, annotation in enumerate(annotations) if _has_short_polygon(annotation.get("segmentation"))]
         what = "have a 'segmentation' with a polygon of less than 3 points (6 numbers)"
-        report(short, f"{what}, which COCO's evaluation of masks takes for a box, or cannot read")
+        what = f"{what}, which COCO's evaluation of masks takes for a box, or cannot read"
+        report(short, what, "mask-few-points")
     zero = [i for i, annotation in enumerate(annotations) if annotation.get("id") == 0]
     report(
         zero,
         "have the id 0, which COCO's evaluation takes for 'not found', so that AP is too low",
+        "annotation-id-0",
         "Count from 1",
         warn=True,
     )

@@ -74,7 +74,7 @@ def convert_image(image: Image.Image, format: str, name: str = "the image") -> n
     if 0 in image.size:
         raise ImageError(f"{name} has {image.width} x {image.height} pixels")
     image.load()  # also finds out that a file is cut off
-    sixteen = _has_16_bits(image)
+    sixteen = has_16_bits(image)
     image = _apply_exif_orientation(image)
     if sixteen:
         image = Image.fromarray(_upper_8_bits(np.asarray(image), name))
@@ -86,12 +86,13 @@ def fault_of(image: Image.Image) -> str:
     pages = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)  # an MPO is a photograph and its preview
     if pages > 1:
         return f"holds {pages} pages or frames; only single images are read: save them one by one"
-    if image.mode in _MODES_8 or _has_16_bits(image):
+    if image.mode in _MODES_8 or has_16_bits(image):
         return ""
     return f"has the mode {image.mode}: only 8 bits a channel, and 16 bits without a sign, are read; convert it to them"
 
 
-def _has_16_bits(image: Image.Image) -> bool:
+def has_16_bits(image: Image.Image) -> bool:
+    """True if Pillow gives an image 16 bits a channel: grey ones. Of colours it has dropped the lower 8 itself."""
     return image.mode in _MODES_16 or (image.mode == "I" and image.format in _FORMATS_16)
 
 

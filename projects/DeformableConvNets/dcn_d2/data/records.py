@@ -22,10 +22,12 @@ def check_records(records: Sequence[Record], needs: Needs, names: Sequence[str] 
         findings: what is found.
     """
     if not len(records):
-        findings.errors.append("it has no images")
+        findings.note("it has no images", kind="no-images")
         return
     strange = [index for index, record in enumerate(records) if not isinstance(record, dict)]
-    if findings.count(strange, records, "images are not dicts", lambda i: f"[{i}] is {shorten(records[i])}"):
+    if findings.count(
+        strange, records, "images are not dicts", lambda i: f"[{i}] is {shorten(records[i])}", kind="entry-not-dict"
+    ):
         return
     if _check_images(records, needs, findings) and needs.annotations:
         check_annotations(records, needs, names, findings)
@@ -36,29 +38,33 @@ def check_records(records: Sequence[Record], needs: Needs, names: Sequence[str] 
 def _check_images(records: Sequence[Record], needs: Needs, findings: Findings) -> bool:
     """Checks all but annotations; returns True if they can be looked at."""
 
-    def report(where: Iterable[int], what: str, then: str = "") -> bool:
-        return findings.count(where, records, what, lambda index: name_image(records[index]), then=then)
+    def report(where: Iterable[int], what: str, kind: str, then: str = "") -> bool:
+        return findings.count(where, records, what, lambda index: name_image(records[index]), kind=kind, then=then)
 
     nameless = [i for i, record in enumerate(records) if not isinstance(record.get("file_name"), (str, os.PathLike))]
-    usable = not report(nameless, "images have no 'file_name'")
+    usable = not report(nameless, "images have no 'file_name'", "image-without-file-name")
     if needs.evaluator:
         for key in needs.reads.fields:
             missing = [index for index, record in enumerate(records) if record.get(key) is None]
-            usable &= not report(missing, f"images have no '{key}', which evaluation needs")
+            usable &= not report(missing, f"images have no '{key}', which evaluation needs", f"image-without-{key}")
         if usable and "image_id" in needs.reads.fields:
             identities = Counter(str(record["image_id"]) for record in records)
             twice = [i for i, record in enumerate(records) if identities[str(record["image_id"])] > 1]
-            report(twice, "images share their 'image_id' with another")
+            report(twice, "images share their 'image_id' with another", "image-duplicate-id")
     if needs.train and any(field == "stuff_classes" for _, _, field in needs.classes):
         unlabelled = [index for index, record in enumerate(records) if not record.get("sem_seg_file_name")]
-        report(unlabelled, "images have no 'sem_seg_file_name', which a model with a SEM_SEG_HEAD trains with")
+        what = "images have no 'sem_seg_file_name', which a model with a SEM_SEG_HEAD trains with"
+        report(unlabelled, what, "image-without-labels")
     bad = [i for i, record in enumerate(records) if not (_is_size(record, "width") and _is_size(record, "height"))]
-    usable &= not report(bad, "images have a 'width' or 'height' that is not a number above 0")
+    usable &= not report(bad, "images have a 'width' or 'height' that is not a number above 0", "image-size-field")
     without = [i for i, record in enumerate(records) if not isinstance(record.get("annotations"), (list, tuple))]
     if not needs.annotations or not needs.train and len(without) == len(records):
         return usable
     return usable and not report(
-        without, "images have no list 'annotations'", "An image without objects has an empty one"
+        without,
+        "images have no list 'annotations'",
+        "image-without-annotation-list",
+        then="An image without objects has an empty one",
     )
 
 
@@ -80,7 +86,7 @@ def _check_what_is_left(records: Sequence[Record], needs: Needs, findings: Findi
         why.append(f"that have {needs.min_keypoints} visible keypoints ({key})")
     if not left:
         which = f", but the training takes only those {' and '.join(why)}" if why else ""
-        findings.errors.append(f"none of its {len(records)} images is left{which}")
+        findings.note(f"none of its {len(records)} images is left{which}", kind="nothing-left")
 
 
 def _count_visible(record: Record) -> int:
