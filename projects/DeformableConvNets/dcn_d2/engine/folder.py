@@ -19,12 +19,15 @@ import torch
 import yaml
 from detectron2.config import CfgNode
 
+from ..checkpoint.resuming import BEST
+
 logger = logging.getLogger(__name__)
 
 LOCK = ".lock"
 # What a run writes and --overwrite removes; metrics.json is emptied. Other files belong to the user.
 _CHECKPOINT = re.compile(r"model_(\d{7,}|final)\.pth")
-_RECORDS = re.compile(r"last_checkpoint|events\.out\.tfevents\..*")
+BEST_RECORD = "best_metric.json"  # the values by which model_best.pth was chosen
+_RECORDS = re.compile(rf"last_checkpoint|{BEST}\.pth|{re.escape(BEST_RECORD)}|events\.out\.tfevents\..*")
 _OVERWRITE = "--overwrite (in Python: resume_or_load(resume=False, overwrite=True))"
 
 # Locks of this process: folder -> open file, and how often it was locked. They are POSIX record locks, which belong to
@@ -50,6 +53,8 @@ def describe_earlier_run(folder: str) -> str:
     """Says what an earlier run left in `folder`; "" if there was none."""
     if checkpoints := find_checkpoints(folder):
         return f"{len(checkpoints)} checkpoint(s), the last one {checkpoints[-1]}"
+    if is_local(folder) and Path(folder, f"{BEST}.pth").is_file():
+        return f"{BEST}.pth"
     metrics = Path(folder) / "metrics.json"
     return "metrics.json" if is_local(folder) and metrics.is_file() and metrics.stat().st_size else ""
 
@@ -143,7 +148,8 @@ def check_keeps(folder: str, weights: str) -> None:
         weights: MODEL.WEIGHTS of the new run.
     """
     file = Path(re.sub(r"^mmdet:(//)?", "", weights).partition("?")[0])
-    if is_local(folder) and _CHECKPOINT.fullmatch(file.name) and file.parent.resolve() == Path(folder).resolve():
+    removed = _CHECKPOINT.fullmatch(file.name) or _RECORDS.fullmatch(file.name)
+    if is_local(folder) and removed and file.parent.resolve() == Path(folder).resolve():
         raise FileExistsError(
             f"--overwrite (overwrite=True) would remove {file}, but MODEL.WEIGHTS names this file: move it out "
             f"of OUTPUT_DIR {folder} first, or name another OUTPUT_DIR"
