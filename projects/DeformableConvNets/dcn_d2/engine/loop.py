@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import sys
 from typing import Any
@@ -25,8 +24,10 @@ class _Loop(TrainerBase):
     """Detectron2's loop, below `DefaultTrainer`: an early stop ends it as its last iteration does."""
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        with contextlib.suppress(StoppedEarly):
+        try:
             super().train(*args, **kwargs)
+        except StoppedEarly:
+            self.iter += 1
 
 
 class StoppableTrainer(DefaultTrainer, _Loop):
@@ -103,7 +104,7 @@ class StoppableTrainer(DefaultTrainer, _Loop):
         reason = sys.exc_info()[1]
         if isinstance(reason, StoppedEarly):  # the hooks meet what they meet after the last iteration
             reason = None
-            self.iter = self.max_iter = self.iter + 1
+            self.max_iter = self.iter + 1
         self.failed = reason is not None
         try:
             super().after_train()

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from detectron2.engine import HookBase
+from detectron2.utils.env import seed_all_rng
 from torch import Tensor, nn
 
 from dcn_d2.engine import DCNTrainer, TrainingStopped
@@ -42,7 +43,7 @@ class Repeatable(DCNTrainer):
 
 
 def repeatable(folder: Path, *keys: Any, resume: bool = False) -> Repeatable:
-    torch.manual_seed(0)
+    seed_all_rng(0)
     trainer = Repeatable(tiny_config(folder, *keys))
     trainer.resume_or_load(resume=resume)
     return trainer

@@ -201,7 +201,9 @@ def test_metric_that_the_evaluation_does_not_give_is_an_error_that_lists_those_i
 ) -> None:
     scores += [1]
     keys = [*KEYS, "TEST.BEST_METRIC", "bbox/APx"]
-    with pytest.raises(ValueError, match="TEST.BEST_METRIC is 'bbox/APx', which the evaluation did not give; .*bbox/AP"):
+    with pytest.raises(
+        ValueError, match="TEST.BEST_METRIC is 'bbox/APx', which the evaluation did not give; .*bbox/AP"
+    ):
         Own(tiny_config(tmp_path, *keys)).train()
 
 
