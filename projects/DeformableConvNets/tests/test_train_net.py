@@ -18,8 +18,8 @@ from detectron2.modeling import build_model
 from PIL import Image
 
 from dcn_d2 import engine, model_zoo
-from dcn_d2.engine import precision
 from dcn_d2.checkpoint import to_mmdet
+from dcn_d2.engine import precision
 from dcn_d2.engine.precision import why_not_on_cpu
 
 from .slim import SLIM, slim_config

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import logging
+import math
 import random
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -19,6 +21,8 @@ from torch import nn
 
 from ..data.mapper import DCNDatasetMapper
 from ..data.transforms import build_augmentation
+
+logger = logging.getLogger(__name__)
 
 NAME = "validation_loss"
 
@@ -87,13 +91,21 @@ def _random_numbers_of_its_own() -> Iterator[None]:
 def _mean_losses(model: nn.Module, loader: Iterable) -> dict[str, float]:
     """Gives the mean losses over the batches of all processes."""
     sums: dict[str, float] = {}
-    count = 0
+    count, infinite = 0, ""
     for batch in loader:
-        for name, loss in model(batch).items():
-            sums[name] = sums.get(name, 0.0) + float(loss)
         count += 1
-    gathered = comm.all_gather((sums, count))
-    total = sum(count for _, count in gathered)
-    names = {name: None for sums, _ in gathered for name in sums}  # in their order
-    means = {name: sum(sums.get(name, 0.0) for sums, _ in gathered) / total for name in names}
+        try:
+            losses = model(batch)
+        except FloatingPointError as error:  # so Detectron2's RPN says that it predicts infinite boxes
+            infinite = str(error)
+            continue
+        for name, loss in losses.items():
+            sums[name] = sums.get(name, 0.0) + float(loss)
+    gathered = comm.all_gather((sums, count, infinite))
+    total = sum(count for _, count, _ in gathered)
+    names = {name: None for sums, _, _ in gathered for name in sums}  # in their order
+    means = {name: sum(sums.get(name, 0.0) for sums, _, _ in gathered) / total for name in names}
+    if found := [text for _, _, text in gathered if text]:
+        logger.warning(f"{NAME} is not a number: {found[0]}")
+        return dict.fromkeys([NAME, *(f"{NAME}/{name}" for name in means)], math.nan)
     return {NAME: sum(means.values())} | {f"{NAME}/{name}": value for name, value in means.items()}

@@ -3,6 +3,7 @@
 
 import copy
 import json
+import math
 import random
 from pathlib import Path
 from typing import Any
@@ -91,6 +92,13 @@ def test_model_that_changes_itself_in_training_is_left_alone(tmp_path: Path) -> 
     before = model.loss_normalizer
     assert validation_loss(cfg, model)["validation_loss"] > 0
     assert model.loss_normalizer == before
+
+
+def test_model_that_predicts_infinite_boxes_has_no_loss_and_the_training_goes_on(tmp_path: Path) -> None:
+    cfg = tiny_config(tmp_path, *TEST)
+    model = warm(cfg)
+    model.proposal_generator.rpn_head.anchor_deltas.bias.data.fill_(float("inf"))
+    assert math.isnan(validation_loss(cfg, model)["validation_loss"])
 
 
 def run(folder: Path, *keys: Any) -> DCNTrainer:
