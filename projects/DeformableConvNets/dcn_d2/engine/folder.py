@@ -86,10 +86,11 @@ def _check_had_no_checkpoint(folder: str, first: int) -> None:
     """Refuses to resume a run whose checkpoints were taken away: it would silently begin at iteration 0.
 
     Args:
-        folder: it holds metrics.json and no checkpoint.
+        folder: it holds metrics.json or model_best.pth, and no checkpoint.
         first: after so many iterations there is a checkpoint. A run that was killed before may begin again.
     """
-    done = max((number for number, _ in _read_metrics(Path(folder, "metrics.json"))[0]), default=-1) + 1
+    path = Path(folder, "metrics.json")
+    done = max((number for number, _ in _read_metrics(path)[0]), default=-1) + 1 if path.is_file() else 0
     if done >= first:
         raise FileExistsError(
             f"OUTPUT_DIR {folder} holds metrics.json of a run of {done} iterations, but no checkpoint to go on from, "
@@ -280,7 +281,7 @@ def cut_metrics(folder: str, iteration: int) -> None:
 
 
 def warn_of_little_space(
-    folder: str, model: torch.nn.Module, optimizer: torch.optim.Optimizer, checkpoints: int
+    folder: str, model: torch.nn.Module, optimizer: torch.optim.Optimizer, checkpoints: int, averaged: bool = False
 ) -> None:
     """Warns if the disk has no room for the checkpoints that a run is going to write.
 
@@ -289,11 +290,13 @@ def warn_of_little_space(
         model: a checkpoint holds its parameters and buffers.
         optimizer: a checkpoint also holds its state, one or two numbers for each parameter.
         checkpoints: how many the run will write.
+        averaged: a checkpoint also holds an average of the model's weights.
     """
     if not is_local(folder):
         return
     entries = [*model.parameters(), *model.buffers()]
     size = sum(tensor.numel() * tensor.element_size() for tensor in entries)
+    size *= 2 if averaged else 1
     moments = 2 if "betas" in optimizer.defaults else 1 if optimizer.defaults.get("momentum") else 0
     size += moments * sum(p.numel() * p.element_size() for group in optimizer.param_groups for p in group["params"])
     free = shutil.disk_usage(folder).free

@@ -224,7 +224,7 @@ class DCNTrainer(StoppableTrainer):
                 file.write(self.cfg.dump())
         left = max(0, self.max_iter - self.start_iter)
         count = left // self.cfg.SOLVER.CHECKPOINT_PERIOD + bool(left)
-        folder.warn_of_little_space(where, self.model, self.optimizer, count)
+        folder.warn_of_little_space(where, self.model, self.optimizer, count, averaged=self.average is not None)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes over the state of an earlier run, except for its learning rates: those are this run's."""

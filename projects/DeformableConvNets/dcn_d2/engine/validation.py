@@ -19,6 +19,7 @@ from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
 from torch import nn
 
+from ..config import with_dcn_keys
 from ..data.mapper import DCNDatasetMapper
 from ..data.transforms import build_augmentation
 
@@ -29,7 +30,7 @@ NAME = "validation_loss"
 
 def check_annotations(cfg: CfgNode) -> None:
     """Refuses TEST.LOSS for test sets without annotations, as those of a challenge are."""
-    for name in cfg.DATASETS.TEST if cfg.TEST.LOSS else ():
+    for name in cfg.DATASETS.TEST if with_dcn_keys(cfg).TEST.LOSS else ():
         if not any(entry.get("annotations") for entry in DatasetCatalog.get(name)):
             raise ValueError(
                 f"TEST.LOSS is True, but data set {name} of DATASETS.TEST has no annotations to compute a loss from"

@@ -152,6 +152,21 @@ def test_overwriting_removes_the_best_model_and_keeps_it_if_it_is_needed(scores:
         train(tmp_path)
 
 
+@pytest.mark.parametrize("metrics", [True, False])
+def test_run_that_was_killed_before_its_first_checkpoint_keeps_its_best_model(
+    metrics: bool, scores: list[float], tmp_path: Path
+) -> None:
+    scores += [2]
+    train(tmp_path, *KEYS, "SOLVER.MAX_ITER", 1)
+    for name in ("model_final.pth", "last_checkpoint", *([] if metrics else ["metrics.json"])):
+        (tmp_path / name).unlink()
+    (tmp_path / "metrics.json").write_text("") if metrics else None
+    scores[:] = [1]
+    trainer = train(tmp_path, *KEYS, "SOLVER.MAX_ITER", 2, resume=True)
+    assert trainer.start_iter == 0 and best_of(tmp_path) == (0, 2.0)
+    assert "holds model_best.pth of a run that ended before its first checkpoint" in log_of(tmp_path)
+
+
 def test_another_metric_begins_anew(scores: list[float], tmp_path: Path) -> None:
     scores += [5]
     train(tmp_path, *KEYS, "SOLVER.MAX_ITER", 1)
