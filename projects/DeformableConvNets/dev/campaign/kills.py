@@ -5,7 +5,7 @@
 A tiny detector trains with train_net.py, in one process or in two, with a checkpoint every few iterations. Every other
 run also accumulates gradients, averages its weights, evaluates every few iterations and keeps the best model. It gets
 SIGKILL, SIGTERM or SIGINT, at a random moment from start-up on, and goes on with --resume, until it has done all its
-iterations; then the next run begins. Checked after each kill:
+iterations; then the next run begins. Some of the kills wait until a file is being written. Checked after each kill:
 
 - the exit code, and that no process is left;
 - every checkpoint is whole, and holds the iteration that its name says;
@@ -236,6 +236,7 @@ class Campaign:
         # Half of the kills fall into the start, which takes about a second, or shortly after it.
         in_training = self.random.random() < 0.7
         delay = self.random.uniform(0.0, 1.5)
+        in_writing = in_training and self.random.random() < 0.3
         second_run = self.random.random() < 0.15
         pid = start(self.arguments(processes, "--resume"), self.log)
         code: int | None = None
@@ -248,7 +249,10 @@ class Campaign:
         if code is None and second_run and in_training:
             self.second_run(while_running=True)
         if code is None:
-            time.sleep(delay)
+            if in_writing:
+                self.count["kills while a file was written"] += self.wait_for_writing(pid)
+            else:
+                time.sleep(delay)
             before = shared()[1]
             target = pid
             if worker and (others := [process for process in session(pid) if process != pid]):
@@ -286,6 +290,15 @@ class Campaign:
         elif self.damages and self.newest >= 6 and self.random.random() < 0.2:
             self.count[damage(self.folder, self.damaged, self.random)] += 1
             self.newest = max(checkpoints(self.folder, self.damaged).values())
+
+    def wait_for_writing(self, pid: int, seconds: float = 5.0) -> bool:
+        """Waits until a checkpoint or record is being written in the folder, and a random fraction of a moment more."""
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline and Path(f"/proc/{pid}").exists():
+            if any(name.endswith(".part") for name in os.listdir(self.folder)):
+                time.sleep(self.random.choice([0.0, 0.001, 0.005]))
+                return True
+        return False
 
     def check_folder(self, kind: str, began: int, finished: int) -> None:
         """Checks checkpoints and metrics after a kill.
