@@ -19,6 +19,8 @@ from PIL import Image
 
 from dcn_d2 import engine, model_zoo
 from dcn_d2.checkpoint import to_mmdet
+from dcn_d2.engine import precision
+from dcn_d2.engine.precision import why_not_on_cpu
 
 from .slim import SLIM, slim_config
 
@@ -65,7 +67,7 @@ def test_trains_resumes_and_evaluates(run: Run, tmp_path: Path) -> None:
     # Batch 2 for a base learning rate that is meant for 4.
     log = run(*arguments, "SOLVER.MAX_ITER", 3, "SOLVER.REFERENCE_IMS_PER_BATCH", 4, "SOLVER.AMP.ENABLED", True).stdout
     assert "MODEL.DEVICE is cuda, but there is no GPU: running on the CPU" in log
-    assert "SOLVER.AMP.ENABLED is switched off" in log
+    assert ("SOLVER.AMP.ENABLED is switched off" in log) == bool(why_not_on_cpu("auto"))
     assert "SOLVER.BASE_LR goes from 0.02 to 0.01" in log
     assert "eta: " in log and "Starting training from iteration 0" in log
     assert "|  AP   |  AP50  |" in log
@@ -381,7 +383,10 @@ def test_config_is_left_alone_where_there_is_a_gpu(cfg: CfgNode, monkeypatch: py
     assert cfg.dump() == before
 
 
-def test_cpu_has_no_mixed_precision_and_a_worker_for_a_core(cfg: CfgNode) -> None:
+def test_cpu_without_bfloat16_has_no_mixed_precision_and_a_worker_for_a_core(
+    cfg: CfgNode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(precision, "multiplies_bfloat16", lambda: False)
     cfg.SOLVER.AMP.ENABLED, cfg.DATALOADER.NUM_WORKERS = True, 100
     engine.fit_to_machine(cfg)
     assert (cfg.MODEL.DEVICE, cfg.SOLVER.AMP.ENABLED, cfg.DATALOADER.NUM_WORKERS) == ("cpu", False, 4)

@@ -52,6 +52,8 @@ class DCNCheckpointer(DetectionCheckpointer):
         others: as in `DetectionCheckpointer`: `save_to_disk`, and what is saved besides the model.
 
     Attributes:
+        averaged: where it is set, a copy of the model with an average of its weights, which `save` and `save_model`
+            write in place of the model's.
         initial: names of the model's entries that the last `load` left at their initial values.
         trained_names: the names of classes that the last file says about itself; () if none.
     """
@@ -71,6 +73,7 @@ class DCNCheckpointer(DetectionCheckpointer):
         self.class_names = list(class_names)
         self.trained_names: tuple[str, ...] = ()
         self._resuming = False  # a training goes on, whose names of classes must be the same
+        self.averaged: nn.Module | None = None
         self.initial: list[str] = []
         self._path = ""
         self._heuristics = False
@@ -178,12 +181,21 @@ class DCNCheckpointer(DetectionCheckpointer):
         """
         if not self.save_dir or not self.save_to_disk:
             return
+        state = {key: value.state_dict() for key, value in self.checkpointables.items()}
+        self.tag_last_checkpoint(self._write(name, state | kwargs))
+
+    def save_model(self, name: str, **kwargs: Any) -> None:
+        """Writes as `save` does, but only the model and `kwargs`; training does not go on from this file."""
+        if self.save_dir and self.save_to_disk:
+            self._write(name, kwargs)
+
+    def _write(self, name: str, others: dict[str, Any]) -> str:
+        """Writes the model and `others`; returns the name of the file."""
         if os.path.basename(name) != name:
             raise ValueError(f"a checkpoint is called {name!r}, which is not the name of a file")
-        data: dict[str, Any] = {"model": model_state(self.model)}
-        data |= {CLASS_NAMES: self.class_names} if self.class_names else {}
-        data |= {key: value.state_dict() for key, value in self.checkpointables.items()}
-        data = {key: as_data(value, key) for key, value in (data | kwargs).items()}
+        data: dict[str, Any] = {"model": model_state(self.averaged or self.model)}
+        data |= ({CLASS_NAMES: self.class_names} if self.class_names else {}) | others
+        data = {key: as_data(value, key) for key, value in data.items()}
         self._check(data["model"], f"the checkpoint {name}")
         path = os.path.join(self.save_dir, f"{name}.pth")
         self.logger.info(f"Saving checkpoint to {path}")
@@ -199,7 +211,7 @@ class DCNCheckpointer(DetectionCheckpointer):
                 whole = f"the last whole checkpoint is {last}" if last else f"{self.save_dir} has no whole checkpoint"
                 raise type(error)(*error.args[:-1], f"{error.args[-1] if error.args else error}; {whole}") from error
             self._saved.note_whole(path)
-        self.tag_last_checkpoint(os.path.basename(path))
+        return os.path.basename(path)
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
         """Notes which checkpoint is the last one, in one step."""

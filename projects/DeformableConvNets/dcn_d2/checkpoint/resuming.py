@@ -9,6 +9,8 @@ from pathlib import Path
 
 from .reader import peek, read_checkpoint
 
+BEST = "model_best"  # the best model of a run, without what training needs to go on from it
+
 
 class SavedCheckpoints:
     """Finds checkpoints of runs in local folders, and remembers which ones were found to be whole."""
@@ -40,7 +42,7 @@ class SavedCheckpoints:
             else:
                 return self._written_after(noted, folder / tagged)
         candidates = []
-        for file in folder.glob("*.pth"):
+        for file in _files(folder):
             try:
                 iteration = peek(file).get("iteration")
             except (OSError, ValueError) as error:
@@ -58,7 +60,7 @@ class SavedCheckpoints:
 
     def _written_after(self, noted: int, named: Path) -> tuple[str, list[str]]:
         """As `newest`, if `last_checkpoint`, written at the time `noted`, names the whole checkpoint `named`."""
-        later = [file for file in named.parent.glob("*.pth") if file != named and file.stat().st_mtime_ns > noted]
+        later = [file for file in _files(named.parent) if file != named and file.stat().st_mtime_ns > noted]
         candidates = [(iteration, file) for file in later if (iteration := _iteration_of(file)) is not None]
         own = _iteration_of(named)
         for iteration, file in sorted(candidates, reverse=True):
@@ -80,6 +82,10 @@ class SavedCheckpoints:
         except (OSError, ValueError) as error:
             self._whole[path] = seen, str(error)
         return self._whole[path][1]
+
+
+def _files(folder: Path) -> list[Path]:
+    return [file for file in folder.glob("*.pth") if file.stem != BEST]
 
 
 def _iteration_of(path: Path) -> int | None:

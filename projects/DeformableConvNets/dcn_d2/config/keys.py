@@ -15,6 +15,7 @@ def add_dcn_keys(cfg: CN) -> None:
     _add_zoo_keys(cfg)
     _add_evaluation_keys(cfg)
     _add_own_data_keys(cfg)
+    _add_long_run_keys(cfg)
 
 
 def with_dcn_keys(cfg: CN) -> CN:
@@ -150,3 +151,36 @@ def _add_own_data_keys(cfg: CN) -> None:
 
     # Pairs of keypoints, [left, right], that change places when an image is flipped.
     _add(cfg.DATASETS, "KEYPOINT_FLIP_MAP", ())
+
+
+def _add_long_run_keys(cfg: CN) -> None:
+    """Keys of long trainings: which checkpoint is the best one, when to stop, and how a step is made."""
+    # Number of batches whose gradients are averaged before each step of the optimizer. IMS_PER_BATCH is the number of
+    # images in one of them; MAX_ITER, STEPS and all periods count steps.
+    _add(cfg.SOLVER, "ACCUMULATE_BATCHES", 1)
+
+    ema = _add(cfg.SOLVER, "EMA", CN())
+    # Keep an exponential moving average of the weights, evaluate it, and save it as the model of each checkpoint.
+    _add(ema, "ENABLED", False)
+    # Share of the average that each step keeps. Of 0.999, the average reaches back over some 1000 steps.
+    _add(ema, "DECAY", 0.999)
+    # Keep less at first, (1 + n) / (10 + n) after n steps while that is below DECAY, so that the random weights that
+    # training starts from are forgotten soon.
+    _add(ema, "WARMUP", True)
+
+    # The type of mixed precision (SOLVER.AMP.ENABLED): "float16", "bfloat16", or "auto", which is float16 on a GPU, and
+    # on a CPU bfloat16 where the processor gains by it.
+    _add(cfg.SOLVER.AMP, "DTYPE", "auto")
+
+    # The number of the evaluation that decides which model is kept as model_best.pth, for example "bbox/AP", with
+    # several test sets "NAME/bbox/AP", or "validation_loss". "" keeps none.
+    _add(cfg.TEST, "BEST_METRIC", "")
+    # Whether a larger value of BEST_METRIC is better, "max", or a smaller one, "min". "auto" is "min" for losses, and
+    # "max" for all else.
+    _add(cfg.TEST, "BEST_MODE", "auto")
+    # Training ends after so many evaluations in a row that did not improve BEST_METRIC. 0 means never.
+    _add(cfg.TEST, "PATIENCE", 0)
+    # An evaluation counts as better for PATIENCE only if it improves BEST_METRIC by more than this.
+    _add(cfg.TEST, "MIN_DELTA", 0.0)
+    # Each evaluation during training also computes the losses on the test sets, as validation_loss and its parts.
+    _add(cfg.TEST, "LOSS", False)

@@ -32,6 +32,13 @@ def text(value: Any) -> str | None:
     return None if isinstance(value, str) else "must be a string"
 
 
+def metric(value: Any) -> str | None:
+    """The name of a number of an evaluation, in parts, or "" for none."""
+    if value == "" or isinstance(value, str) and value.isprintable() and all(map(str.strip, value.split("/"))):
+        return None
+    return 'must be "" or the name of a metric, for example "bbox/AP" or "validation_loss"'
+
+
 def name(value: Any) -> str | None:
     """A string that is not empty."""
     return None if isinstance(value, str) and value.strip() else "must be a name"

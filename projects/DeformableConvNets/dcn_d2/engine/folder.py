@@ -19,12 +19,15 @@ import torch
 import yaml
 from detectron2.config import CfgNode
 
+from ..checkpoint.resuming import BEST
+
 logger = logging.getLogger(__name__)
 
 LOCK = ".lock"
 # What a run writes and --overwrite removes; metrics.json is emptied. Other files belong to the user.
 _CHECKPOINT = re.compile(r"model_(\d{7,}|final)\.pth")
-_RECORDS = re.compile(r"last_checkpoint|events\.out\.tfevents\..*")
+BEST_RECORD = "best_metric.json"  # the values by which model_best.pth was chosen
+_RECORDS = re.compile(rf"last_checkpoint|{BEST}\.pth|{re.escape(BEST_RECORD)}|events\.out\.tfevents\..*")
 _OVERWRITE = "--overwrite (in Python: resume_or_load(resume=False, overwrite=True))"
 
 # Locks of this process: folder -> open file, and how often it was locked. They are POSIX record locks, which belong to
@@ -50,6 +53,8 @@ def describe_earlier_run(folder: str) -> str:
     """Says what an earlier run left in `folder`; "" if there was none."""
     if checkpoints := find_checkpoints(folder):
         return f"{len(checkpoints)} checkpoint(s), the last one {checkpoints[-1]}"
+    if is_local(folder) and Path(folder, f"{BEST}.pth").is_file():
+        return f"{BEST}.pth"
     metrics = Path(folder) / "metrics.json"
     return "metrics.json" if is_local(folder) and metrics.is_file() and metrics.stat().st_size else ""
 
@@ -81,10 +86,11 @@ def _check_had_no_checkpoint(folder: str, first: int) -> None:
     """Refuses to resume a run whose checkpoints were taken away: it would silently begin at iteration 0.
 
     Args:
-        folder: it holds metrics.json and no checkpoint.
+        folder: it holds metrics.json or model_best.pth, and no checkpoint.
         first: after so many iterations there is a checkpoint. A run that was killed before may begin again.
     """
-    done = max((number for number, _ in _read_metrics(Path(folder, "metrics.json"))[0]), default=-1) + 1
+    path = Path(folder, "metrics.json")
+    done = max((number for number, _ in _read_metrics(path)[0]), default=-1) + 1 if path.is_file() else 0
     if done >= first:
         raise FileExistsError(
             f"OUTPUT_DIR {folder} holds metrics.json of a run of {done} iterations, but no checkpoint to go on from, "
@@ -143,7 +149,8 @@ def check_keeps(folder: str, weights: str) -> None:
         weights: MODEL.WEIGHTS of the new run.
     """
     file = Path(re.sub(r"^mmdet:(//)?", "", weights).partition("?")[0])
-    if is_local(folder) and _CHECKPOINT.fullmatch(file.name) and file.parent.resolve() == Path(folder).resolve():
+    removed = _CHECKPOINT.fullmatch(file.name) or _RECORDS.fullmatch(file.name)
+    if is_local(folder) and removed and file.parent.resolve() == Path(folder).resolve():
         raise FileExistsError(
             f"--overwrite (overwrite=True) would remove {file}, but MODEL.WEIGHTS names this file: move it out "
             f"of OUTPUT_DIR {folder} first, or name another OUTPUT_DIR"
@@ -274,7 +281,7 @@ def cut_metrics(folder: str, iteration: int) -> None:
 
 
 def warn_of_little_space(
-    folder: str, model: torch.nn.Module, optimizer: torch.optim.Optimizer, checkpoints: int
+    folder: str, model: torch.nn.Module, optimizer: torch.optim.Optimizer, checkpoints: int, averaged: bool = False
 ) -> None:
     """Warns if the disk has no room for the checkpoints that a run is going to write.
 
@@ -283,11 +290,13 @@ def warn_of_little_space(
         model: a checkpoint holds its parameters and buffers.
         optimizer: a checkpoint also holds its state, one or two numbers for each parameter.
         checkpoints: how many the run will write.
+        averaged: a checkpoint also holds an average of the model's weights.
     """
     if not is_local(folder):
         return
     entries = [*model.parameters(), *model.buffers()]
     size = sum(tensor.numel() * tensor.element_size() for tensor in entries)
+    size *= 2 if averaged else 1
     moments = 2 if "betas" in optimizer.defaults else 1 if optimizer.defaults.get("momentum") else 0
     size += moments * sum(p.numel() * p.element_size() for group in optimizer.param_groups for p in group["params"])
     free = shutil.disk_usage(folder).free

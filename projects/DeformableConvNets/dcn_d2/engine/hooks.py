@@ -66,6 +66,7 @@ class EvalHook(hooks.EvalHook):
         self.trainer.save_and_stop()
 
     def after_train(self) -> None:
-        if self.trainer.failed:  # otherwise Detectron2 would evaluate if it failed in the last iteration
+        # Detectron2 would evaluate if it failed in the last iteration, and again what has led to an early stop.
+        if self.trainer.failed or self.trainer.stopped_early:
             self._eval_after_train = False
         super().after_train()

@@ -8,20 +8,36 @@ import sys
 from typing import Any
 
 from detectron2.engine import DefaultTrainer, HookBase, hooks
+from detectron2.engine.train_loop import TrainerBase
 from detectron2.utils import comm
 
+from .best import StoppedEarly
 from .errors import MISTAKES, EndedWithoutTraceback
 from .hooks import EvalHook, StopHook
+from .steps import StepTrainer
 from .stopping import StopRequest, TrainingStopped
 
 logger = logging.getLogger(__name__)
 
 
-class StoppableTrainer(DefaultTrainer):
+class _Loop(TrainerBase):
+    """Detectron2's loop, below `DefaultTrainer`: an early stop ends it as its last iteration does."""
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            super().train(*args, **kwargs)
+        except StoppedEarly:
+            self.iter += 1
+
+
+class StoppableTrainer(DefaultTrainer, _Loop):
     """A `DefaultTrainer` that a signal ends after the iteration; `__init__` of a subclass sets `stop`."""
 
+    iter: int
+    max_iter: int
     stop: StopRequest
     failed = False  # whether an error has ended training
+    stopped_early = False  # whether TEST.PATIENCE has ended it, after an evaluation
     _phase = ""  # what the iteration is doing: "data", "model" or "optimizer"
 
     def train(self) -> Any:
@@ -35,6 +51,8 @@ class StoppableTrainer(DefaultTrainer):
             self.model.register_forward_pre_hook(lambda *_: setattr(self, "_phase", "model")),
             self.optimizer.register_step_pre_hook(lambda *_: setattr(self, "_phase", "optimizer")),
         ]
+        if isinstance(steps := self._trainer, StepTrainer):
+            steps.before_batch = lambda: setattr(self, "_phase", "data")
         try:
             with self.stop:
                 return super().train()
@@ -43,6 +61,8 @@ class StoppableTrainer(DefaultTrainer):
         finally:
             for mark in marks:
                 mark.remove()
+            if isinstance(steps, StepTrainer):
+                steps.before_batch = None
 
     def build_hooks(self) -> list[HookBase]:
         """Gives Detectron2's hooks, and `StopHook` after the one that writes checkpoints and before the evaluation."""
@@ -82,6 +102,9 @@ class StoppableTrainer(DefaultTrainer):
     def after_train(self) -> None:
         """Calls the hooks. Their errors do not replace the error that has ended training."""
         reason = sys.exc_info()[1]
+        if isinstance(reason, StoppedEarly):  # the hooks meet what they meet after the last iteration
+            reason = None
+            self.max_iter = self.iter + 1
         self.failed = reason is not None
         try:
             super().after_train()
@@ -89,6 +112,13 @@ class StoppableTrainer(DefaultTrainer):
             if reason is None:
                 raise EndedWithoutTraceback(error) from error
             logger.error(f"after training: {error}")
+
+    def stop_early(self) -> None:
+        """Ends training after this iteration as if it were the last one; all processes call it in the same one."""
+        if comm.is_main_process():
+            self.checkpointer.save("model_final", iteration=self.iter)
+        self.stopped_early = True
+        raise StoppedEarly
 
     def save_and_stop(self) -> None:
         """Writes a checkpoint of the last finished iteration, if there is none yet, and ends training."""

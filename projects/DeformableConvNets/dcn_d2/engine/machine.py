@@ -10,6 +10,7 @@ import torch
 from detectron2.config import CfgNode
 
 from ..config import with_dcn_keys
+from .precision import why_not_on_cpu
 
 logger = logging.getLogger(__name__)
 
@@ -17,8 +18,8 @@ logger = logging.getLogger(__name__)
 def fit_to_machine(cfg: CfgNode, processes: int = 1) -> None:
     """Changes in `cfg` what this machine cannot do, and says so in the log.
 
-    Without a GPU, the device becomes the CPU. On a CPU, mixed precision is switched off, at most one worker for each
-    core loads data, and several processes share the cores.
+    Without a GPU, the device becomes the CPU. On a CPU, mixed precision is switched off unless the processor gains by
+    it, at most one worker for each core loads data, and several processes share the cores.
 
     Args:
         cfg: changed in place.
@@ -27,8 +28,8 @@ def fit_to_machine(cfg: CfgNode, processes: int = 1) -> None:
     fit_device(cfg)
     if cfg.MODEL.DEVICE != "cpu":
         return
-    if cfg.SOLVER.AMP.ENABLED:
-        logger.warning("SOLVER.AMP.ENABLED is switched off: mixed precision needs a GPU")
+    if cfg.SOLVER.AMP.ENABLED and (reason := why_not_on_cpu(with_dcn_keys(cfg).SOLVER.AMP.DTYPE)):
+        logger.warning(f"SOLVER.AMP.ENABLED is switched off: {reason}")
         cfg.SOLVER.AMP.ENABLED = False
     if processes > 1 and torch.cuda.is_available():
         raise ValueError(
@@ -57,14 +58,24 @@ def fit_device(cfg: CfgNode) -> None:
 
 def scale_learning_rate(cfg: CfgNode) -> None:
     """Scales BASE_LR to the batch size if SOLVER.REFERENCE_IMS_PER_BATCH says which batch size it is meant for."""
-    reference, batch_size = with_dcn_keys(cfg).SOLVER.REFERENCE_IMS_PER_BATCH, cfg.SOLVER.IMS_PER_BATCH
+    reference, batch_size = with_dcn_keys(cfg).SOLVER.REFERENCE_IMS_PER_BATCH, effective_batch_size(cfg)
     if reference <= 0 or reference == batch_size:
         return
     scaled = cfg.SOLVER.BASE_LR * batch_size / reference
     logger.info(
         f"SOLVER.BASE_LR goes from {cfg.SOLVER.BASE_LR:g} to {scaled:g}: it is meant for a batch of {reference}, and "
-        f"SOLVER.IMS_PER_BATCH is {batch_size} (SOLVER.REFERENCE_IMS_PER_BATCH 0 leaves it alone; MAX_ITER and "
+        f"{_name_of_batch_size(cfg)} is {batch_size} (SOLVER.REFERENCE_IMS_PER_BATCH 0 leaves it alone; MAX_ITER and "
         "STEPS are never scaled)"
     )
     cfg.SOLVER.BASE_LR = scaled
     cfg.SOLVER.REFERENCE_IMS_PER_BATCH = batch_size  # so that the saved config is not scaled again
+
+
+def effective_batch_size(cfg: CfgNode) -> int:
+    """Gives the number of images of one step of the optimizer, in all batches and processes."""
+    return cfg.SOLVER.IMS_PER_BATCH * with_dcn_keys(cfg).SOLVER.ACCUMULATE_BATCHES
+
+
+def _name_of_batch_size(cfg: CfgNode) -> str:
+    several = with_dcn_keys(cfg).SOLVER.ACCUMULATE_BATCHES > 1
+    return "SOLVER.IMS_PER_BATCH times ACCUMULATE_BATCHES" if several else "SOLVER.IMS_PER_BATCH"

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import build_detection_test_loader, build_detection_train_loader
-from detectron2.engine import DefaultTrainer, create_ddp_model
-from detectron2.engine.train_loop import AMPTrainer, SimpleTrainer, TrainerBase
+from detectron2.engine import DefaultTrainer, HookBase, create_ddp_model
+from detectron2.engine.train_loop import TrainerBase
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
@@ -36,13 +36,17 @@ from ..evaluation import (
     is_augmented,
 )
 from . import checks, folder
+from .averaging import WeightAverage
 from .class_names import class_names_of
 from .logs import log_to
+from .long_runs import add_hooks, check_long_run, fit_average, has_stopped_early
 from .loop import StoppableTrainer
-from .machine import fit_to_machine, scale_learning_rate
+from .machine import effective_batch_size, fit_to_machine, scale_learning_rate
 from .optimizer import apply_rates, fit_saved_state, hyperparameters, split_offset_branches
 from .processes import check_single_start
+from .steps import build_steps
 from .stopping import StopRequest
+from .validation import check_annotations
 
 logger = logging.getLogger(__name__)
 
@@ -75,13 +79,15 @@ class DCNTrainer(StoppableTrainer):
         loader = self.build_train_loader(cfg)
         device = next(model.parameters()).device
         logger.info(f"training on {device}, in {comm.get_world_size()} process(es)")
+        self.average = WeightAverage(cfg, model) if cfg.SOLVER.EMA.ENABLED else None
         on_cpu = device.type == "cpu"
         model = create_ddp_model(model, broadcast_buffers=False, **({"device_ids": None} if on_cpu else {}))
-        self._trainer = (AMPTrainer if cfg.SOLVER.AMP.ENABLED else SimpleTrainer)(model, loader, optimizer)
+        self._trainer = build_steps(cfg, model, loader, optimizer)
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
         self.checkpointer = DCNCheckpointer(
             model, cfg.OUTPUT_DIR, fine_tune=True, class_names=class_names_of(cfg), trainer=weakref.proxy(self)
         )
+        self.checkpointer.averaged = self.average and self.average.model
         self.start_iter = 0
         self.max_iter = cfg.SOLVER.MAX_ITER
         self.cfg = cfg
@@ -103,6 +109,7 @@ class DCNTrainer(StoppableTrainer):
         check_config(cfg, training=trains)
         if train:
             checks.check_batch_size(cfg)
+            check_long_run(cfg, evaluates=cls._is_ours("test") and cls._is_ours("build_evaluator"))
         elif not cfg.DATASETS.TEST:
             raise ValueError("DATASETS.TEST is empty: nothing to evaluate (is --config-file missing?)")
         check_expected_results(cfg)
@@ -131,6 +138,8 @@ class DCNTrainer(StoppableTrainer):
             test=cls._is_ours("build_test_loader"),
             evaluation=cls._is_ours("build_evaluator"),
         )
+        if train:
+            check_annotations(cfg)
         methods = ("build_train_loader", "build_test_loader", "build_evaluator")
         advise_on_data(cfg, train, [name for name in methods if not cls._is_ours(name)])
 
@@ -158,7 +167,7 @@ class DCNTrainer(StoppableTrainer):
         scale_learning_rate(cfg)
         cfg = cls.auto_scale_workers(cfg, comm.get_world_size())
         if cfg.SOLVER.REFERENCE_IMS_PER_BATCH > 0:  # auto_scale_workers scales rate and batch together
-            cfg.SOLVER.REFERENCE_IMS_PER_BATCH = cfg.SOLVER.IMS_PER_BATCH
+            cfg.SOLVER.REFERENCE_IMS_PER_BATCH = effective_batch_size(cfg)
         if frozen:
             cfg.freeze()
         return cfg
@@ -207,6 +216,8 @@ class DCNTrainer(StoppableTrainer):
         try:
             if main:
                 self._prepare_folder()
+            if has_stopped_early(self):
+                self.max_iter = self.start_iter
             super().train()
         finally:
             self._may_start = self._overwrite = False  # a second call would overwrite what this one has written
@@ -227,7 +238,7 @@ class DCNTrainer(StoppableTrainer):
                 file.write(self.cfg.dump())
         left = max(0, self.max_iter - self.start_iter)
         count = left // self.cfg.SOLVER.CHECKPOINT_PERIOD + bool(left)
-        folder.warn_of_little_space(where, self.model, self.optimizer, count)
+        folder.warn_of_little_space(where, self.model, self.optimizer, count, averaged=self.average is not None)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes over the state of an earlier run, except for its learning rates: those are this run's."""
@@ -242,6 +253,7 @@ class DCNTrainer(StoppableTrainer):
         scheduler = {key: dict(value) for key, value in state_dict.get("hooks", {}).items()}
         if "base_lrs" in scheduler.get("LRScheduler", {}):
             scheduler["LRScheduler"]["base_lrs"] = [group["initial_lr"] for group in configured]
+        fit_average(self, scheduler)
         super().load_state_dict({**state_dict, "hooks": scheduler, "_trainer": inner})
         apply_rates(self.optimizer, self.scheduler, configured, self.iter + 1)
         self._resumed = True
@@ -256,6 +268,10 @@ class DCNTrainer(StoppableTrainer):
         optimizer = super().build_optimizer(cfg, model)
         split_offset_branches(optimizer, model, with_dcn_keys(cfg).SOLVER.OFFSET_LR_FACTOR)
         return optimizer
+
+    def build_hooks(self) -> list[HookBase]:
+        """Gives the hooks of `StoppableTrainer`, and those that the config asks for."""
+        return add_hooks(self, super().build_hooks())
 
     @classmethod
     def build_train_loader(cls, cfg: CfgNode) -> Iterable:

@@ -2,14 +2,17 @@
 # Copyright (c) the dcn_d2 authors. SPDX-License-Identifier: Apache-2.0
 """Kills training at random moments, resumes it, and checks that nothing is lost without need.
 
-A tiny detector trains with train_net.py, in one process or in two, with a checkpoint every few iterations. It gets
+A tiny detector trains with train_net.py, in one process or in two, with a checkpoint every few iterations. Every other
+run also accumulates gradients, averages its weights, evaluates every few iterations and keeps the best model. It gets
 SIGKILL, SIGTERM or SIGINT, at a random moment from start-up on, and goes on with --resume, until it has done all its
-iterations; then the next run begins. Checked after each kill:
+iterations; then the next run begins. Some of the kills wait until a file is being written. Checked after each kill:
 
 - the exit code, and that no process is left;
 - every checkpoint is whole, and holds the iteration that its name says;
 - the next start goes on from the newest one; after SIGTERM and SIGINT no finished iteration is missing;
 - metrics.json holds each iteration once;
+- a checkpoint of a run that averages its weights holds both, and model_best.pth is whole, is never replaced by a worse
+  one, and is of the best evaluation in best_metric.json;
 - now and then: a second run in the same folder is refused, while the first one runs and after it.
 
 At last a disk gets full: the last whole checkpoint stays, and training goes on from it when there is room.
@@ -59,6 +62,13 @@ MODEL.RESNETS.DEFORM_ON_PER_STAGE [False,False,False,True] MODEL.FPN.OUT_CHANNEL
 MODEL.RPN.PRE_NMS_TOPK_TRAIN 50 MODEL.RPN.POST_NMS_TOPK_TRAIN 20 MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE 8
 INPUT.MIN_SIZE_TRAIN (64,) INPUT.MIN_SIZE_TEST 64 DATALOADER.NUM_WORKERS 0 DATASETS.TEST ()
 SOLVER.IMS_PER_BATCH 2 SOLVER.STEPS () SOLVER.WARMUP_ITERS 0 SOLVER.CHECKPOINT_PERIOD 3 SEED 1
+""".split()
+
+# What the configs of every other run have besides.
+EVAL_PERIOD = 5
+LONG = f"""
+DATASETS.TEST ("nuclei_val",) TEST.EVAL_PERIOD {EVAL_PERIOD} TEST.LOSS True TEST.BEST_METRIC validation_loss
+TEST.PATIENCE 1000 SOLVER.EMA.ENABLED True SOLVER.EMA.DECAY 0.9 SOLVER.ACCUMULATE_BATCHES 2
 """.split()
 
 # Memory that this process shares with the training: the iteration at which it started, and the last finished one.
@@ -149,9 +159,13 @@ def checkpoints(folder: Path, damaged: Mapping[Path, tuple[int, int]]) -> dict[s
     """
     found = {}
     for path in folder.glob("model_*.pth"):
-        if damaged.get(path) == looks(path):
+        if path.name == "model_best.pth" or damaged.get(path) == looks(path):
             continue
-        iteration = torch.load(path, weights_only=True)["iteration"]
+        checkpoint = torch.load(path, weights_only=True)
+        iteration = checkpoint["iteration"]
+        if average := checkpoint["trainer"]["hooks"].get("WeightAverage"):
+            assert average["trained"].keys() == checkpoint["model"].keys(), f"{path} lacks weights that were trained"
+            assert average["n_averaged"] == iteration + 2, f"{path}: its average holds {average['n_averaged']} models"
         assert path.stem in (f"model_{iteration:07d}", "model_final"), f"{path} holds iteration {iteration}"
         found[path.name] = iteration
     return found
@@ -190,11 +204,22 @@ class Campaign:
         self.folder = self.work / f"run{self.run_number}"
         self.log = self.work / f"run{self.run_number}.txt"
         self.newest = -1  # iteration of the newest checkpoint
+        self.best = float("inf")  # validation loss of the best model
+        self.is_long = self.random.random() < 0.5
+        self.count["long runs"] += self.is_long
         self.damaged: dict[Path, tuple[int, int]] = {}
 
     def arguments(self, processes: int, *others: str) -> list[str]:
         flags = [*others, "--num-gpus", str(processes), "--config-file", str(CONFIG)]
-        return [*flags, *TINY, "OUTPUT_DIR", str(self.folder), "SOLVER.MAX_ITER", str(ITERATIONS)]
+        return [
+            *flags,
+            *TINY,
+            *(LONG if self.is_long else []),
+            "OUTPUT_DIR",
+            str(self.folder),
+            "SOLVER.MAX_ITER",
+            str(ITERATIONS),
+        ]
 
     def check(self, right: bool, what: str) -> None:
         if not right:
@@ -211,6 +236,7 @@ class Campaign:
         # Half of the kills fall into the start, which takes about a second, or shortly after it.
         in_training = self.random.random() < 0.7
         delay = self.random.uniform(0.0, 1.5)
+        in_writing = in_training and self.random.random() < 0.3
         second_run = self.random.random() < 0.15
         pid = start(self.arguments(processes, "--resume"), self.log)
         code: int | None = None
@@ -223,7 +249,10 @@ class Campaign:
         if code is None and second_run and in_training:
             self.second_run(while_running=True)
         if code is None:
-            time.sleep(delay)
+            if in_writing:
+                self.count["kills while a file was written"] += self.wait_for_writing(pid)
+            else:
+                time.sleep(delay)
             before = shared()[1]
             target = pid
             if worker and (others := [process for process in session(pid) if process != pid]):
@@ -262,6 +291,15 @@ class Campaign:
             self.count[damage(self.folder, self.damaged, self.random)] += 1
             self.newest = max(checkpoints(self.folder, self.damaged).values())
 
+    def wait_for_writing(self, pid: int, seconds: float = 5.0) -> bool:
+        """Waits until a checkpoint or record is being written in the folder, and a random fraction of a moment more."""
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline and Path(f"/proc/{pid}").exists():
+            if any(name.endswith(".part") for name in os.listdir(self.folder)):
+                time.sleep(self.random.choice([0.0, 0.001, 0.005]))
+                return True
+        return False
+
     def check_folder(self, kind: str, began: int, finished: int) -> None:
         """Checks checkpoints and metrics after a kill.
 
@@ -283,6 +321,8 @@ class Campaign:
         self.check(newest >= max(self.newest, finished), f"newest checkpoint {newest} after {kind} at {finished}")
         self.newest = newest
         self.check_metrics(kind)
+        if self.is_long:
+            self.check_best(kind)
 
     def check_metrics(self, kind: str) -> None:
         path = self.folder / "metrics.json"
@@ -293,6 +333,26 @@ class Campaign:
         with contextlib.suppress(ValueError):
             numbers += [json.loads(line)["iteration"] for line in lines[-1:]]
         self.check(len(numbers) == len(set(numbers)), f"metrics.json holds iterations {numbers} after {kind}")
+
+    def check_best(self, kind: str) -> None:
+        """Checks the best model and the record of evaluations."""
+        path, record = self.folder / "model_best.pth", self.folder / "best_metric.json"
+        evaluations = dict(json.loads(record.read_text())["evaluations"]) if record.is_file() else {}
+        odd = [i for i in evaluations if (i + 1) % EVAL_PERIOD and i != ITERATIONS - 1]
+        self.check(not odd, f"{record.name} holds evaluations of the iterations {odd} after {kind}")
+        if not path.is_file():
+            self.check(not evaluations, f"there were evaluations, but no best model after {kind}")
+            return
+        try:
+            checkpoint = torch.load(path, weights_only=True)
+            best = checkpoint["best"]["value"]
+        except Exception as error:
+            self.check(False, f"{path.name} not whole after {kind}: {error}")
+            return
+        self.check(best <= self.best, f"the best model had {self.best}, and has {best} after {kind}")
+        self.check(best <= min(evaluations.values(), default=best), f"{best} of {evaluations} is kept after {kind}")
+        self.count["best models"] += best < self.best
+        self.best = best
 
     def second_run(self, while_running: bool) -> None:
         """Tries to start another run in the folder."""
@@ -317,6 +377,7 @@ class Campaign:
     def fill_disk(self) -> None:
         """Trains where only some checkpoints have room, then where there is more."""
         self.next_run()
+        self.is_long = False
         with small_disk(self.folder) as (prepare, grow, how):
             self.count[f"disk full ({how})"] += 1
             if how == "limit of a file's size":  # some checkpoints must be there before

@@ -11,14 +11,18 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
+from detectron2.layers import Conv2d
+from torch import nn
+from torch.optim import SGD
 
-from benchmarks import deform_conv2d, deform_roi_pool, detector
+from benchmarks import deform_conv2d, deform_roi_pool, detector, training_precision
 from dev import readme
 
-from ..slim import SLIM
+from ..slim import SLIM, slim_config
 from .helpers import run
 
 
@@ -99,6 +103,25 @@ def test_detector_runs_all_parts_and_really_swaps_the_operator(tmp_path: Path, m
     assert f"| trunk | 1 | {' | '.join(cells)} |" in readme.performance(tmp_path)
 
 
+def test_training_precision_times_an_iteration_of_the_trainer_in_each_type(tmp_path: Path) -> None:
+    shape = {"name": "tiny", "height": 64, "width": 96, "batch": 1}
+    calls = training_precision.contestants(shape, slim_config())
+    kinds = {}
+    for name, call in calls.items():
+        with mock.patch.object(SGD, "step", autospec=True, side_effect=SGD.step) as step:
+            seen = []
+            handle = nn.modules.module.register_module_forward_hook(
+                lambda module, inputs, output, seen=seen: seen.append(output.dtype) if type(module) is Conv2d else None
+            )
+            call()
+            handle.remove()
+        assert step.call_count == 1
+        kinds[name] = set(seen)
+    assert kinds == {"float32": {torch.float32}, "bfloat16": {torch.bfloat16}}
+    rows = run(training_precision, tmp_path, chosen=[(shape, slim_config())])
+    assert all(set(row["milliseconds"]) == {"float32", "bfloat16"} for row in rows)
+
+
 def test_detectors_offsets_have_the_wanted_spread() -> None:
     images = torch.randn(1, 3, 64, 96, generator=torch.Generator().manual_seed(0))
     models = detector.build(SLIM, "cpu", images)
@@ -127,7 +150,7 @@ def test_no_benchmark_imports_itself_through_another(project: Path) -> None:
     graphlib.TopologicalSorter(imports).prepare()  # raises CycleError
 
 
-@pytest.mark.parametrize("name", ["deform_conv2d", "deform_roi_pool", "detector", "profile_cuda"])
+@pytest.mark.parametrize("name", ["deform_conv2d", "deform_roi_pool", "detector", "profile_cuda", "training_precision"])
 @pytest.mark.parametrize("how", ["module", "file"])
 def test_it_runs_as_a_module_and_as_a_file(project: Path, tmp_path: Path, name: str, how: str) -> None:
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}

@@ -330,6 +330,9 @@ class TestUnread:
                 ["DEFORM_MODULATED", "DEFORM_NUM_GROUPS", "OFFSET_LR_FACTOR"],
                 "MODEL.RESNETS.DEFORM_ON_PER_STAGE makes no stage deformable",
             ),
+            (CASCADE, ["SOLVER.EMA.DECAY", "0.5"], ["SOLVER.EMA.DECAY"], "SOLVER.EMA.ENABLED is False"),
+            (CASCADE, ["TEST.BEST_MODE", "min"], ["TEST.BEST_MODE"], 'TEST.BEST_METRIC is ""'),
+            (CASCADE, ["TEST.MIN_DELTA", "0.5"], ["TEST.MIN_DELTA"], "TEST.PATIENCE is 0"),
         ],
     )
     def test_keys_that_nothing_reads_were_ignored(

@@ -26,6 +26,8 @@ def test_defaults_leave_detectron2_as_it_is() -> None:
     assert cfg.INPUT.RESIZE_WITH == "PIL"
     assert cfg.SOLVER.REFERENCE_IMS_PER_BATCH == 0
     assert cfg.SOLVER.OFFSET_LR_FACTOR == 1.0
+    assert cfg.SOLVER.ACCUMULATE_BATCHES == 1 and not cfg.SOLVER.EMA.ENABLED
+    assert cfg.TEST.BEST_METRIC == "" and not cfg.TEST.LOSS and cfg.TEST.PATIENCE == 0
     del (
         cfg["PUBLISHED"],
         cfg.MODEL["DCN"],
@@ -34,7 +36,12 @@ def test_defaults_leave_detectron2_as_it_is() -> None:
         cfg.SOLVER["OFFSET_LR_FACTOR"],
         cfg.TEST["COCO_EVAL"],
         cfg.TEST["PANOPTIC_QUALITY"],
+        cfg.SOLVER["ACCUMULATE_BATCHES"],
+        cfg.SOLVER["EMA"],
+        cfg.SOLVER.AMP["DTYPE"],
     )
+    for key in ("BEST_METRIC", "BEST_MODE", "PATIENCE", "MIN_DELTA", "LOSS"):
+        del cfg.TEST[key]
     for key in ("OWN", "CLASS_NAMES", "KEYPOINT_NAMES", "KEYPOINT_FLIP_MAP"):
         assert cfg.DATASETS.pop(key) == ()
     assert cfg == plain

@@ -60,6 +60,7 @@ def _unread(cfg: CfgNode) -> Iterator[Problem]:
     """Gives the keys that nothing reads, whatever their values, with the reason."""
     from detectron2.modeling import BACKBONE_REGISTRY
 
+    yield from _unread_by_training(cfg)
     yield from _unread_by_heads(cfg)
     name = cfg.MODEL.BACKBONE.NAME
     if not is_known(find_part(BACKBONE_REGISTRY, name)):
@@ -71,6 +72,17 @@ def _unread(cfg: CfgNode) -> Iterator[Problem]:
         reason = "MODEL.RESNETS.DEFORM_ON_PER_STAGE makes no stage deformable"
         for key in ("MODEL.RESNETS.DEFORM_MODULATED", "MODEL.RESNETS.DEFORM_NUM_GROUPS", "SOLVER.OFFSET_LR_FACTOR"):
             yield key, reason
+
+
+def _unread_by_training(cfg: CfgNode) -> Iterator[Problem]:
+    """Gives the keys of long runs that belong to something that is switched off."""
+    if not value_of(cfg, "SOLVER.EMA.ENABLED", False):
+        for key in ("DECAY", "WARMUP"):
+            yield f"SOLVER.EMA.{key}", "SOLVER.EMA.ENABLED is False"
+    if not value_of(cfg, "TEST.BEST_METRIC", ""):
+        yield "TEST.BEST_MODE", 'TEST.BEST_METRIC is ""'
+    if not value_of(cfg, "TEST.PATIENCE", 0):
+        yield "TEST.MIN_DELTA", "TEST.PATIENCE is 0"
 
 
 def _unread_by_heads(cfg: CfgNode) -> Iterator[Problem]:
