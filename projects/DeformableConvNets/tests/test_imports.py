@@ -21,7 +21,8 @@ ALLOWED: dict[str, set[str]] = {
     "modeling": {"ops", "layers", "config"},
     "visualizer": {"ops", "layers"},
     "data": {"config"},
-    "engine": {"checkpoint", "config", "data"},
+    "report": {"config", "outputs", "quiet"},
+    "engine": {"checkpoint", "config", "data", "outputs", "report", "visualizer"},
     "info": {"ops"},
     "model_zoo": set(),
     "outputs": set(),
@@ -33,6 +34,7 @@ ALLOWED_IN_FUNCTIONS: dict[str, set[str]] = {
     "": {"config"},
     "config": {"checkpoint", "data", "modeling"},  # registers them with Detectron2, and asks its registries
     "model_zoo": {"checkpoint", "config"},
+    "report": {"info", "model_zoo"},
 }
 
 

@@ -66,6 +66,11 @@ OUR_RULES: dict[str, Rule] = {
     "PUBLISHED.LOG": text,
     "PUBLISHED.BOX_AP": number(0, 100),
     "PUBLISHED.MASK_AP": number(0, 100),
+    "TRACKING.WRITERS": several(choice("wandb", "mlflow")),
+    "TRACKING.PROJECT": name,
+    "TRACKING.RUN_NAME": text,
+    "TEST.PICTURES": whole(0, 1000, meaning="0 draws nothing"),
+    "TEST.REPORT": flag,
 }
 
 

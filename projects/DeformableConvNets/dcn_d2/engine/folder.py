@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 LOCK = ".lock"
 # What a run writes and --overwrite removes; metrics.json is emptied. Other files belong to the user.
 _CHECKPOINT = re.compile(r"model_(\d{7,}|final)\.pth")
-_RECORDS = re.compile(r"last_checkpoint|events\.out\.tfevents\..*")
+_RECORDS = re.compile(r"last_checkpoint|events\.out\.tfevents\..*|runs\.json|tracking\.json")
 _OVERWRITE = "--overwrite (in Python: resume_or_load(resume=False, overwrite=True))"
 
 # Locks of this process: folder -> open file, and how often it was locked. They are POSIX record locks, which belong to

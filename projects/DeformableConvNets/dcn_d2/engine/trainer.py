@@ -13,10 +13,11 @@ from typing import Any
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import build_detection_test_loader, build_detection_train_loader
-from detectron2.engine import DefaultTrainer, create_ddp_model
+from detectron2.engine import DefaultTrainer, HookBase, create_ddp_model
 from detectron2.engine.train_loop import AMPTrainer, SimpleTrainer, TrainerBase
 from detectron2.evaluation import COCOEvaluator
 from detectron2.utils import comm
+from detectron2.utils.events import EventWriter
 from detectron2.utils.file_io import PathManager
 from torch import nn
 
@@ -29,8 +30,12 @@ from .logs import log_to
 from .loop import StoppableTrainer
 from .machine import fit_to_machine, scale_learning_rate
 from .optimizer import apply_rates, fit_saved_state, hyperparameters, split_offset_branches
+from .pictures import put_pictures
 from .processes import check_single_start
+from .recorder import RunRecorder
 from .stopping import StopRequest
+from .tracking import check_writers
+from .writers import build_writers
 
 logger = logging.getLogger(__name__)
 
@@ -88,6 +93,7 @@ class DCNTrainer(StoppableTrainer):
         check_config(cfg, training=trains)
         if train:
             checks.check_batch_size(cfg)
+            check_writers(cfg)
         elif not cfg.DATASETS.TEST:
             raise ValueError("DATASETS.TEST is empty: nothing to evaluate (is --config-file missing?)")
         checks.check_expected_results(cfg)
@@ -236,6 +242,15 @@ class DCNTrainer(StoppableTrainer):
         model = self.checkpointer.model
         return [group["params"] for group in DefaultTrainer.build_optimizer(self.cfg, model).param_groups]
 
+    def build_hooks(self) -> list[HookBase]:
+        """Gives the hooks, with one that notes for the report how the run goes."""
+        return [*super().build_hooks(), *([RunRecorder()] if comm.is_main_process() else [])]
+
+    def build_writers(self) -> list[EventWriter]:
+        """Gives Detectron2's writers, with a TensorBoard that can resume, and those of TRACKING.WRITERS."""
+        trainer = weakref.proxy(self)
+        return build_writers(self.cfg, self.max_iter, lambda: trainer.start_iter)
+
     @classmethod
     def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
         """Builds Detectron2's optimizer, with SOLVER.OFFSET_LR_FACTOR for convolutions that predict offsets."""
@@ -262,7 +277,10 @@ class DCNTrainer(StoppableTrainer):
         if evaluators is None and cfg.DATASETS.TEST:
             cls._check_evaluators(cfg)
             cls.check_data(cfg, train=False)
-        return super().test(cfg, model, evaluators)
+        results = super().test(cfg, model, evaluators)
+        if cls._is_ours("build_test_loader"):
+            put_pictures(cfg, model)
+        return results
 
     @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> COCOEvaluator:

@@ -28,6 +28,9 @@ def test_defaults_leave_detectron2_as_it_is() -> None:
     assert cfg.SOLVER.OFFSET_LR_FACTOR == 1.0
     del (
         cfg["PUBLISHED"],
+        cfg["TRACKING"],
+        cfg.TEST["PICTURES"],
+        cfg.TEST["REPORT"],
         cfg.MODEL["DCN"],
         cfg.INPUT["RESIZE_WITH"],
         cfg.SOLVER["REFERENCE_IMS_PER_BATCH"],
