@@ -65,7 +65,7 @@ def split_measure(key: str) -> tuple[str, str, str] | None:
 
 def is_validation_loss(key: str) -> bool:
     """Whether a key is of the loss on held-out data, by its name."""
-    return "loss" in key and bool(re.search(r"(^|[_/])val", key))
+    return "loss" in key and bool(re.search(r"(^|[_/])val(idation)?[_/]", key))
 
 
 def is_training_loss(key: str) -> bool:

@@ -24,7 +24,7 @@ section { background: var(--card); border: 1px solid var(--line); border-radius:
   margin: 16px 0; overflow-x: auto; }
 .tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(135px, 1fr)); gap: 10px; margin: 16px 0; }
 .tile { background: var(--card); border: 1px solid var(--line); border-radius: 10px; padding: 10px 14px; }
-.tile b { display: block; font-size: 22px; line-height: 1.3; font-weight: 600; }
+.tile b { display: block; font-size: 20px; white-space: nowrap; line-height: 1.3; font-weight: 600; }
 .tile span { color: var(--dim); font-size: 12.5px; }
 table { border-collapse: collapse; font-size: 13.5px; margin: 8px 0; }
 th, td { padding: 4px 12px 4px 0; text-align: left; border-bottom: 1px solid var(--line); vertical-align: top;

@@ -93,7 +93,7 @@ def draw_losses(
         if len(values):  # a few large values of the first iterations would press all others flat
             axes[0].set_ylim(0, max(np.percentile(values, 99) * 1.1, values[-len(values) // 2 :].max() * 1.05, 1e-9))
         axes[0].set_ylabel("loss")
-        axes[0].legend(loc="upper right", ncols=2)
+        axes[0].legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=6, borderaxespad=0.2)
         if rate:
             axes[1].plot(*rate.thinned(MOST_POINTS), color=COLORS[0], linewidth=1.2)
             axes[1].set_ylabel("learning rate")

@@ -40,7 +40,10 @@ def test_set(run: Run, results: SetResults) -> str:
         raise Missing("the model has found nothing in it")
     sigmas = run.cfg.TEST.KEYPOINT_OKS_SIGMAS
     parts = []
-    for task in tasks_of(found):
+    if not (tasks := tasks_of(found)):
+        raise Missing("its results have neither boxes nor masks nor keypoints")
+    mistakes = ""
+    for task in tasks:
         done = run_evaluation(truth, found, task, sigmas)
         result = summarize(done, task)
         parts.append(f"<h3>{NAMES[task]}</h3>{_numbers(result)}{_differences(run, results, result)}{_plots(result)}")
@@ -49,7 +52,7 @@ def test_set(run: Run, results: SetResults) -> str:
             mistakes = _mistakes(results, done, result)
         del done  # hundreds of MB for COCO
     objects = f"{len(truth.imgs):,} images, {len(truth.anns):,} objects, {len(found):,} detections"
-    return f'<p class="dim">{text(objects)}</p>' + "".join(parts) + (mistakes if "bbox" in tasks_of(found) else "")
+    return f'<p class="dim">{text(objects)}</p>' + "".join(parts) + mistakes
 
 
 def _numbers(result: TaskResult) -> str:
@@ -90,6 +93,9 @@ def _plots(result: TaskResult) -> str:
         shown, which = _choose(result.classes)
         own = {one.name: one.curves[0] for one in shown}
         plots.append(draw_curves(result.recalls, own, f"{which} at {measure} 0.5"))
+        plots.append(draw_bars([one.name for one in shown], [one.ap["AP"] for one in shown], f"AP, {which}"))
+    sizes = {long: result.ap[short] for long, short in SIZES.items() if short in result.ap}
+    plots.append(draw_bars(list(sizes), list(sizes.values()), "AP by size of the object"))
     return f'<div class="row">{"".join(f"""<div class="plot">{plot}</div>""" for plot in plots)}</div>'
 
 
@@ -116,14 +122,7 @@ def _classes(result: TaskResult) -> str:
         for one in sorted(result.classes, key=lambda one: -np.nan_to_num(one.ap["AP"], nan=-1))
     ]
     listed = table(head, rows, range(1, len(head)))
-    bars = []
-    if len(result.classes) > 1:
-        shown, which = _choose(result.classes)
-        bars.append(draw_bars([one.name for one in shown], [one.ap["AP"] for one in shown], f"AP, {which}"))
-    sizes = {long: result.ap[short] for long, short in SIZES.items() if short in result.ap}
-    bars.append(draw_bars(list(sizes), list(sizes.values()), "AP by size of the object"))
-    plots = f'<div class="row">{"".join(f"""<div class="plot">{plot}</div>""" for plot in bars)}</div>'
-    return plots + (listed if len(rows) <= MOST_CLASSES else details(f"All {len(rows)} classes", listed))
+    return listed if len(rows) <= MOST_CLASSES else details(f"All {len(rows)} classes", listed)
 
 
 def _mistakes(results: SetResults, done: COCOeval, result: TaskResult) -> str:

@@ -148,7 +148,13 @@ def test_wandb_has_config_values_and_pictures_of_one_run(tmp_path: Path, monkeyp
     expected = recorded(tmp_path)
     assert dict(losses[:4]) == pytest.approx({step: expected[step] for step in range(4)})
     assert [line["iteration"] for line in lines if "bbox/AP50" in line] == [6]
-    names = {key for line in lines for key, value in line.items() if isinstance(value, dict) and "sha256" in value}
+    history = [record.history for record in records if record.WhichOneof("record_type") == "history"]
+    names = {
+        item.nested_key[0]
+        for line in history
+        for item in line.item
+        if item.nested_key and item.nested_key[-1] == "sha256"
+    }
     assert {name.split("/")[1] for name in names} == {"detections", "sampling"}
 
 
