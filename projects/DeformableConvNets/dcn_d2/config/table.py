@@ -21,6 +21,7 @@ from .rules import (
     folder_name,
     image_format,
     increasing,
+    line,
     name,
     number,
     pooler_or_none,
@@ -67,8 +68,8 @@ OUR_RULES: dict[str, Rule] = {
     "PUBLISHED.BOX_AP": number(0, 100),
     "PUBLISHED.MASK_AP": number(0, 100),
     "TRACKING.WRITERS": several(choice("wandb", "mlflow")),
-    "TRACKING.PROJECT": name,
-    "TRACKING.RUN_NAME": text,
+    "TRACKING.PROJECT": line(1),
+    "TRACKING.RUN_NAME": line(),
     "TEST.PICTURES": whole(0, 1000, meaning="0 draws nothing"),
     "TEST.REPORT": flag,
 }

@@ -20,7 +20,6 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.catalog import Metadata
-from detectron2.evaluation.evaluator import inference_context
 from detectron2.structures import Instances
 from detectron2.utils import comm
 from detectron2.utils.events import get_event_storage, has_event_storage
@@ -56,7 +55,7 @@ def put_pictures(cfg: CfgNode, model: nn.Module) -> None:
         model = model.module
     for name in cfg.DATASETS.TEST:
         try:
-            with _random_numbers_kept(), inference_context(model), torch.no_grad():
+            with _random_numbers_kept(), _evaluated(model), torch.no_grad():
                 _draw_data_set(cfg, model, name, count)
         except Exception as error:  # a picture is not worth a training
             logger.warning(f"TEST.PICTURES: no pictures of data set {name}: {one_line(error)}")
@@ -136,6 +135,17 @@ def _beside(panels: list[np.ndarray]) -> np.ndarray:
     height, width = panels[0].shape[:2]
     same = [panel if panel.shape[:2] == (height, width) else cv2.resize(panel, (width, height)) for panel in panels]
     return np.ascontiguousarray(np.concatenate(same, axis=1).transpose(2, 0, 1))
+
+
+@contextlib.contextmanager
+def _evaluated(model: nn.Module) -> Iterator[None]:
+    """Switches to evaluation and back, after an error too; Detectron2's `inference_context` then stays there."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
 
 
 @contextlib.contextmanager

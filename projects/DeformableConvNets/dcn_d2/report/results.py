@@ -38,12 +38,12 @@ def test_set(run: Run, results: SetResults) -> str:
     found = results.read_results()
     if not found:
         raise Missing("the model has found nothing in it")
-    sigmas = run.cfg.TEST.KEYPOINT_OKS_SIGMAS
     parts = []
     if not (tasks := tasks_of(found)):
         raise Missing("its results have neither boxes nor masks nor keypoints")
     mistakes = ""
     for task in tasks:
+        sigmas = run.cfg.TEST.KEYPOINT_OKS_SIGMAS if task == "keypoints" else ()
         done = run_evaluation(truth, found, task, sigmas)
         result = summarize(done, task)
         parts.append(f"<h3>{NAMES[task]}</h3>{_numbers(result)}{_differences(run, results, result)}{_plots(result)}")

@@ -1,10 +1,13 @@
 # Copyright (c) the dcn_d2 authors. SPDX-License-Identifier: Apache-2.0
 """Writers for TensorBoard, Weights & Biases and MLflow; their values are read back from what they have stored."""
 
+import contextlib
 import importlib.util
 import json
 import logging
+import random
 import struct
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from detectron2.engine import HookBase, hooks
+from detectron2.utils.env import seed_all_rng
 from detectron2.utils.events import EventStorage
 
 from dcn_d2.engine import DCNTrainer
@@ -33,6 +37,7 @@ class Trainer(DCNTrainer):
 
 
 def train(folder: Path, *others: Any, resume: bool = False, overwrite: bool = False) -> Trainer:
+    seed_all_rng(1)  # DCNTrainer leaves it to `setup`
     trainer = Trainer(tiny_config(folder, *others))
     trainer.resume_or_load(resume=resume, overwrite=overwrite)
     trainer.train()
@@ -234,11 +239,21 @@ def test_names_of_classes_become_names_that_mlflow_takes() -> None:
     assert mlflow_name("bbox/AP-Bär & <b>: x") == "bbox/AP-B_r _ _b__ x"
 
 
-def test_pictures_change_nothing_else(tmp_path: Path) -> None:
+@contextlib.contextmanager
+def _spend_random_numbers() -> Iterator[None]:
+    torch.rand(1), np.random.rand(1), random.random()
+    yield
+
+
+def test_pictures_change_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     keys = ["DATASETS.TEST", ("nuclei_val",), "TEST.EVAL_PERIOD", 2]
     plain = train(tmp_path / "plain", *keys).model.state_dict()
     drawn = train(tmp_path / "drawn", *keys, "TEST.PICTURES", 2).model.state_dict()
     assert all(torch.equal(value, drawn[key]) for key, value in plain.items())
+    without_restoring = "dcn_d2.engine.pictures._random_numbers_kept"
+    monkeypatch.setattr(without_restoring, lambda: _spend_random_numbers())
+    spent = train(tmp_path / "spent", *keys, "TEST.PICTURES", 2).model.state_dict()
+    assert not all(torch.equal(value, spent[key]) for key, value in plain.items()), "random numbers do matter here"
     assert recorded(tmp_path / "plain", "bbox/AP50") == recorded(tmp_path / "drawn", "bbox/AP50")
     events = read_tensorboard(tmp_path / "drawn")
     names = events.Tags()["images"]

@@ -135,20 +135,21 @@ def test_report_may_be_made_again_and_replaces_only_its_own(folder: Path) -> Non
         ("metrics.json", '[1]\n{"iteration": 3, "sem_seg/mIoU": 51.25}\n', "51.25"),
         ("config.yaml", None, "Left out: there is no config.yaml."),
         ("config.yaml", "MODEL: [", "Left out: ConfigError"),
-        ("runs.json", None, "Left out: there is no runs.json."),
-        ("runs.json", '{"runs": 3}', "Left out: there is no runs.json."),
+        ("runs.json", '{"runs": 3, "data_sets": DATA_SETS}', "Left out: there is no runs.json."),
         (f"inference/{NAME}/coco_instances_results.json", "[", "Left out: JSONDecodeError"),
         (f"inference/{NAME}/coco_instances_results.json", "[]", "Left out: the model has found nothing in it."),
         (f"inference/{NAME}/coco_instances_results.json", '[{"a": 1}]', "Left out: "),
     ],
 )
 def test_missing_or_damaged_file_costs_its_part_alone(folder: Path, file: str, content: str | None, line: str) -> None:
+    data_sets = json.loads((folder / "runs.json").read_text())["data_sets"]
     (folder / file).unlink()
     if content is not None:
-        (folder / file).write_text(content)
+        (folder / file).write_text(content.replace("DATA_SETS", json.dumps(data_sets)))
     page = read(folder)
     assert line in page.text
     assert "Times and versions" in page.text
+    assert ("The worst images" in page.text) == (not file.startswith("inference"))
 
 
 def test_data_that_are_gone_are_told(folder: Path, results: dict[str, Any], tmp_path: Path) -> None:
@@ -159,6 +160,13 @@ def test_data_that_are_gone_are_told(folder: Path, results: dict[str, Any], tmp_
     record["data_sets"][NAME]["annotations"] = str(tmp_path / "gone.json")
     (folder / "runs.json").write_text(json.dumps(record))
     assert "its annotation file is not where it was" in read(folder).text
+
+
+def test_run_without_notes_is_reported(folder: Path) -> None:
+    (folder / "runs.json").unlink()
+    page = read(folder)
+    assert "no notes of a training" in page.text and "its annotation file is not where it was" in page.text
+    assert "Left out: there is no runs.json." in page.text and "SOLVER.MAX_ITER" in page.text
 
 
 def test_results_of_another_evaluation_are_noticed(folder: Path) -> None:
