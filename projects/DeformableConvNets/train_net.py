@@ -103,18 +103,24 @@ def compare_with_published(published: dict[str, float], results: dict[str, Any])
 
 def train(args: argparse.Namespace, cfg: CfgNode) -> Any:
     """Trains in one process of the job; returns the results of the last evaluation in the main process."""
+    from detectron2.utils import comm
+
     from dcn_d2.engine import DCNTrainer, log_traceback, one_line, setup
     from dcn_d2.engine.folder import unlock_folder
+    from dcn_d2.report import try_report
 
     cfg = setup(args, cfg)
     try:
         trainer = DCNTrainer(cfg)
         trainer.resume_or_load(resume=args.resume, overwrite=args.overwrite)
         try:
-            return trainer.train()
+            results = trainer.train()
         except Exception as error:
             log_traceback(error)
             fail(one_line(error))
+        if comm.is_main_process() and cfg.TEST.REPORT:
+            try_report(cfg.OUTPUT_DIR)
+        return results
     finally:
         unlock_folder(cfg.OUTPUT_DIR)
 
@@ -127,12 +133,14 @@ def evaluate(args: argparse.Namespace, cfg: CfgNode) -> Any:
     from dcn_d2.checkpoint import DCNCheckpointer
     from dcn_d2.engine import DCNTrainer, setup
     from dcn_d2.engine.class_names import class_names_of
+    from dcn_d2.report import record_evaluation
 
     cfg = setup(args, cfg)
     model = DCNTrainer.build_model(cfg)
     checkpointer = DCNCheckpointer(model, save_dir=cfg.OUTPUT_DIR, class_names=class_names_of(cfg))
     checkpointer.load_trained(cfg.MODEL.WEIGHTS, resume=args.resume)
     results = DCNTrainer.test(cfg, model)
+    record_evaluation(cfg, results)
     if comm.is_main_process():
         verify_results(cfg, results)
     if args.published and comm.is_main_process():

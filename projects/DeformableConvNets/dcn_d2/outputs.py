@@ -5,8 +5,9 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import IO
 
 from PIL import Image, PngImagePlugin
 
@@ -31,6 +32,26 @@ def unique_stems(names: Iterable[str | os.PathLike[str]]) -> list[str]:
         taken.add(stem.lower())
         stems.append(stem)
     return stems
+
+
+def write_whole(path: str | os.PathLike[str], write: Callable[[IO[bytes]], object]) -> None:
+    """Writes a file whole or not at all: until it is complete, the file that was there before stays.
+
+    Args:
+        path: of the file.
+        write: called with a binary file to write into.
+    """
+    descriptor, temporary = tempfile.mkstemp(dir=os.path.dirname(os.path.abspath(path)), prefix=".", suffix=".part")
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            write(file)
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(temporary, 0o666 & ~umask)  # temporary files are made for their owner alone
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
 
 
 class PictureFolder:
@@ -74,17 +95,7 @@ class PictureFolder:
         path = self.path_of(name)
         text = PngImagePlugin.PngInfo()
         text.add_text("Software", SOFTWARE)
-        descriptor, temporary = tempfile.mkstemp(dir=self.folder, prefix=".", suffix=".part")
-        try:
-            with os.fdopen(descriptor, "wb") as file:
-                picture.save(file, "PNG", pnginfo=text)
-            umask = os.umask(0)
-            os.umask(umask)
-            os.chmod(temporary, 0o666 & ~umask)  # temporary files are made for their owner alone
-            os.replace(temporary, path)
-        except BaseException:
-            os.unlink(temporary)
-            raise
+        write_whole(path, lambda file: picture.save(file, "PNG", pnginfo=text))
         self.kept.add(path.resolve())
         return path
 

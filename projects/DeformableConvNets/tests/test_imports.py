@@ -22,7 +22,8 @@ ALLOWED: dict[str, set[str]] = {
     "visualizer": {"ops", "layers"},
     "data": {"config"},
     "evaluation": {"config", "data"},
-    "engine": {"checkpoint", "config", "data", "evaluation"},
+    "report": {"config", "outputs", "quiet"},
+    "engine": {"checkpoint", "config", "data", "evaluation", "outputs", "report", "visualizer"},
     "info": {"ops"},
     "model_zoo": set(),
     "outputs": set(),
@@ -34,6 +35,7 @@ ALLOWED_IN_FUNCTIONS: dict[str, set[str]] = {
     "": {"config"},
     "config": {"checkpoint", "data", "modeling"},  # registers them with Detectron2, and asks its registries
     "model_zoo": {"checkpoint", "config"},
+    "report": {"info", "model_zoo"},
 }
 
 

@@ -16,6 +16,7 @@ def add_dcn_keys(cfg: CN) -> None:
     _add_evaluation_keys(cfg)
     _add_own_data_keys(cfg)
     _add_long_run_keys(cfg)
+    _add_tracking_keys(cfg)
 
 
 def with_dcn_keys(cfg: CN) -> CN:
@@ -184,3 +185,25 @@ def _add_long_run_keys(cfg: CN) -> None:
     _add(cfg.TEST, "MIN_DELTA", 0.0)
     # Each evaluation during training also computes the losses on the test sets, as validation_loss and its parts.
     _add(cfg.TEST, "LOSS", False)
+
+
+def _add_tracking_keys(cfg: CN) -> None:
+    """Keys of what shows a person how a run goes. None of them changes what is trained or measured."""
+    tracking = _add(cfg, "TRACKING", CN())
+
+    # Services that get scalars, pictures and the config beside TensorBoard: "wandb" (Weights & Biases) and "mlflow".
+    # Server, user and key come from the environment variables and files of these libraries, never from a config.
+    _add(tracking, "WRITERS", ())
+
+    # The project of Weights & Biases, and the experiment of MLflow.
+    _add(tracking, "PROJECT", "dcn_d2")
+
+    # The name of the run there; "" takes the last part of OUTPUT_DIR.
+    _add(tracking, "RUN_NAME", "")
+
+    # Of so many images of each test set, detections and sampling locations are drawn at each evaluation in training,
+    # for TensorBoard and for TRACKING.WRITERS. 0 draws nothing. The images are the same each time.
+    _add(cfg.TEST, "PICTURES", 0)
+
+    # Whether train_net.py writes OUTPUT_DIR/report.html when training is done.
+    _add(cfg.TEST, "REPORT", True)

@@ -44,6 +44,16 @@ def name(value: Any) -> str | None:
     return None if isinstance(value, str) and value.strip() else "must be a name"
 
 
+def line(least: int = 0) -> Rule:
+    """One line of text, without control characters, of at least so many characters."""
+
+    def check(value: Any) -> str | None:
+        fits = isinstance(value, str) and value.isprintable() and len(value.strip()) >= least
+        return None if fits else f"must be one line of text{' that is not empty' if least else ''}"
+
+    return check
+
+
 def folder_name(value: Any) -> str | None:
     """A folder without ~ in front: nothing replaces it here, and a folder with the name ~ is dangerous to remove."""
     if isinstance(value, str) and value.startswith("~"):

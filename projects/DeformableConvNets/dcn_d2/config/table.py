@@ -21,6 +21,7 @@ from .rules import (
     folder_name,
     image_format,
     increasing,
+    line,
     metric,
     name,
     number,
@@ -84,6 +85,11 @@ OUR_RULES: dict[str, Rule] = {
     "DATASETS.CLASS_NAMES": names,
     "DATASETS.KEYPOINT_NAMES": names,
     "DATASETS.KEYPOINT_FLIP_MAP": pairs_of_names,
+    "TRACKING.WRITERS": several(choice("wandb", "mlflow")),
+    "TRACKING.PROJECT": line(1),
+    "TRACKING.RUN_NAME": line(),
+    "TEST.PICTURES": whole(0, 1000, meaning="0 draws nothing"),
+    "TEST.REPORT": flag,
 }
 
 

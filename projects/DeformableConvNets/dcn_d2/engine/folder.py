@@ -27,7 +27,9 @@ LOCK = ".lock"
 # What a run writes and --overwrite removes; metrics.json is emptied. Other files belong to the user.
 _CHECKPOINT = re.compile(r"model_(\d{7,}|final)\.pth")
 BEST_RECORD = "best_metric.json"  # the values by which model_best.pth was chosen
-_RECORDS = re.compile(rf"last_checkpoint|{BEST}\.pth|{re.escape(BEST_RECORD)}|events\.out\.tfevents\..*")
+_RECORDS = re.compile(
+    rf"last_checkpoint|{BEST}\.pth|{re.escape(BEST_RECORD)}|events\.out\.tfevents\..*|runs\.json|tracking\.json"
+)
 _OVERWRITE = "--overwrite (in Python: resume_or_load(resume=False, overwrite=True))"
 
 # Locks of this process: folder -> open file, and how often it was locked. They are POSIX record locks, which belong to

@@ -17,6 +17,7 @@ from detectron2.engine import DefaultTrainer, HookBase, create_ddp_model
 from detectron2.engine.train_loop import TrainerBase
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.utils import comm
+from detectron2.utils.events import EventWriter
 from detectron2.utils.file_io import PathManager
 from torch import nn
 
@@ -43,10 +44,14 @@ from .long_runs import add_hooks, check_long_run, fit_average, has_stopped_early
 from .loop import StoppableTrainer
 from .machine import effective_batch_size, fit_to_machine, scale_learning_rate
 from .optimizer import apply_rates, fit_saved_state, hyperparameters, split_offset_branches
+from .pictures import put_pictures
 from .processes import check_single_start
+from .recorder import RunRecorder
 from .steps import build_steps
 from .stopping import StopRequest
+from .tracking import check_writers
 from .validation import check_annotations
+from .writers import build_writers
 
 logger = logging.getLogger(__name__)
 
@@ -110,6 +115,7 @@ class DCNTrainer(StoppableTrainer):
         if train:
             checks.check_batch_size(cfg)
             check_long_run(cfg, evaluates=cls._is_ours("test") and cls._is_ours("build_evaluator"))
+            check_writers(cfg)
         elif not cfg.DATASETS.TEST:
             raise ValueError("DATASETS.TEST is empty: nothing to evaluate (is --config-file missing?)")
         check_expected_results(cfg)
@@ -262,6 +268,11 @@ class DCNTrainer(StoppableTrainer):
         model = self.checkpointer.model
         return [group["params"] for group in DefaultTrainer.build_optimizer(self.cfg, model).param_groups]
 
+    def build_writers(self) -> list[EventWriter]:
+        """Gives Detectron2's writers, with a TensorBoard that can resume, and those of TRACKING.WRITERS."""
+        trainer = weakref.proxy(self)
+        return build_writers(self.cfg, self.max_iter, lambda: trainer.start_iter)
+
     @classmethod
     def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
         """Builds Detectron2's optimizer, with SOLVER.OFFSET_LR_FACTOR for convolutions that predict offsets."""
@@ -270,8 +281,9 @@ class DCNTrainer(StoppableTrainer):
         return optimizer
 
     def build_hooks(self) -> list[HookBase]:
-        """Gives the hooks of `StoppableTrainer`, and those that the config asks for."""
-        return add_hooks(self, super().build_hooks())
+        """Gives the hooks of `StoppableTrainer`, those that the config asks for, and one that notes how the run goes."""
+        recorder = [RunRecorder()] if comm.is_main_process() else []
+        return [*add_hooks(self, super().build_hooks()), *recorder]
 
     @classmethod
     def build_train_loader(cls, cfg: CfgNode) -> Iterable:
@@ -306,6 +318,8 @@ class DCNTrainer(StoppableTrainer):
             cls._check_evaluators(cfg)
             cls.check_data(cfg, train=False)
         results = Results(super().test(cfg, model, evaluators))
+        if cls._is_ours("build_test_loader"):
+            put_pictures(cfg, model)
         return add_augmented(results, cls._test_augmented(cfg, model, evaluators)) if augment else results
 
     @classmethod

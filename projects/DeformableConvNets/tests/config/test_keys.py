@@ -30,6 +30,9 @@ def test_defaults_leave_detectron2_as_it_is() -> None:
     assert cfg.TEST.BEST_METRIC == "" and not cfg.TEST.LOSS and cfg.TEST.PATIENCE == 0
     del (
         cfg["PUBLISHED"],
+        cfg["TRACKING"],
+        cfg.TEST["PICTURES"],
+        cfg.TEST["REPORT"],
         cfg.MODEL["DCN"],
         cfg.INPUT["RESIZE_WITH"],
         cfg.SOLVER["REFERENCE_IMS_PER_BATCH"],
