@@ -29,8 +29,8 @@ from .logs import log_to
 from .loop import StoppableTrainer
 from .machine import fit_to_machine, scale_learning_rate
 from .optimizer import apply_rates, fit_saved_state, hyperparameters, split_offset_branches
-from .processes import check_single_start
 from .stopping import StopRequest
+from .torchrun import check_joined
 
 logger = logging.getLogger(__name__)
 
@@ -47,8 +47,7 @@ class DCNTrainer(StoppableTrainer):
     def __init__(self, cfg: CfgNode) -> None:
         # DefaultTrainer's __init__ is not called: it works on a GPU only, and has its own checkpointer.
         TrainerBase.__init__(self)
-        if comm.get_world_size() == 1:
-            check_single_start()
+        check_joined()
         folder.check_writable(cfg.OUTPUT_DIR)
         if comm.is_main_process():
             folder.check_unlocked(cfg.OUTPUT_DIR)
@@ -64,7 +63,7 @@ class DCNTrainer(StoppableTrainer):
         device = next(model.parameters()).device
         logger.info(f"training on {device}, in {comm.get_world_size()} process(es)")
         on_cpu = device.type == "cpu"
-        model = create_ddp_model(model, broadcast_buffers=False, **({"device_ids": None} if on_cpu else {}))
+        model = create_ddp_model(model, broadcast_buffers=False, device_ids=None if on_cpu else [device.index])
         self._trainer = (AMPTrainer if cfg.SOLVER.AMP.ENABLED else SimpleTrainer)(model, loader, optimizer)
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
         self.checkpointer = DCNCheckpointer(model, cfg.OUTPUT_DIR, fine_tune=True, trainer=weakref.proxy(self))
