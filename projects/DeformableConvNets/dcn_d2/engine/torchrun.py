@@ -105,9 +105,26 @@ def _join(place: Place, timeout: timedelta) -> None:
     stop_waiting = repeat_until_called(waits) if place.local_rank == 0 else lambda: None
     try:
         backend = "nccl" if torch.cuda.is_available() else "gloo"
-        dist.init_process_group(backend, init_method="env://", timeout=timeout)
+        store = _store_of_this_start(place, timeout)
+        if store is None:
+            dist.init_process_group(backend, init_method="env://", timeout=timeout)
+        else:
+            dist.init_process_group(backend, store=store, rank=place.rank, world_size=place.world_size, timeout=timeout)
     finally:
         stop_waiting()
+
+
+def _store_of_this_start(place: Place, timeout: timedelta) -> dist.Store | None:
+    """Gives torchrun's store, in which the processes find each other, without what an earlier start has left in it.
+
+    With env://, PyTorch 2.14 reads the addresses of processes that have ended, if it is quicker than the new ones, and
+    waits for them until the timeout.
+    """
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return None
+    store = dist.TCPStore(place.address, place.port, place.world_size, is_master=False, timeout=timeout)
+    start = f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')} of {place.world_size} processes"
+    return dist.PrefixStore(f"dcn_d2/{start}", store)
 
 
 def _device(place: Place, gpus: int) -> int:
