@@ -112,9 +112,8 @@ def submit(script: str, argv: list[str], cfg: CfgNode, keys: Mapping[str, Any]) 
     where.mkdir(parents=True, exist_ok=True)
     script = str(Path(script).resolve())
     job = TrainingJob(script, argv, str(where / f"{uuid.uuid4().hex[:12]}.begun"))
-    cluster = "local" if keys["local"] else "slurm"
-    limit = {} if keys["local"] else {"slurm_max_num_timeout": keys["requeue"]}
-    executor = submitit.AutoExecutor(where, cluster=cluster, **limit)
+    kind: Any = submitit.LocalExecutor if keys["local"] else submitit.SlurmExecutor
+    executor = kind(where, max_num_timeout=keys["requeue"])
     path = os.pathsep.join(filter(None, [str(Path(script).parent), os.environ.get("PYTHONPATH")]))
     executor.update_parameters(**_parameters(keys, path))
     try:
@@ -128,28 +127,23 @@ def submit(script: str, argv: list[str], cfg: CfgNode, keys: Mapping[str, Any]) 
 
 
 def _parameters(keys: Mapping[str, Any], path: str) -> dict[str, Any]:
-    """What submitit calls the keys of --slurm."""
-    parameters = {
-        "name": keys["name"],
-        "timeout_min": max(1, round(60 * keys["hours"])),
-        "nodes": keys["nodes"],
-        "tasks_per_node": max(1, keys["gpus"]),
-        "gpus_per_node": keys["gpus"] or None,
-        "cpus_per_task": keys["cpus"],
-        "mem_gb": keys["mem"],
-        "stderr_to_stdout": True,
-    }
+    """What submitit's executors call the keys of --slurm."""
+    minutes, tasks = max(1, round(60 * keys["hours"])), max(1, keys["gpus"])
+    parameters: dict[str, Any] = {"signal_delay_s": keys["grace"], "stderr_to_stdout": True}
     if keys["local"]:
-        return parameters | {"local_signal_delay_s": keys["grace"]}
-    parameters |= {f"slurm_{name}": keys[name] for name in ("partition", "account", "qos", "constraint")}
+        return parameters | {"timeout_min": minutes, "tasks_per_node": tasks, "gpus_per_node": keys["gpus"]}
+    parameters |= {name: keys[name] for name in ("nodes", "partition", "account", "qos", "constraint") if keys[name]}
+    parameters |= {"time": minutes, "ntasks_per_node": tasks, "job_name": keys["name"]}
+    if keys["gpus"]:
+        parameters["gpus_per_node"] = keys["gpus"]
+    if keys["cpus"]:
+        parameters["cpus_per_task"] = keys["cpus"]
+    if keys["mem"]:
+        parameters["mem"] = f"{round(1024 * keys['mem'])}M"
     # sbatch passes the environment on and starts here, unless the cluster has set it up otherwise.
-    setup = [f"cd {shlex.quote(os.getcwd())}", f"export PYTHONPATH={shlex.quote(path)}"]
-    more = {"requeue": True}
-    return parameters | {
-        "slurm_signal_delay_s": keys["grace"],
-        "slurm_setup": setup,
-        "slurm_additional_parameters": more,
-    }
+    parameters["setup"] = [f"cd {shlex.quote(os.getcwd())}", f"export PYTHONPATH={shlex.quote(path)}"]
+    parameters["additional_parameters"] = {"requeue": True}
+    return parameters
 
 
 def _describe(job: Any, where: Path, keys: Mapping[str, Any]) -> str:
