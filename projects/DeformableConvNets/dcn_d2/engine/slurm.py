@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
 import shlex
@@ -12,7 +13,7 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -117,13 +118,31 @@ def submit(script: str, argv: list[str], cfg: CfgNode, keys: Mapping[str, Any]) 
     path = os.pathsep.join(filter(None, [str(Path(script).parent), os.environ.get("PYTHONPATH")]))
     executor.update_parameters(**_parameters(keys, path))
     try:
-        with clean_env(), submitit.helpers.environment_variables(PYTHONPATH=path):
+        with clean_env(), submitit.helpers.environment_variables(PYTHONPATH=path), contextlib.ExitStack() as stack:
+            if keys["local"]:
+                stack.enter_context(_output_to(where / "local.log"))
             submitted: Any = executor.submit(job)
     except (RuntimeError, subprocess.CalledProcessError) as error:  # sbatch refuses the job, and has said why
         raise ValueError(
             f"--slurm: sbatch refused the job: {' '.join(str(error).split()) or 'without a reason'}"
         ) from None
     return _describe(submitted, where, keys)
+
+
+@contextlib.contextmanager
+def _output_to(file: Path) -> Iterator[None]:
+    """A context whose new processes write to a file: a local job outlives this process, and must not hold its pipes."""
+    sys.stdout.flush()
+    kept = [os.dup(number) for number in (1, 2)]
+    with file.open("a") as opened:
+        for number in (1, 2):
+            os.dup2(opened.fileno(), number)
+    try:
+        yield
+    finally:
+        for number, old in zip((1, 2), kept):
+            os.dup2(old, number)
+            os.close(old)
 
 
 def _parameters(keys: Mapping[str, Any], path: str) -> dict[str, Any]:
