@@ -21,7 +21,7 @@ ALLOWED: dict[str, set[str]] = {
     "modeling": {"ops", "layers", "config"},
     "visualizer": {"ops", "layers"},
     "data": {"config"},
-    "engine": {"checkpoint", "config", "data"},
+    "engine": {"checkpoint", "command_line", "config", "data"},
     "info": {"ops"},
     "model_zoo": set(),
     "outputs": set(),
