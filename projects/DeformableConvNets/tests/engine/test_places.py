@@ -90,10 +90,8 @@ def test_one_launcher_on_each_machine_is_fine() -> None:
 
 
 def test_single_process_of_ray_is_connected_too() -> None:
-    place = find_place(
-        TORCHRUN | {key: "1" for key in ("WORLD_SIZE", "LOCAL_WORLD_SIZE")} | {"RANK": "0", "LOCAL_RANK": "0"},
-        connected=True,
-    )
+    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
+    place = find_place(TORCHRUN | alone, connected=True)
     assert place and (place.world_size, place.machines) == (1, 1)
 
 

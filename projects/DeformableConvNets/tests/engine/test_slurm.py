@@ -86,10 +86,8 @@ def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_sbatch_gets_what_was_asked_for(cluster: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    words = (
-        "partition=gpu nodes=2 gpus=1 hours=1.5 cpus=4 mem=32 account=lab name=nuclei qos=long constraint=h100 grace=60"
-    )
-    train_net.run(command(tmp_path, *words.split()))
+    words = "partition=gpu nodes=2 gpus=1 hours=1.5 cpus=4 mem=32 account=lab name=nuclei qos=long constraint=h100"
+    train_net.run(command(tmp_path, *words.split(), "grace=60"))
     said = capsys.readouterr().out
     assert "job 4711: 2 machine(s) with 1 process(es) each" in said and "cancel: scancel 4711" in said
     assert f"follow: tail -F {tmp_path}/out/slurm/4711_0_log.out" in said
