@@ -13,11 +13,14 @@ import signal
 import sys
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from dcn_d2.command_line.train import TOLERANCE, parse_arguments
+from dcn_d2.command_line.cluster import given_places, said_once, speaks, without_slurm
+from dcn_d2.command_line.train import TOLERANCE, build_parser, parse_arguments
 from dcn_d2.quiet import silence_detectron2_warnings
 
 if TYPE_CHECKING:
     from detectron2.config import CfgNode
+
+    from dcn_d2.engine.restart import Mark
 
 silence_detectron2_warnings()  # here, because each process of a job imports this file first
 
@@ -33,16 +36,16 @@ def read_job(args: argparse.Namespace) -> CfgNode:
         The config; all processes of this machine get this one.
     """
     import torch
+    from detectron2.utils import comm
 
-    from dcn_d2.engine import DCNTrainer, check_single_start, folder, load_config
+    from dcn_d2.engine import DCNTrainer, folder, load_config
     from dcn_d2.engine.checks import check_weights_exist
     from dcn_d2.engine.own_data import use_own_data
 
-    check_single_start(args.num_machines)
     cfg = load_config(args.config_file, args.opts)
     if args.published:
         use_published_weights(args.config_file, cfg)
-    if not args.eval_only and args.machine_rank == 0:
+    if not args.eval_only and args.machine_rank == 0 and comm.is_main_process():
         folder.check_unlocked(cfg.OUTPUT_DIR)
         folder.check_start(cfg, args.resume, args.overwrite)
     args.notes = use_own_data(args, cfg)
@@ -101,18 +104,20 @@ def compare_with_published(published: dict[str, float], results: dict[str, Any])
     return "\n".join(lines), off
 
 
-def train(args: argparse.Namespace, cfg: CfgNode) -> Any:
+def train(args: argparse.Namespace, cfg: CfgNode, mark: Mark | None = None) -> Any:
     """Trains in one process of the job; returns the results of the last evaluation in the main process."""
     from detectron2.utils import comm
 
     from dcn_d2.engine import DCNTrainer, log_traceback, one_line, setup
     from dcn_d2.engine.folder import unlock_folder
+    from dcn_d2.engine.restart import MarkHook
     from dcn_d2.report import try_report
 
     cfg = setup(args, cfg)
     try:
         trainer = DCNTrainer(cfg)
         trainer.resume_or_load(resume=args.resume, overwrite=args.overwrite)
+        trainer.register_hooks([MarkHook(mark)] if mark else [])
         try:
             results = trainer.train()
         except Exception as error:
@@ -151,12 +156,13 @@ def evaluate(args: argparse.Namespace, cfg: CfgNode) -> Any:
     return results
 
 
-def main(args: argparse.Namespace, cfg: CfgNode) -> Any:
+def main(args: argparse.Namespace, cfg: CfgNode, mark: Mark | None = None) -> Any:
     """Runs one process of the job.
 
     Args:
         args: the command line.
         cfg: what `read_job` has read.
+        mark: of a job that may be started again; it is set when training begins.
 
     Returns:
         The results of the last evaluation in the main process.
@@ -164,7 +170,7 @@ def main(args: argparse.Namespace, cfg: CfgNode) -> Any:
     from dcn_d2.engine import MISTAKES, log_traceback, one_line
 
     try:
-        return evaluate(args, cfg) if args.eval_only else train(args, cfg)
+        return evaluate(args, cfg) if args.eval_only else train(args, cfg, mark)
     except MISTAKES as error:
         log_traceback(error)
         fail(one_line(error))
@@ -175,19 +181,58 @@ def fail(message: str) -> NoReturn:
     sys.exit(f"train_net.py: {message}")
 
 
-def run(argv: list[str] | None = None) -> None:
-    """Runs the command line, in as many processes as it asks for."""
-    args = parse_arguments(argv)
+def start(args: argparse.Namespace, argv: list[str], mark: Mark | None) -> None:
+    """Runs the job in this process and in those that it starts, or that have been started with it; or submits it."""
+    from torch import distributed as dist
+
+    from dcn_d2.engine import MISTAKES, find_place, launch, one_line
+    from dcn_d2.engine.restart import find_mark, go_on_after_restart
+    from dcn_d2.engine.slurm import check_slurm, submit
+    from dcn_d2.engine.torchrun import check_agrees, run_in_group
+
+    def read() -> CfgNode:
+        try:
+            return read_job(args)
+        except MISTAKES as error:
+            fail(one_line(error))
+
+    if args.slurm:
+        cfg = read_job(args)
+        check_slurm(cfg, args.slurm)
+        print(submit(__file__, without_slurm(argv), cfg, args.slurm))
+        return
+    place = find_place(num_machines=args.num_machines, connected=dist.is_initialized())
+    mark = mark or find_mark()
+    go_on_after_restart(args, mark)
+    if place is None:
+        job = (args, read_job(args), mark)
+        launch(main, args.num_gpus, args.num_machines, args.machine_rank, dist_url=args.dist_url, args=job)
+    else:
+        check_agrees(given_places(argv, build_parser()), place)
+        run_in_group(place, read, lambda cfg: main(args, cfg, mark))
+
+
+def run(argv: list[str] | None = None, mark: Mark | None = None) -> None:
+    """Runs the command line, in as many processes as it asks for.
+
+    Args:
+        argv: the arguments; by default those of this process.
+        mark: of a job that may be started again, to go on then; torchrun's are found without it.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    with said_once():
+        args = parse_arguments(argv)
     try:
-        from dcn_d2.engine import MISTAKES, ProcessFailedError, launch, one_line
+        from dcn_d2.engine import MISTAKES, ProcessFailedError, one_line
+        from dcn_d2.engine.torchrun import end
 
         try:
             if args.check_data:
                 sys.exit(check_data(args))
-            job = (args, read_job(args))
-            launch(main, args.num_gpus, args.num_machines, args.machine_rank, dist_url=args.dist_url, args=job)
+            start(args, argv, mark)
         except (*MISTAKES, ProcessFailedError) as error:
-            fail(str(error) if isinstance(error, ProcessFailedError) else one_line(error))
+            message = str(error) if isinstance(error, ProcessFailedError) else one_line(error)
+            end(f"train_net.py: {message}", tells=speaks())  # other launchers' processes say it once
     except KeyboardInterrupt:
         print("train_net.py: interrupted", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)

@@ -23,7 +23,7 @@ ALLOWED: dict[str, set[str]] = {
     "data": {"config"},
     "evaluation": {"config", "data"},
     "report": {"config", "outputs", "quiet"},
-    "engine": {"checkpoint", "config", "data", "evaluation", "outputs", "report", "visualizer"},
+    "engine": {"checkpoint", "command_line", "config", "data", "evaluation", "outputs", "report", "visualizer"},
     "info": {"ops"},
     "model_zoo": set(),
     "outputs": set(),

@@ -295,11 +295,19 @@ def test_training_snippet_of_the_documents_may_be_imported(repository: Path) -> 
     assert callable(names["main"]) and "my_train" not in DatasetCatalog
 
 
-def test_two_independent_trainings_by_torchrun_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for key, value in {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"}.items():
-        monkeypatch.setenv(key, value)
-    with pytest.raises(SystemExit, match="torchrun has started 2 processes"):
-        train_net.run(["--config-file", str(NUCLEI), "OUTPUT_DIR", str(tmp_path)])
+def test_processes_that_cannot_find_each_other_are_refused_by_one_of_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr("dcn_d2.engine.torchrun.PATIENCE", 0.0)
+    monkeypatch.setattr("dcn_d2.command_line.cluster.PATIENCE", 0.0)
+    for rank, message in (("0", "torchrun has started 2 processes .*MASTER_ADDR"), ("1", "1")):
+        for key, value in {"RANK": rank, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": "2", "WORLD_SIZE": "2"}.items():
+            monkeypatch.setenv(key, value)
+        with pytest.raises(SystemExit, match=message):
+            train_net.run(["--config-file", str(NUCLEI), "OUTPUT_DIR", str(tmp_path)])
+        with pytest.raises(SystemExit):
+            train_net.run(["--config-file", str(NUCLEI), "OUTPUT_DIR"])
+    assert capfd.readouterr().err.count("must come in pairs") == 1
 
 
 def test_evaluation_leaves_the_config_of_the_training(tmp_path: Path) -> None:
@@ -357,7 +365,7 @@ def test_arguments_are_those_of_detectron2() -> None:
 
     mine, theirs = facts(train_net.build_parser()), facts(default_argument_parser())
     assert mine.pop("dist_url")[0] == theirs.pop("dist_url")[0]
-    mine.pop("published"), mine.pop("overwrite")  # ours alone
+    mine.pop("published"), mine.pop("overwrite"), mine.pop("slurm")  # ours alone
     assert mine == theirs
 
 

@@ -4,8 +4,10 @@
 from __future__ import annotations
 
 import argparse
+import sys
 
 from .check_data import add_check_data_arguments, check_check_data_arguments
+from .cluster import add_cluster_arguments, check_cluster
 from .own_data import add_own_data_arguments, check_own_data_arguments
 
 # Points of AP: 0.1 for decoding and resizing images with other libraries than the publisher's, and 0.05 because the
@@ -29,6 +31,10 @@ examples:
     train_net.py --published --config-file ... PUBLISHED.WEIGHTS /path/to/faster_rcnn_..._20200130-d099253b.pth
   look at the data first: what is wrong with it, and how it looks:
     train_net.py --check-data --config-file ...
+  the same 8 GPUs under torchrun, which starts the processes again when one of them fails:
+    torchrun --standalone --nproc-per-node 8 --max-restarts 3 train_net.py --config-file ...
+  as a job of Slurm, which is requeued at its time limit and goes on by itself:
+    train_net.py --slurm partition=gpu nodes=2 gpus=8 hours=12 --config-file ...
   train on 2 machines with 8 GPUs each, the second one with --machine-rank 1:
     train_net.py --num-machines 2 --machine-rank 0 --num-gpus 8 --dist-url tcp://FIRST_MACHINE:29500 --config-file ...
 """
@@ -72,6 +78,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add_own_data_arguments(parser)
     add_check_data_arguments(parser)
+    add_cluster_arguments(parser)
     parser.add_argument("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="config values to override")
     return parser
 
@@ -80,6 +87,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """Parses and checks the command line."""
     parser = build_parser()
     args = parser.parse_args(argv)
+    check_cluster(parser, args, sys.argv[1:] if argv is None else argv)
     if args.num_gpus < 1 or args.num_machines < 1:
         parser.error(f"--num-gpus and --num-machines must be at least 1, got {args.num_gpus} and {args.num_machines}")
     if not 0 <= args.machine_rank < args.num_machines:

@@ -10,10 +10,12 @@ from ..data.checks import check_data_sets
 from .errors import MISTAKES, one_line
 from .logs import log_traceback
 from .machine import fit_to_machine, scale_learning_rate
+from .places import find_place
 from .predictor import DCNPredictor
-from .processes import ProcessFailedError, check_single_start, launch
+from .processes import ProcessFailedError, launch
 from .start import setup
 from .stopping import TrainingStopped
+from .torchrun import joined
 from .trainer import DCNTrainer
 
 register()
@@ -25,8 +27,9 @@ __all__ = [
     "ProcessFailedError",
     "TrainingStopped",
     "check_data_sets",
-    "check_single_start",
+    "find_place",
     "fit_to_machine",
+    "joined",
     "launch",
     "load_config",
     "log_traceback",

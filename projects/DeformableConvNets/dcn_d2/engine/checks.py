@@ -10,12 +10,13 @@ from detectron2.config import CfgNode
 from detectron2.utils import comm
 
 
-def check_batch_size(cfg: CfgNode) -> None:
-    """Refuses a batch that the processes of the job cannot share evenly."""
-    if cfg.SOLVER.IMS_PER_BATCH % comm.get_world_size():
+def check_batch_size(cfg: CfgNode, processes: int | None = None) -> None:
+    """Refuses a batch that the processes of the job cannot share evenly; by default, of the job that runs now."""
+    processes = processes or comm.get_world_size()
+    if cfg.SOLVER.IMS_PER_BATCH % processes:
         raise ValueError(
             f"SOLVER.IMS_PER_BATCH is {cfg.SOLVER.IMS_PER_BATCH}, but must be a multiple of the number of processes, "
-            f"{comm.get_world_size()}"
+            f"{processes}"
         )
 
 

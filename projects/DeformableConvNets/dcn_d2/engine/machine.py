@@ -47,6 +47,11 @@ def fit_to_machine(cfg: CfgNode, processes: int = 1) -> None:
         cfg.DATALOADER.NUM_WORKERS = workers
     if processes > 1 and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, cores // processes))
+    elif processes > 1 and os.environ["OMP_NUM_THREADS"] == "1" and cores >= 2 * processes:  # torchrun sets it to 1
+        logger.info(
+            f"OMP_NUM_THREADS is 1: {processes} processes use {processes} of {cores} cores. "
+            f"OMP_NUM_THREADS={cores // processes} would use all"
+        )
 
 
 def fit_device(cfg: CfgNode) -> None:

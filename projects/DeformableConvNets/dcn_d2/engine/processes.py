@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
@@ -224,41 +224,3 @@ def repeat_until_called(text: str, every: float = 30.0) -> Callable[[], None]:
 
     threading.Thread(target=repeat, daemon=True).start()
     return done.set
-
-
-def check_single_start(num_machines: int = 1, environ: Mapping[str, str] = os.environ) -> None:
-    """Refuses to run if another launcher has started several processes: each would be a separate job.
-
-    Args:
-        num_machines: of the command line. A launcher may start one process on each of several machines.
-        environ: the environment's variables.
-
-    Raises:
-        ValueError: The message names the launcher.
-    """
-
-    def count(name: str) -> int:
-        value = environ.get(name, "")
-        return int(value) if value.isdecimal() else 1
-
-    started = ""
-    if count("WORLD_SIZE") > 1 and ("LOCAL_RANK" in environ or "TORCHELASTIC_RUN_ID" in environ):
-        started = f"torchrun has started {count('WORLD_SIZE')} processes (WORLD_SIZE)"
-    elif num_machines > 1:
-        return
-    elif count("WORLD_SIZE") > 1 and "RANK" in environ:
-        started = f"a launcher has started {count('WORLD_SIZE')} processes (RANK and WORLD_SIZE are set)"
-    elif count("OMPI_COMM_WORLD_SIZE") > 1:
-        started = f"mpirun has started {count('OMPI_COMM_WORLD_SIZE')} processes"
-    else:
-        # The script of a batch job runs once, and has SLURM_NTASKS as well; a step, which srun starts, runs often.
-        in_step = "SLURM_STEP_ID" in environ or environ.get("SLURM_PROCID", "0") != "0"
-        tasks = count("SLURM_STEP_NUM_TASKS" if "SLURM_STEP_NUM_TASKS" in environ else "SLURM_NTASKS")
-        if in_step and tasks > 1:
-            started = f"srun has started {tasks} tasks (SLURM_NTASKS)"
-    if started:
-        raise ValueError(
-            f"{started}, but each would train by itself, all into one OUTPUT_DIR. Start one process on each machine: "
-            "train_net.py --num-gpus N starts the rest itself, and --num-machines, --machine-rank and --dist-url "
-            "connect machines"
-        )

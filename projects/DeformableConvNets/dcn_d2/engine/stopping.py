@@ -18,7 +18,8 @@ from torch import distributed as dist
 
 logger = logging.getLogger(__name__)
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+REQUEUE = signal.SIGUSR2  # submitit lets Slurm send it before the time limit, to requeue the job
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, REQUEUE)
 # One key press or kill may arrive several times: Ctrl-C goes to all processes of a terminal, and the launcher passes it
 # on as well; `timeout` signals its command and then its group. After so many seconds it counts as a second one.
 SAME = 1.0
@@ -70,7 +71,9 @@ class SignalCounter:
         if not self.signal:
             self.signal, self._since = number, now
             self.first(number)
-        elif now - self._since > SAME:
+        elif number == REQUEUE:  # Slurm may send SIGTERM before or after it; both ask for the same
+            self.signal = number
+        elif self.signal != REQUEUE and now - self._since > SAME:
             self.second(number)
 
 

@@ -45,10 +45,10 @@ from .loop import StoppableTrainer
 from .machine import effective_batch_size, fit_to_machine, scale_learning_rate
 from .optimizer import apply_rates, fit_saved_state, hyperparameters, split_offset_branches
 from .pictures import put_pictures
-from .processes import check_single_start
 from .recorder import RunRecorder
 from .steps import build_steps
 from .stopping import StopRequest
+from .torchrun import check_joined
 from .tracking import check_writers
 from .validation import check_annotations
 from .writers import build_writers
@@ -68,8 +68,7 @@ class DCNTrainer(StoppableTrainer):
     def __init__(self, cfg: CfgNode) -> None:
         # DefaultTrainer's __init__ is not called: it works on a GPU only, and has its own checkpointer.
         TrainerBase.__init__(self)
-        if comm.get_world_size() == 1:
-            check_single_start()
+        check_joined()
         folder.check_writable(cfg.OUTPUT_DIR)
         if comm.is_main_process():
             folder.check_unlocked(cfg.OUTPUT_DIR)
@@ -86,7 +85,7 @@ class DCNTrainer(StoppableTrainer):
         logger.info(f"training on {device}, in {comm.get_world_size()} process(es)")
         self.average = WeightAverage(cfg, model) if cfg.SOLVER.EMA.ENABLED else None
         on_cpu = device.type == "cpu"
-        model = create_ddp_model(model, broadcast_buffers=False, **({"device_ids": None} if on_cpu else {}))
+        model = create_ddp_model(model, broadcast_buffers=False, device_ids=None if on_cpu else [device.index])
         self._trainer = build_steps(cfg, model, loader, optimizer)
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
         self.checkpointer = DCNCheckpointer(
@@ -281,7 +280,7 @@ class DCNTrainer(StoppableTrainer):
         return optimizer
 
     def build_hooks(self) -> list[HookBase]:
-        """Gives the hooks of `StoppableTrainer`, those that the config asks for, and one that notes how the run goes."""
+        """Gives the hooks of `StoppableTrainer`, those of the config, and one that notes how the run goes."""
         recorder = [RunRecorder()] if comm.is_main_process() else []
         return [*add_hooks(self, super().build_hooks()), *recorder]
 

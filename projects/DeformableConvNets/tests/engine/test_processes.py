@@ -10,7 +10,7 @@ import pytest
 from detectron2.utils import comm
 
 from dcn_d2.engine import processes
-from dcn_d2.engine.processes import ProcessFailedError, check_single_start, launch, repeat_until_called
+from dcn_d2.engine.processes import ProcessFailedError, launch, repeat_until_called
 
 
 def note(folder: str) -> None:
@@ -154,34 +154,3 @@ def test_process_without_its_partner_says_what_it_waits_for(
         )
     assert "process 1 of 2 waits for the others at tcp://127.0.0.1:" in (said := capfd.readouterr().err)
     assert "--machine-rank 0 running" in said
-
-
-@pytest.mark.parametrize(
-    "environ, started",
-    [
-        ({"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}, "torchrun has started 2"),
-        ({"WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": "none"}, "torchrun has started 2"),
-        ({"RANK": "0", "WORLD_SIZE": "4"}, "a launcher has started 4"),
-        ({"OMPI_COMM_WORLD_SIZE": "2"}, "mpirun has started 2"),
-        ({"SLURM_NTASKS": "2", "SLURM_PROCID": "1"}, "srun has started 2"),
-        ({"SLURM_NTASKS": "2", "SLURM_PROCID": "0", "SLURM_STEP_ID": "0"}, "srun has started 2"),
-        ({"SLURM_NTASKS": "8", "SLURM_PROCID": "0", "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "1"}, ""),
-        ({"SLURM_NTASKS": "2", "SLURM_PROCID": "0"}, ""),  # the script of a batch job, before srun
-        ({"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}, ""),
-        ({"SLURM_NTASKS": "1", "SLURM_PROCID": "0", "SLURM_STEP_ID": "0"}, ""),
-        ({}, ""),
-    ],
-)
-def test_processes_of_another_launcher_are_refused(environ: dict[str, str], started: str) -> None:
-    if not started:
-        check_single_start(1, environ)
-        return
-    with pytest.raises(ValueError, match=f"{started}.*each would train by itself"):
-        check_single_start(1, environ)
-
-
-def test_one_launcher_on_each_machine_is_fine() -> None:
-    check_single_start(2, {"SLURM_NTASKS": "2", "SLURM_PROCID": "1", "SLURM_STEP_ID": "0"})
-    check_single_start(2, {"RANK": "1", "WORLD_SIZE": "2"})
-    with pytest.raises(ValueError, match="torchrun"):
-        check_single_start(2, {"RANK": "1", "WORLD_SIZE": "4", "LOCAL_RANK": "1"})
