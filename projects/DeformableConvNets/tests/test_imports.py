@@ -22,6 +22,7 @@ ALLOWED: dict[str, set[str]] = {
     "visualizer": {"ops", "layers"},
     "data": {"config"},
     "engine": {"checkpoint", "config", "data"},
+    "batch": {"engine", "model_zoo"},
     "info": {"ops"},
     "model_zoo": set(),
     "outputs": set(),

@@ -27,7 +27,7 @@ from .batching import Inputs, Outputs, Plan, run_in_batches
 from .machine import fit_device
 from .pickling import WithoutRandomWeights, digest, fingerprint
 
-AnyImage = np.ndarray | Image.Image | str | os.PathLike[str]
+AnyImage = np.ndarray | Image.Image | str | os.PathLike[str] | bytes
 
 
 class DCNPredictor(DefaultPredictor):
