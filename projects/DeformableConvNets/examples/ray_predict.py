@@ -26,7 +26,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--output", required=True, help="folder that the files are written to")
     parser.add_argument("--format", default="parquet", choices=["parquet", "json"])
     parser.add_argument("--workers", type=int, default=2, help="processes, in the whole cluster")
-    parser.add_argument("--cpus", type=float, default=1, help="processors for each worker")
+    parser.add_argument("--cpus", type=float, help="processors for each worker; default: all but one, shared evenly")
     parser.add_argument("--gpus", type=float, default=0, help="GPUs for each worker")
     parser.add_argument("--batch-size", type=int, default=16, help="images that a worker is given at once")
     parser.add_argument("--score-threshold", type=float, default=0.05)
@@ -42,6 +42,8 @@ def find_objects(args: argparse.Namespace) -> Any:
         sys.exit(f"ray_predict.py: Ray Data is not installed: pip install 'ray[data]' ({error})")
     from dcn_d2.batch import DetectorActor
 
+    ray.init(ignore_reinit_error=True)
+    cpus = share_of(ray.cluster_resources().get("CPU", 1), args.workers) if args.cpus is None else args.cpus
     # Files and not ray.data.read_images, so that images are read as in training, and unreadable ones end nothing.
     images = ray.data.read_binary_files(args.input, include_paths=True)
     return images.map_batches(
@@ -51,16 +53,26 @@ def find_objects(args: argparse.Namespace) -> Any:
         batch_format="pyarrow",
         batch_size=args.batch_size,
         compute=ray.data.ActorPoolStrategy(size=args.workers),
-        num_cpus=args.cpus,
+        num_cpus=cpus,
         num_gpus=args.gpus,
     )
+
+
+def share_of(processors: float, workers: int) -> float:
+    """Processors for each worker. One stays free: where workers hold all of them, Ray waits for ever to read files."""
+    share = max(processors - 1, 0.5) / workers
+    return float(int(share)) if share >= 1 else share
+
+
+def write(found: Any, folder: str, format: str) -> None:
+    """Writes a data set as files of "parquet" or "json" (a line for each image)."""
+    (found.write_parquet if format == "parquet" else found.write_json)(folder)
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Runs the script."""
     args = parse_arguments(arguments)
-    found = find_objects(args)
-    (found.write_parquet if args.format == "parquet" else found.write_json)(args.output)
+    write(find_objects(args), args.output, args.format)
 
 
 if __name__ == "__main__":

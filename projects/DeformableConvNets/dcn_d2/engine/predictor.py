@@ -73,7 +73,7 @@ class DCNPredictor(DefaultPredictor):
         self._model: nn.Module | None = self._build()
 
     @property
-    def model(self) -> nn.Module:
+    def model(self) -> Any:
         """The model in evaluation mode. A predictor that was pickled builds it when it is first asked for."""
         if self._model is None:
             self._model = self._build()

@@ -63,7 +63,7 @@ def test_two_workers_find_what_one_process_finds(ray: Any, example: ModuleType, 
     (photos / "broken.png").write_bytes(b"no image")
     arguments = ["--model", str(tmp_path / "model.yaml"), "--input", str(photos), "--workers", "2", "--batch-size", "2"]
     example.main([*arguments, "--output", str(tmp_path / "parquet")])
-    example.main([*arguments, "--output", str(tmp_path / "json"), "--format", "json"])
+    example.write(ray.data.read_parquet(str(tmp_path / "parquet")), str(tmp_path / "json"), "json")
     rows = {Path(row["path"]).name: row for row in parquet.read_table(tmp_path / "parquet").to_pylist()}
     lines = [line for file in (tmp_path / "json").glob("*.json") for line in file.read_text().splitlines()]
     again = {Path(row["path"]).name: row for row in map(json.loads, lines)}
@@ -86,3 +86,8 @@ def test_the_example_names_what_is_missing(example: ModuleType, monkeypatch: pyt
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(SystemExit, match=r"ray_predict.py: Ray Data is not installed: pip install 'ray\[data\]'"):
         example.main(["--model", "faster_rcnn_R_50_FPN_1x_dconv_c3-c5", "--input", "photos", "--output", "found"])
+
+
+def test_workers_leave_a_processor_to_reading(example: ModuleType) -> None:
+    assert example.share_of(2, 2) == 0.5 and example.share_of(1, 2) == 0.25
+    assert example.share_of(16, 4) == 3 and example.share_of(64, 2) == 31
