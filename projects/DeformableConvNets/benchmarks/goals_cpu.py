@@ -97,4 +97,17 @@ def _detectors() -> list[Goal]:
     ]
 
 
-GOALS = [*_convolution(), *_roi_pooling(), *_detectors()]
+def _prediction() -> list[Goal]:
+    return [
+        Goal(
+            f"{images} {name} images in one call over one by one, all threads",
+            "predict",
+            ("one by one", "many"),
+            at_least=1.15,
+            where={"threads": "all", "dtype": "float32", "name": f"R-50-FPN, {name}", "images": images},
+        )
+        for name, images in (("small", 64), ("large", 64))
+    ]
+
+
+GOALS = [*_convolution(), *_roi_pooling(), *_detectors(), *_prediction()]

@@ -108,6 +108,8 @@ def interleave(
     most_seconds: float = MOST_SECONDS,
     ahead: bool = False,
     hot: bool = False,
+    clock: Callable[[], float] | None = None,
+    parts: int = 1,
 ) -> dict[str, dict[str, Any]]:
     """Times all contestants alternately, so that a busy moment of the machine hits all of them alike.
 
@@ -125,6 +127,8 @@ def interleave(
             how fast Python launches them; that is "issue_milliseconds".
         hot: a call that is not timed goes before each that is. Without it, the other contestants have filled the
             caches with their own operands in between.
+        clock: measures seconds on a CPU, for contestants with threads of their own.
+        parts: how many equal parts a call has; times are those of one part.
 
     Returns:
         What a row says about those that have not failed: "milliseconds", and with `ahead` "issue_milliseconds".
@@ -139,7 +143,7 @@ def interleave(
     for _ in range(repeats):
         for name, times in list(samples.items()):
             if len(times) < 3 or sum(sample[0] for sample in times) < most_seconds * 1e3:
-                sample = attempt(failed, name, _milliseconds, contestants[name], device, sleeps[name], hot)
+                sample = attempt(failed, name, _milliseconds, contestants[name], device, sleeps[name], hot, clock)
                 if sample is None:
                     del samples[name]
                 else:
@@ -147,7 +151,7 @@ def interleave(
     found: dict[str, dict[str, Any]] = {key: {} for key in ("milliseconds", *(["issue_milliseconds"] if ahead else []))}
     for name, times in samples.items():
         milliseconds, issues = zip(*times)
-        found["milliseconds"][name] = asdict(_summary(milliseconds))
+        found["milliseconds"][name] = asdict(_summary([sample / parts for sample in milliseconds]))
         if ahead:
             found["issue_milliseconds"][name] = round(statistics.median(issues), 4)
     return found
@@ -164,7 +168,9 @@ def _warm_up(call: Callable[[], object], device: str) -> float:
     return (time.perf_counter() - begin) * 1e3
 
 
-def _milliseconds(call: Callable[[], object], device: str, sleep: float, hot: bool) -> tuple[float, float]:
+def _milliseconds(
+    call: Callable[[], object], device: str, sleep: float, hot: bool, clock: Callable[[], float] | None
+) -> tuple[float, float]:
     """How long a call takes, and how long the host takes to issue it; the GPU sleeps before it."""
     if hot:
         call()
@@ -180,7 +186,7 @@ def _milliseconds(call: Callable[[], object], device: str, sleep: float, hot: bo
         end.record()
         torch.cuda.synchronize()
         return start.elapsed_time(end), issue
-    clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
+    clock = clock or (time.thread_time if torch.get_num_threads() == 1 else time.perf_counter)
     begin = clock()
     call()
     milliseconds = (clock() - begin) * 1e3

@@ -123,6 +123,7 @@ def test_every_goal_is_about_contestants_that_exist() -> None:
         "detector": [f"{name}{x}" for name in ("plain", "dcn_d2") for x in layouts],
     }
     known["deform_conv2d_memory"] = known["deform_conv2d"]
+    known["predict"] = ["one by one", "many"]
     for goal in goals_cpu.GOALS:
         assert set(goal.quotient) <= set(known[goal.benchmark]), goal
         assert (goal.at_most < float("inf")) != (goal.at_least > 0), goal
