@@ -22,6 +22,7 @@ ALLOWED: dict[str, set[str]] = {
     "visualizer": {"ops", "layers"},
     "data": {"config"},
     "engine": {"checkpoint", "config", "data"},
+    "prediction": {"checkpoint", "config", "data", "engine", "model_zoo", "outputs"},
     "info": {"ops"},
     "model_zoo": set(),
     "outputs": set(),
