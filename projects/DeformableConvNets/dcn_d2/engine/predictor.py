@@ -1,10 +1,11 @@
 # Copyright (c) the dcn_d2 authors. SPDX-License-Identifier: Apache-2.0
-"""Prediction for one image."""
+"""Prediction for one image or many."""
 
 from __future__ import annotations
 
 import os
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping, Set
+from typing import Any, overload
 
 import numpy as np
 import torch
@@ -19,7 +20,10 @@ from ..checkpoint import DCNCheckpointer
 from ..config import check_config
 from ..data.images import ImageError, check_input_format, pixels_of
 from ..data.transforms import build_augmentation
+from .batching import Inputs, Outputs, Plan, run_in_batches
 from .machine import fit_device
+
+AnyImage = np.ndarray | Image.Image | str | os.PathLike[str]
 
 
 class DCNPredictor(DefaultPredictor):
@@ -34,12 +38,19 @@ class DCNPredictor(DefaultPredictor):
 
     Args:
         cfg: of the model, as for `DefaultPredictor`.
+        batch_size: how many images of one size go through the model together; by default what was measured to be good.
+        workers: how many batches run at once, on a CPU: by default as many as torch has threads, each with one thread.
         untrained: allows weights that leave heads at their initial values, or no weights. Such a model does not find
             anything useful.
     """
 
-    def __init__(self, cfg: CfgNode, *, untrained: bool = False) -> None:
+    def __init__(
+        self, cfg: CfgNode, *, untrained: bool = False, batch_size: int | None = None, workers: int | None = None
+    ) -> None:
         # DefaultPredictor's __init__ is not called: it takes only RGB and BGR, and its checkpointer runs pickled code.
+        for name, number in (("batch_size", batch_size), ("workers", workers)):
+            if number is not None and number < 1:
+                raise ValueError(f"{name} is {number!r}; it must be a whole number from 1 on, or None")
         check_config(cfg)
         check_input_format(cfg)
         self.cfg = cfg.clone()  # the next lines and building the model may change it
@@ -52,23 +63,82 @@ class DCNPredictor(DefaultPredictor):
         (checkpointer.load if untrained else checkpointer.load_trained)(cfg.MODEL.WEIGHTS)
         (self.aug,) = build_augmentation(cfg, is_train=False)
         self.input_format = cfg.INPUT.FORMAT
+        self.batch_size, self.workers = batch_size, workers
 
-    @torch.no_grad()
-    def __call__(self, original_image: np.ndarray | Image.Image | str | os.PathLike[str]) -> dict[str, Any]:
-        """Gives the model's output for one image.
+    @overload
+    def __call__(self, images: AnyImage) -> Outputs: ...  # type: ignore[overload-overlap]  # a str is an iterable too
+
+    @overload
+    def __call__(self, images: Iterable[AnyImage]) -> list[Outputs]: ...
+
+    def __call__(self, images: Any) -> Any:
+        """Gives the model's output for one image, or a list of outputs for several, in their order.
 
         Args:
-            original_image: (height, width, 3) of uint8 in BGR, as OpenCV reads it. `dcn_d2.data.images.pixels_of`
-                says what else it may be, and how that is converted.
+            images: an image, or a list or another iterable of images. An image is (height, width, 3) of uint8 in BGR,
+                as OpenCV reads it. `dcn_d2.data.images.pixels_of` says what else it may be, and how that is converted.
+                `stream` is for more images than the memory has place for.
 
         Raises:
-            ImageError: It is not an image, or it is so narrow that resizing leaves no pixel.
+            ImageError: Something is not an image, or is so narrow that resizing leaves no pixel. Of several images, the
+                message names the position of the first such one.
         """
-        pixels = pixels_of(original_image, self.input_format)
+        if is_one_image(images):
+            return self._run([self._prepare(images)])[0]
+        return list(self.stream(images))
+
+    def stream(self, images: Iterable[AnyImage], *, return_errors: bool = False) -> Iterator[Outputs]:
+        """Yields the model's output for each image, in their order, as soon as it is there.
+
+        It holds a few batches of images at any time, so that `images` may be endless. They are read and resized in
+        background threads, ahead of the model. Images of one size (once resized) run in batches, and on a CPU several
+        batches run at once: the results are those of one image after the other, up to rounding.
+
+        Args:
+            images: a list, a generator or another iterable, of images as for a call.
+            return_errors: yields the `ImageError` or `OSError` in place of the result of an image that cannot be used,
+                instead of raising it.
+
+        Raises:
+            ImageError: As for a call.
+        """
+        if is_one_image(images):
+            raise TypeError(f"stream takes an iterable of images, got one {type(images).__name__}")
+        for result in run_in_batches(images, self._prepare_one_of_many, self._run, self.plan()):
+            if isinstance(result, BaseException) and not (return_errors and isinstance(result, (ImageError, OSError))):
+                raise result
+            yield result  # type: ignore[misc]
+
+    def plan(self) -> Plan:
+        """Says how many images run at once: what the arguments say, or what measured as fast."""
+        on_cpu = self.cfg.MODEL.DEVICE == "cpu"
+        threads = torch.get_num_threads()
+        workers = self.workers or (threads if on_cpu else 1)
+        return Plan(self.batch_size or 2, workers, max(1, threads // workers))
+
+    def _prepare_one_of_many(self, position: int, image: AnyImage) -> Inputs:
+        try:
+            return self._prepare(image)
+        except ImageError as error:
+            raise ImageError(f"image {position} of those given (from 0): {error}") from error
+
+    def _prepare(self, image: AnyImage) -> Inputs:
+        """Gives the model's input, still in the numbers of the image: as floats it would take four times the memory."""
+        pixels = pixels_of(image, self.input_format)
         height, width = pixels.shape[:2]
         transform = self.aug.get_transform(pixels)
         if isinstance(transform, ResizeTransform) and not (transform.new_h and transform.new_w):
             size = f"{transform.new_h} x {transform.new_w}"
             raise ImageError(f"an image of {height} x {width} pixels would be resized to {size}: it is too narrow")
-        image = torch.as_tensor(transform.apply_image(pixels).astype("float32").transpose(2, 0, 1))
-        return self.model([{"image": image, "height": height, "width": width}])[0]
+        resized = np.array(transform.apply_image(pixels).transpose(2, 0, 1), order="C")
+        return {"image": torch.as_tensor(resized), "height": height, "width": width}
+
+    @torch.no_grad()
+    def _run(self, inputs: list[Inputs]) -> list[Outputs]:
+        return self.model([{**each, "image": each["image"].float()} for each in inputs])
+
+
+def is_one_image(images: object) -> bool:
+    """Whether something is one image, or nothing at all that a predictor takes, rather than several images."""
+    single = (str, bytes, bytearray, os.PathLike, Image.Image, np.ndarray, torch.Tensor, Mapping, Set)
+    return isinstance(images, single) or not isinstance(images, Iterable)
