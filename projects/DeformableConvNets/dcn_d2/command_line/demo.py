@@ -28,5 +28,5 @@ def parse_arguments(description: str | None, argv: list[str] | None = None) -> a
     )
     add_source_arguments(parser)
     args = parser.parse_args(argv)
-    check_pairs(parser, args.opts)
+    check_pairs(parser, args)
     return args

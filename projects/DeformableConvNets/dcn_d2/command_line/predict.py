@@ -56,9 +56,11 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--strict", action="store_true", help="exit code 1 if an image could not be read")
     parser.add_argument(
-        "--batch-size", type=count(1), default=4, metavar="N", help="images of one size that are predicted together"
+        "--batch-size",
+        type=count(1),
+        metavar="N",
+        help="images of one size that are predicted together; by default what was measured to be fast",
     )
-    parser.add_argument("--threads", type=count(1), default=2, metavar="N", help="threads that read images")
     add_source_arguments(parser)
     return parser
 
@@ -67,7 +69,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """Reads and checks the command line."""
     parser = build_parser()
     args = parser.parse_args(argv)
-    check_pairs(parser, args.opts)
+    check_pairs(parser, args)
     if args.merge:
         if args.overwrite or args.shard != (1, 1):
             parser.error("--merge predicts nothing: leave out --overwrite and --shard")

@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import argparse
+import os
+import re
 from collections.abc import Callable
 
 IMAGE_SOURCES = """
@@ -18,6 +20,8 @@ what --input takes, in any mixture:
   -                            paths from standard input, one a line
   https://host/a.jpg s3://...  addresses that Detectron2's PathManager has a handler for
 """
+
+_KEY = re.compile(r"[A-Z][A-Z0-9_]*(\.[A-Z0-9_]+)+")  # of a config
 
 
 def count(least: int) -> Callable[[str], int]:
@@ -66,8 +70,13 @@ def add_source_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="changes to the config")
 
 
-def check_pairs(parser: argparse.ArgumentParser, opts: list[str]) -> None:
-    """Refuses options behind KEY VALUE pairs, and keys without a value."""
+def check_pairs(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Moves KEY VALUE pairs behind --input to the others; refuses options behind them, and keys without a value."""
+    words = args.input or []
+    keys = [i for i, word in enumerate(words) if _KEY.fullmatch(word) and not os.path.lexists(word)]
+    if keys:
+        args.input, args.opts = words[: keys[0]], words[keys[0] :] + args.opts
+    opts = args.opts
     if late := [word for word in opts if word.startswith("--")]:
         parser.error(f"{late[0]} must come before the first KEY VALUE, {opts[0]}")
     if len(opts) % 2:

@@ -1,75 +1,24 @@
 # Copyright (c) the dcn_d2 authors. SPDX-License-Identifier: Apache-2.0
-"""Predicts what a shard has to do: reads ahead, makes batches of one size, writes what is found."""
+"""Makes lines for `RunFolder` of what the predictor finds."""
 
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Generator, Sequence
 from typing import Any, NamedTuple
 
-import numpy as np
 from detectron2.structures import Instances
 from PIL import Image
 
-from ..data.images import ImageError
+from ..data.images import ImageError, read_image
+from ..engine import DCNPredictor, one_line
 from ..outputs import PictureFolder, frame_name
 from .draw import display_image, draw_detections
-from .reading import Loaded
+from .reading import Feed, Item
 from .records import Categories, detections_of
 from .sources import image_id_of
 
-_BATCHES = 4  # images of so many batches wait until others of the same size come
-_WAITING_BYTES = 512 << 20  # but not more than this
-Predictor = Callable[[Any], Any]
-
-
-def predict_batch(predictor: Predictor, images: Sequence[np.ndarray]) -> list[Instances | str]:
-    """Gives the instances of each image, on the CPU, or why there are none.
-
-    Args:
-        predictor: a `DCNPredictor`, which takes a list of images.
-        images: of one size.
-    """
-    if len(images) > 1:
-        try:
-            return [output["instances"].to("cpu") for output in predictor(list(images))]
-        except ImageError:
-            pass  # one of them cannot be predicted: find out which
-    found: list[Instances | str] = []
-    for image in images:
-        try:
-            found.append(predictor(image)["instances"].to("cpu"))
-        except ImageError as error:
-            found.append(str(error))
-    return found
-
-
-def batches(loaded: Iterable[Loaded], size: int) -> Iterator[list[Loaded]]:
-    """Gathers images of one size; what could not be read, and ends of videos, come alone.
-
-    Args:
-        loaded: in any order.
-        size: of a batch; there are smaller ones.
-    """
-    waiting: dict[tuple[int, ...], list[Loaded]] = {}
-    number = weight = 0
-    for item in loaded:
-        if item.pixels is None:
-            yield [item]
-            continue
-        batch = waiting.setdefault(item.pixels.shape, [])
-        batch.append(item)
-        number, weight = number + 1, weight + item.pixels.nbytes
-        while len(batch) == size or number > _BATCHES * size or weight > _WAITING_BYTES:
-            # The batch that is full, or else that of the size which has waited longest.
-            full = batch if len(batch) == size else next(iter(waiting.values()))
-            first = full[0].pixels
-            assert first is not None
-            number, weight = number - len(full), weight - len(full) * first.nbytes
-            yield waiting.pop(first.shape)
-            if full is batch:
-                break
-    yield from waiting.values()
+Line = dict[str, Any]
 
 
 class Painter(NamedTuple):
@@ -83,69 +32,60 @@ class Painter(NamedTuple):
     """
 
     folder: PictureFolder
-    stems: list[str]
+    stems: Sequence[str]
     confidence: float
     names: list[str]
 
-    def draw(self, item: Loaded, found: Instances) -> None:
+    def draw(self, item: Item, found: Instances) -> None:
         """Draws an image with what was found in it."""
-        assert item.pixels is not None
-        drawn = draw_detections(display_image(item.pixels), found[found.scores >= self.confidence], self.names)
+        pixels = read_image(item.source.path) if item.pixels is None else item.pixels
+        drawn = draw_detections(display_image(pixels), found[found.scores >= self.confidence], self.names)
         name = frame_name(self.stems[item.source.number - 1], item.frame)
         self.folder.write(f"{name}.png", Image.fromarray(drawn))
 
 
 def predict_all(
-    loaded: Iterable[Loaded],
-    predictor: Predictor,
+    feed: Feed,
+    predictor: DCNPredictor,
     categories: Categories,
-    batch_size: int,
     threshold: float = 0.0,
     painter: Painter | None = None,
-) -> Generator[list[dict[str, Any]], None, None]:
-    """Gives lines for `RunFolder.write`, those of one batch at a time.
+) -> Generator[Line, None, None]:
+    """Gives a line for each image, and one for the end of each video.
 
     Args:
-        loaded: what was read.
-        predictor: see `predict_batch`.
+        feed: what is predicted.
+        predictor: it reads images in the background, and makes batches of one size.
         categories: of the model's classes.
-        batch_size: images that are predicted together.
         threshold: lowest score that is written.
         painter: draws each image, if there is one.
     """
-    drawn = 0
-    for batch in batches(loaded, batch_size):
-        pixels = [item.pixels for item in batch if item.pixels is not None]
-        answers = predict_batch(predictor, pixels) if pixels else [batch[0].error]
-        lines = []
-        for item, found in zip(batch, answers, strict=True):
-            if isinstance(found, str):
-                lines.append(_error_line(item, found) if found else _end_line(item))
-                continue
-            found = found[found.scores >= threshold]
-            lines.append(_image_line(item, found, categories))
-            if painter is not None:
-                painter.draw(item, found)
-                drawn += 1
-                if drawn % 50 == 0:
-                    gc.collect()  # figures of matplotlib are rings of objects, large ones
-        yield lines
+    for number, output in enumerate(predictor.stream(feed, return_errors=True), 1):
+        yield from map(_line_without_result, feed.without_result())
+        item = feed.next_item()
+        if isinstance(output, BaseException):
+            cause = output.__cause__ if isinstance(output.__cause__, ImageError) else output  # without a position
+            yield _line(item, "error", error=one_line(cause))
+            continue
+        found = output["instances"].to("cpu")
+        found = found[found.scores >= threshold]
+        if painter is not None:
+            painter.draw(item, found)
+            if number % 50 == 0:
+                gc.collect()  # figures of matplotlib are rings of objects, large ones
+        yield _image_line(item, found, categories)
+    yield from map(_line_without_result, feed.without_result())
 
 
-def _line(item: Loaded, kind: str, **values: Any) -> dict[str, Any]:
-    name = {"file_name": item.source.path}
-    return {"number": item.source.number, "frame": item.frame, "kind": kind} | name | values
+def _line(item: Item, kind: str, **values: Any) -> Line:
+    return {"number": item.source.number, "frame": item.frame, "kind": kind, "file_name": item.source.path} | values
 
 
-def _error_line(item: Loaded, error: str) -> dict[str, Any]:
-    return _line(item, "error", error=error)
+def _line_without_result(item: Item) -> Line:
+    return _line(item, "error", error=item.error) if item.error else _line(item, "end", length=item.length)
 
 
-def _end_line(item: Loaded) -> dict[str, Any]:
-    return _line(item, "end", length=item.frame)
-
-
-def _image_line(item: Loaded, found: Instances, categories: Categories) -> dict[str, Any]:
+def _image_line(item: Item, found: Instances, categories: Categories) -> Line:
     image_id = image_id_of(item.source, item.frame)
     height, width = found.image_size
     detections = detections_of(found, image_id, categories)

@@ -6,7 +6,7 @@ from __future__ import annotations
 import argparse
 import os
 import shlex
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from detectron2.config import CfgNode
@@ -62,14 +62,14 @@ def check_weights(args: argparse.Namespace, cfg: CfgNode, program: str) -> None:
         )
 
 
-def build_predictor(args: argparse.Namespace, cfg: CfgNode, program: str) -> DCNPredictor:
-    """Builds the model and loads its weights; arguments and errors as in `check_weights`."""
+def build_predictor(args: argparse.Namespace, cfg: CfgNode, program: str, **options: Any) -> DCNPredictor:
+    """Builds the model and loads its weights; `options` are the predictor's, the rest is as in `check_weights`."""
     from ..checkpoint import UntrainedError
     from ..engine import DCNPredictor
 
     check_weights(args, cfg, program)
     try:
-        return DCNPredictor(cfg)
+        return DCNPredictor(cfg, **options)
     except UntrainedError as error:
         advice = f". {_ADVICE}{_hint(args, cfg, program)}"
         raise ValueError(f"{error.reason}{advice}") from error

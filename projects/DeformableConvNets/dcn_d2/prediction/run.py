@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import os
 import signal
@@ -21,7 +22,7 @@ from .merge import merge
 from .model import build_predictor, check_weights, read_config
 from .parquet import require_pyarrow
 from .progress import Progress
-from .reading import read_ahead
+from .reading import Feed
 from .records import Categories, check_gives_instances, find_categories
 from .render import render_videos
 from .run_folder import PICTURES, Done, RunFolder, count_missing, read_done, read_line, read_settings
@@ -105,23 +106,19 @@ def _predict_shard(args: argparse.Namespace, cfg: CfgNode, sources: Sources, run
     if args.pictures:
         folder = PictureFolder(run.folder / PICTURES, [item.path for item in sources.items])
         painter = Painter(folder, stems_of(sources.items), args.confidence, categories.names)
-    predictor = build_predictor(args, cfg, "predict.py")
+    predictor = build_predictor(args, cfg, "predict.py", batch_size=args.batch_size)
     films = [estimate_frames(item.path) // args.frames // shard.total for item in mine if item.video]
     progress = Progress(sum(not item.video for item in mine) + sum(films), _count_mine(done, shard, args.frames))
-    loaded = read_ahead(todo, wanted, args.threads)
-    lines = predict_all(loaded, predictor, categories, args.batch_size, args.score_threshold or 0.0, painter)
-    with SignalCounter(_say_stopping, _stop_at_once) as signals:
-        for batch in lines:
-            run.write(batch)
-            progress.add(sum(line["kind"] == "image" for line in batch))
-            for line in batch:
-                if line["kind"] == "error":
-                    print(f"skipped {line['file_name']}: {line['error']}", file=sys.stderr)
+    lines = predict_all(Feed(todo, wanted), predictor, categories, args.score_threshold or 0.0, painter)
+    with SignalCounter(_say_stopping, _stop_at_once) as signals, contextlib.closing(lines):
+        for line in lines:
+            run.write(line)
+            progress.add(line["kind"] == "image")
+            if line["kind"] == "error":
+                print(f"skipped {line['file_name']}: {line['error']}", file=sys.stderr)
             if signals.signal:
                 break
-        progress.end()
-    lines.close()
-    loaded.close()
+    progress.end()
     return signals.signal
 
 
@@ -174,7 +171,7 @@ def _first_error(done: Done) -> str:
 
 def _say_stopping(number: int) -> None:
     print(
-        f"\npredict.py: {signal.Signals(number).name}: stops after this batch (a second signal stops at once)",
+        f"\npredict.py: {signal.Signals(number).name}: stops now, with what is done (a second signal stops at once)",
         file=sys.stderr,
     )
 

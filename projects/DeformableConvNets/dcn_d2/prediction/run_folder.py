@@ -15,7 +15,6 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, NamedTuple
@@ -213,15 +212,14 @@ class RunFolder:
             self._file.close()
             unlock_folder(str(self._part))
 
-    def write(self, records: Iterable[dict[str, Any]]) -> None:
-        """Writes lines, each in one piece: they stay when the process is killed.
+    def write(self, line: dict[str, Any]) -> None:
+        """Writes a line in one piece: it stays when the process is killed.
 
         Args:
-            records: each begins with "number", "frame" and "kind": image, error or end (of a video).
+            line: it begins with "number", "frame" and "kind": image, error or end (of a video).
         """
         assert self._file is not None
-        for record in records:
-            self._file.write(json.dumps(record).encode() + b"\n")
+        self._file.write(json.dumps(line).encode() + b"\n")
         self._file.flush()
         if time.monotonic() - self._synced > _SYNC_EVERY:
             os.fsync(self._file.fileno())
