@@ -8,6 +8,7 @@ PyTorch and Detectron2 are imported in the functions, so that --help and mistype
 from __future__ import annotations
 
 import io
+import signal
 import sys
 
 from dcn_d2.command_line.predict import parse_arguments
@@ -29,6 +30,9 @@ def run(argv: list[str] | None = None) -> int:
         return predict(args)
     except (*MISTAKES, RuntimeError) as error:
         sys.exit(f"predict.py: {one_line(error)}")
+    except KeyboardInterrupt:  # before the first image, or while results are written
+        print("predict.py: interrupted; the same command goes on", file=sys.stderr)
+        return 128 + signal.SIGINT
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 import predict
+from benchmarks import predict_memory
 from dcn_d2.engine import DCNPredictor, load_config
 from dcn_d2.prediction import loop
 
@@ -355,29 +356,41 @@ def wait_for_lines(output: Path, number: int, process: subprocess.Popen[str]) ->
 
 
 def test_a_killed_and_a_stopped_run_go_on(run: Run, model: list[str], tmp_path: Path) -> None:
-    for number in range(300):
+    for number in range(150):
         noise(tmp_path / "in" / f"{number:03d}.png", seed=number)
     output = tmp_path / "out"
     arguments = ["--input", tmp_path / "in", "--output", output]
     killed = start_process(model, *arguments)
     wait_for_lines(output, 20, killed)
+    killed.send_signal(signal.SIGSTOP)  # so that it is not done before this process has looked
     assert "another process predicts the same part (1-of-1)" in stopped(lambda: run("--input", tmp_path / "in"))
     killed.send_signal(signal.SIGKILL)
     killed.communicate()
     before = len(lines(output))
-    assert 20 <= before < 300 and not (output / "detections.json").exists()
+    assert 20 <= before < 150 and not (output / "detections.json").exists()
     asked = start_process(model, *arguments)
     wait_for_lines(output, before + 20, asked)
     asked.send_signal(signal.SIGTERM)
     _, errors = asked.communicate(timeout=60)
     assert asked.returncode == 128 + signal.SIGTERM, errors
     assert "goes on" in errors and "the same command goes on" in errors
-    assert before + 20 <= len(lines(output)) < 300
+    assert before + 20 <= len(lines(output)) < 150
     run("--input", tmp_path / "in")
     numbers = [line["number"] for line in lines(output)]
-    assert sorted(numbers) == list(range(1, 301)), "no image is missing, none was predicted twice"
-    assert len(images(output)) == 300
+    assert sorted(numbers) == list(range(1, 151)), "no image is missing, none was predicted twice"
+    assert len(images(output)) == 150
     assert same(detections(output), detections(run("--input", tmp_path / "in", output="whole")))
+
+
+@pytest.mark.slow
+def test_memory_stays_flat_over_2000_images(model: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not Path("/proc/self/status").exists():
+        pytest.skip("the memory of a process is read from Linux's /proc")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    predict_memory.make_images(tmp_path / "in", 2000)
+    row = predict_memory.watch(model, tmp_path / "in", tmp_path / "out")
+    assert row["images"] == len(images(tmp_path / "out")) == 2000
+    assert row["grown_mb"] <= predict_memory.GOAL_MB, row
 
 
 @pytest.mark.parametrize(

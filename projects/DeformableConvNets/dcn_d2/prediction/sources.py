@@ -78,6 +78,8 @@ def find_sources(inputs: Sequence[str], images: str | None = None, output: str =
         items, categories = [Source(i, path, i, _is_video(path)) for i, path in enumerate(paths, 1)], []
     if not items:
         raise ValueError(f"--input: there are no images in {', '.join(inputs)}")
+    if odd := [item.path for item in items if "\0" in item.path]:
+        raise ValueError(f"--input: {odd[0]!r} cannot be the name of a file")
     _check_addresses(items)
     return Sources(items, categories)
 
@@ -118,14 +120,15 @@ def _walk(folder: str, output: str, above: frozenset[str] = frozenset()) -> Iter
             continue
         if entry.is_dir():
             folders.append(entry.path)
-        elif os.path.splitext(entry.name)[1].lower() in IMAGES | VIDEOS:
+        elif os.path.splitext(entry.name)[1].lower() in IMAGES | VIDEOS and (entry.is_file() or entry.is_symlink()):
             yield entry.path
     for path in folders:
         yield from _walk(path, output, above | {real})
 
 
 def _unique(paths: Iterable[str]) -> list[str]:
-    return list({path if _ADDRESS.match(path) else os.path.realpath(path): path for path in paths}.values())
+    as_is = re.compile(rf"{_ADDRESS.pattern}|.*\0", re.DOTALL)
+    return list({path if as_is.match(path) else os.path.realpath(path): path for path in paths}.values())
 
 
 def _check_addresses(items: list[Source]) -> None:
