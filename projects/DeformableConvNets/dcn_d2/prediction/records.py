@@ -11,7 +11,7 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.evaluation.coco_evaluation import instances_to_coco_json
-from detectron2.structures import Boxes, Instances
+from detectron2.structures import Boxes, Instances, RotatedBoxes
 
 _WITHOUT_INSTANCES = ("SemanticSegmentor", "ProposalNetwork")
 
@@ -110,8 +110,8 @@ def detections_of(found: Instances, image_id: int | str, categories: Categories)
         image_id: of the image.
         categories: of the model's classes.
     """
-    if not isinstance(found.pred_boxes, Boxes):
-        raise ValueError(f"the model gives {type(found.pred_boxes).__name__}; COCO's results hold upright boxes only")
+    if isinstance(found.pred_boxes, RotatedBoxes):
+        raise ValueError("the model gives RotatedBoxes, but COCO's results hold upright boxes only")
     if found.has("pred_keypoints"):
         found = Instances(found.image_size, **found.get_fields())
         found.pred_keypoints = found.pred_keypoints.clone()  # Detectron2 shifts them in place

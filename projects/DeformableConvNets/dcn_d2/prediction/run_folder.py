@@ -18,6 +18,7 @@ import time
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, NamedTuple
+from uuid import uuid4
 
 from ..checkpoint.files import write_atomically
 from ..engine.folder import check_unlocked, lock_folder, unlock_folder
@@ -159,7 +160,7 @@ class RunFolder:
                 raise FileExistsError(
                     f"{self.folder / foreign[0]} exists, and predict.py has not written it: name another --output"
                 )
-            own = self.folder / f".{RUN}.{os.getpid()}.part"
+            own = self.folder / f".{RUN}.{uuid4().hex}.part"  # another machine may have the same process id
             try:
                 with write_atomically(own) as file:
                     file.write(json.dumps(self.settings, indent=1).encode())
