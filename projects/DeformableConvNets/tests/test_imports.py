@@ -23,6 +23,7 @@ ALLOWED: dict[str, set[str]] = {
     "data": {"config"},
     "engine": {"checkpoint", "config", "data"},
     "prediction": {"checkpoint", "config", "data", "engine", "model_zoo", "outputs"},
+    "batch": {"engine", "model_zoo"},
     "info": {"ops"},
     "model_zoo": set(),
     "outputs": set(),

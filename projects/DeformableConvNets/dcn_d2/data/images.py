@@ -15,6 +15,8 @@ from __future__ import annotations
 
 import logging
 import os
+from io import BytesIO
+from typing import IO
 
 import numpy as np
 from detectron2.config import CfgNode
@@ -26,7 +28,7 @@ from PIL import Image
 from ..config.checks import check_channels, raise_problems
 
 IMAGE_KINDS = "a uint8 (or uint16) array of shape (height, width, 3) in BGR or (height, width) in grey, a PIL image, "
-IMAGE_KINDS += "or the path of an image file"
+IMAGE_KINDS += "or the path or the bytes of an image file"
 
 # Which modes Pillow gives to a grey image of 16 bits depends on its version and on the byte order of the file.
 _MODES_16 = ("I;16", "I;16L", "I;16B", "I;16N")
@@ -56,15 +58,19 @@ def read_image(file_name: str | os.PathLike[str], format: str = "BGR") -> np.nda
     if PathManager.isdir(name):
         raise ImageError(f"{name} is a folder, an image file was expected")
     with PathManager.open(name, "rb") as file:
-        try:
-            with Image.open(file) as image:
-                return convert_image(image, format, name)
-        except ImageError:
-            raise
-        except Image.UnidentifiedImageError as error:
-            raise ImageError(f"{name} is not an image that Pillow can read") from error
-        except Exception as error:  # decoders raise errors of all kinds for damaged files
-            raise ImageError(f"{name} cannot be read: {error}") from error
+        return _decode(file, format, name)
+
+
+def _decode(file: IO[bytes], format: str, name: str) -> np.ndarray:
+    try:
+        with Image.open(file) as image:
+            return convert_image(image, format, name)
+    except ImageError:
+        raise
+    except Image.UnidentifiedImageError as error:
+        raise ImageError(f"{name} is not an image that Pillow can read") from error
+    except Exception as error:  # decoders raise errors of all kinds for damaged files
+        raise ImageError(f"{name} cannot be read: {error}") from error
 
 
 def convert_image(image: Image.Image, format: str, name: str = "the image") -> np.ndarray:
@@ -100,7 +106,7 @@ def pixels_of(image: object, format: str = "BGR") -> np.ndarray:
 
     Args:
         image: a uint8 array, (height, width, 3) in the order BGR or (height, width) or (height, width, 1) in grey;
-            uint16 loses its lower 8 bits. Or a PIL image, or the path of a file: see `read_image`.
+            uint16 loses its lower 8 bits. Or a PIL image, or the path or the bytes of a file: see `read_image`.
         format: see `read_image`.
 
     Raises:
@@ -109,6 +115,8 @@ def pixels_of(image: object, format: str = "BGR") -> np.ndarray:
     """
     if isinstance(image, (str, os.PathLike)):
         return read_image(image, format)
+    if isinstance(image, (bytes, bytearray)):
+        return _decode(BytesIO(image), format, f"the image of {len(image)} bytes")
     if isinstance(image, Image.Image):
         return convert_image(image, format)
     if image is None:

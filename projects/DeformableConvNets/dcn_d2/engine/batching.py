@@ -128,7 +128,7 @@ def _workers(plan: Plan) -> Iterator[Executor]:
     if plan.workers == 1:
         yield _Caller()
         return
-    with _threads(plan.workers, initializer=torch.set_num_threads, initargs=(plan.threads,)) as pool:
+    with _threads(plan.workers, initializer=_set_threads, initargs=(plan.threads,)) as pool:
         # The number belongs to the thread that sets it, and besides to threads that start later: so all workers start
         # now, and then the caller's number is set again.
         before, all_started = torch.get_num_threads(), threading.Barrier(plan.workers)
@@ -136,6 +136,11 @@ def _workers(plan: Plan) -> Iterator[Executor]:
             start.result()
         torch.set_num_threads(before)
         yield pool
+
+
+def _set_threads(number: int) -> None:
+    torch.set_num_threads(number)
+    torch.get_num_threads()  # torch initialises a new thread at its first operator, with the number that is global then
 
 
 def _decoders() -> int:

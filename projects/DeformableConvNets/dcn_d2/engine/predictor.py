@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Iterable, Iterator, Mapping, Set
+from contextlib import nullcontext
 from typing import Any, overload
 
 import numpy as np
@@ -15,6 +17,7 @@ from detectron2.data.transforms import ResizeTransform
 from detectron2.engine import DefaultPredictor
 from detectron2.modeling import build_model
 from PIL import Image
+from torch import nn
 
 from ..checkpoint import DCNCheckpointer
 from ..config import check_config
@@ -22,8 +25,9 @@ from ..data.images import ImageError, check_input_format, pixels_of
 from ..data.transforms import build_augmentation
 from .batching import Inputs, Outputs, Plan, run_in_batches
 from .machine import fit_device
+from .pickling import WithoutRandomWeights, digest, fingerprint
 
-AnyImage = np.ndarray | Image.Image | str | os.PathLike[str]
+AnyImage = np.ndarray | Image.Image | str | os.PathLike[str] | bytes
 
 
 class DCNPredictor(DefaultPredictor):
@@ -35,6 +39,9 @@ class DCNPredictor(DefaultPredictor):
     - `DCNCheckpointer` reads MODEL.WEIGHTS: as data only. It converts files of MMDetection, and refuses weights that do
       not fit the model, with a list.
     - Without a GPU it runs on the CPU, as the trainer does.
+    - It takes lists of images and runs them in batches.
+    - Pickling it keeps the config and the place of the weights, and the copy reads them when it needs the model. A
+      model whose weights were changed after loading, or that `untrained` left at initial values, is pickled as a whole.
 
     Args:
         cfg: of the model, as for `DefaultPredictor`.
@@ -49,21 +56,63 @@ class DCNPredictor(DefaultPredictor):
     ) -> None:
         # DefaultPredictor's __init__ is not called: it takes only RGB and BGR, and its checkpointer runs pickled code.
         for name, number in (("batch_size", batch_size), ("workers", workers)):
-            if number is not None and number < 1:
+            if number is not None and (not isinstance(number, int) or number < 1):
                 raise ValueError(f"{name} is {number!r}; it must be a whole number from 1 on, or None")
         check_config(cfg)
         check_input_format(cfg)
         self.cfg = cfg.clone()  # the next lines and building the model may change it
         self.cfg.defrost()
         fit_device(self.cfg)
-        self.model = build_model(self.cfg).eval()
         if cfg.DATASETS.TEST:
             self.metadata = MetadataCatalog.get(cfg.DATASETS.TEST[0])
-        checkpointer = DCNCheckpointer(self.model)
-        (checkpointer.load if untrained else checkpointer.load_trained)(cfg.MODEL.WEIGHTS)
         (self.aug,) = build_augmentation(cfg, is_train=False)
         self.input_format = cfg.INPUT.FORMAT
         self.batch_size, self.workers = batch_size, workers
+        self._untrained, self._weights = untrained, cfg.MODEL.WEIGHTS
+        self._digest = ""
+        self._model: nn.Module | None = self._build()
+
+    @property
+    def model(self) -> nn.Module:
+        """The model in evaluation mode. A predictor that was pickled builds it when it is first asked for."""
+        if self._model is None:
+            self._model = self._build()
+        return self._model
+
+    @model.setter
+    def model(self, model: nn.Module) -> None:
+        self._model = model
+
+    def _build(self) -> nn.Module:
+        with nullcontext() if self._untrained else WithoutRandomWeights():
+            model = build_model(self.cfg).eval()
+        checkpointer = DCNCheckpointer(model)
+        (checkpointer.load if self._untrained else checkpointer.load_trained)(self._weights)
+        if self._digest and digest(model) != self._digest:
+            raise ValueError(f"{self._weights} holds other weights than when the predictor was pickled")
+        # Weights with initial values cannot be read again.
+        self._loaded = None if checkpointer.initial else fingerprint(model)
+        return model
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the model, as long as its weights are those that were loaded; else with the model as it is."""
+        state = self.__dict__.copy()
+        if self._model is not None and self._is_as_loaded():
+            self._digest = state["_digest"] = self._digest or digest(self._model)
+            state |= {"_model": None, "_weights": absolute(self._weights)}
+        return state
+
+    def _is_as_loaded(self) -> bool:
+        return isinstance(self._model, nn.Module) and fingerprint(self._model) == self._loaded
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> DCNPredictor:
+        """A copy with a model of its own, which is not read again."""
+        twin = type(self).__new__(type(self))
+        memo[id(self)] = twin
+        twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        if twin._model is not None and self._is_as_loaded():
+            twin._loaded = fingerprint(twin._model)
+        return twin
 
     @overload
     def __call__(self, images: AnyImage) -> Outputs: ...  # type: ignore[overload-overlap]  # a str is an iterable too
@@ -104,6 +153,7 @@ class DCNPredictor(DefaultPredictor):
         """
         if is_one_image(images):
             raise TypeError(f"stream takes an iterable of images, got one {type(images).__name__}")
+        self.model  # noqa: B018  built here, and not by several workers at once
         for result in run_in_batches(images, self._prepare_one_of_many, self._run, self.plan()):
             if isinstance(result, BaseException) and not (return_errors and isinstance(result, (ImageError, OSError))):
                 raise result
@@ -142,3 +192,8 @@ def is_one_image(images: object) -> bool:
     """Whether something is one image, or nothing at all that a predictor takes, rather than several images."""
     single = (str, bytes, bytearray, os.PathLike, Image.Image, np.ndarray, torch.Tensor, Mapping, Set)
     return isinstance(images, single) or not isinstance(images, Iterable)
+
+
+def absolute(weights: str) -> str:
+    """A value of MODEL.WEIGHTS that a process in another folder understands; addresses stay as they are."""
+    return weights if not weights or "://" in weights else os.path.abspath(weights)
