@@ -74,11 +74,11 @@ def watch(model: Sequence[str], images: Path, output: Path, first: int = FIRST) 
         first: so many images are done at the start.
 
     Returns:
-        Megabytes at the start, at most after it, and the images that were predicted a second.
+        How many images there were, and megabytes: at the start, at most after it, and by how much that is more.
     """
     command = [sys.executable, str(PROJECT / "predict.py"), "--input", str(images), "--output", str(output), *model]
-    part, begin, start, most, read = output / "parts" / "1-of-1" / "images.jsonl", time.monotonic(), 0.0, 0.0, 0
-    done, since = 0, 0.0
+    part = output / "parts" / "1-of-1" / "images.jsonl"
+    done, read, start, most = 0, 0, 0.0, 0.0
     process = subprocess.Popen(command, cwd=PROJECT)
     try:
         while process.poll() is None:
@@ -89,21 +89,18 @@ def watch(model: Sequence[str], images: Path, output: Path, first: int = FIRST) 
                 read, done = read + len(new), done + new.count(b"\n")
             memory = resident_mb(process.pid)
             if done >= first:
-                start, since = start or memory, since or time.monotonic()
+                start = start or memory
                 most = max(most, memory)
             time.sleep(0.1)
     finally:
         process.kill()
     if process.wait() or not start:
         raise RuntimeError(f"predict.py ended with {process.returncode} after {done} images")
-    seconds = time.monotonic() - since
     return {
         "images": done,
         "start_mb": round(start),
         "most_mb": round(most),
         "grown_mb": round(most - start),
-        "images_per_second": round((done - first) / seconds, 1),
-        "seconds": round(time.monotonic() - begin),
     }
 
 

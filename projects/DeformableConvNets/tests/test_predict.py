@@ -355,6 +355,7 @@ def wait_for_lines(output: Path, number: int, process: subprocess.Popen[str]) ->
         time.sleep(0.02)
 
 
+@pytest.mark.slow
 def test_a_killed_and_a_stopped_run_go_on(run: Run, model: list[str], tmp_path: Path) -> None:
     for number in range(150):
         noise(tmp_path / "in" / f"{number:03d}.png", seed=number)

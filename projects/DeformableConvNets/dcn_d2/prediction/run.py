@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from .. import __version__
 from ..checkpoint.files import sha256_of
+from ..data.findings import show
 from ..engine.stopping import SignalCounter
 from ..outputs import PictureFolder
 from .loop import Painter, predict_all
@@ -115,7 +116,7 @@ def _predict_shard(args: argparse.Namespace, cfg: CfgNode, sources: Sources, run
             run.write(line)
             progress.add(line["kind"] == "image")
             if line["kind"] == "error":
-                print(f"skipped {line['file_name']}: {line['error']}", file=sys.stderr)
+                print(f"skipped {show(line['file_name'])}: {show(line['error'])}", file=sys.stderr)
             if signals.signal:
                 break
     progress.end()
@@ -166,7 +167,7 @@ def _finish(
 
 def _first_error(done: Done) -> str:
     record = read_line(next(iter(done.errors.values())))
-    return f"{record['file_name']}: {record['error']}"
+    return f"{show(record['file_name'])}: {show(record['error'])}"
 
 
 def _say_stopping(number: int) -> None:

@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from uuid import uuid4
 
 if TYPE_CHECKING:
     import numpy as np
@@ -78,7 +79,7 @@ def write_video(path: Path, frames: Iterator[np.ndarray], rate: float) -> int:
     """
     import cv2
 
-    part = path.with_name(f".{path.stem}.{os.getpid()}.part.mp4")
+    part = path.with_name(f".{uuid4().hex}.part.mp4")
     writer, number = None, 0
     try:
         for pixels in frames:
