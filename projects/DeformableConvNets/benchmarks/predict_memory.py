@@ -23,6 +23,10 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for a run by the file's name, without -m
 
+from dcn_d2.quiet import silence_detectron2_warnings
+
+silence_detectron2_warnings()
+
 import numpy as np
 from PIL import Image
 
@@ -64,6 +68,11 @@ def resident_mb(process: int) -> float:
     return int(found[1]) * 1024 / 1e6 if found else 0.0
 
 
+def count_lines(file: Path) -> int:
+    """The lines of a file that is being written; 0 if it does not exist yet."""
+    return file.read_bytes().count(b"\n") if file.exists() else 0
+
+
 def watch(model: Sequence[str], images: Path, output: Path, first: int = FIRST) -> dict[str, Any]:
     """Runs predict.py and reads its memory.
 
@@ -78,15 +87,11 @@ def watch(model: Sequence[str], images: Path, output: Path, first: int = FIRST) 
     """
     command = [sys.executable, str(PROJECT / "predict.py"), "--input", str(images), "--output", str(output), *model]
     part = output / "parts" / "1-of-1" / "images.jsonl"
-    done, read, start, most = 0, 0, 0.0, 0.0
+    done, start, most = 0, 0.0, 0.0
     process = subprocess.Popen(command, cwd=PROJECT)
     try:
         while process.poll() is None:
-            if part.exists():
-                with part.open("rb") as stream:
-                    stream.seek(read)
-                    new = stream.read()
-                read, done = read + len(new), done + new.count(b"\n")
+            done = count_lines(part)
             memory = resident_mb(process.pid)
             if done >= first:
                 start = start or memory
@@ -97,7 +102,7 @@ def watch(model: Sequence[str], images: Path, output: Path, first: int = FIRST) 
     if process.wait() or not start:
         raise RuntimeError(f"predict.py ended with {process.returncode} after {done} images")
     return {
-        "images": done,
+        "images": count_lines(part),
         "start_mb": round(start),
         "most_mb": round(most),
         "grown_mb": round(most - start),

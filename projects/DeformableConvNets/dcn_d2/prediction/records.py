@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -30,13 +31,15 @@ def number_of_classes(cfg: CfgNode) -> int:
 
 
 def class_names(cfg: CfgNode, dataset: str | None = None) -> list[str]:
-    """Gives the names of the model's classes, numbers where no data set tells them.
+    """Gives the names of the model's classes, numbers where neither the config nor a data set tells them.
 
     Args:
         cfg: of the model.
         dataset: a data set that is asked before those of the config.
     """
     number = number_of_classes(cfg)
+    if len(names := cfg.DATASETS.get("CLASS_NAMES", ())) == number:
+        return list(names)
     name = _data_set_of(cfg, dataset)
     return list(MetadataCatalog.get(name).thing_classes) if name else [f"class {i}" for i in range(number)]
 
@@ -49,7 +52,7 @@ def _data_set_of(cfg: CfgNode, dataset: str | None = None) -> str:
     return ""
 
 
-def find_categories(cfg: CfgNode, coco: list[dict[str, Any]]) -> Categories:
+def find_categories(cfg: CfgNode, coco: list[dict[str, Any]], names: Sequence[str] = ()) -> Categories:
     """Gives the ids and names that are written for the model's classes.
 
     With a COCO file, these are its categories: the ones of the same names if the names of the model's classes are
@@ -59,13 +62,15 @@ def find_categories(cfg: CfgNode, coco: list[dict[str, Any]]) -> Categories:
     Args:
         cfg: of the model.
         coco: the categories of a COCO file; [] if there is none.
+        names: of the classes, if the weights say them.
 
     Raises:
         ValueError: The categories are not those of the model.
     """
-    names, known = class_names(cfg), bool(_data_set_of(cfg))
+    known = bool(names or cfg.DATASETS.get("CLASS_NAMES", ()) or _data_set_of(cfg))
+    names = list(names) or class_names(cfg)
     if not coco:
-        return Categories(_ids_of(cfg), names)
+        return Categories(_ids_of(cfg, names), names)
     coco = sorted(coco, key=lambda category: category["id"])
     by_name = {category["name"]: category["id"] for category in coco}
     if known and len(by_name) == len(coco) and set(by_name) == set(names):
@@ -80,10 +85,10 @@ def find_categories(cfg: CfgNode, coco: list[dict[str, Any]]) -> Categories:
     return Categories([category["id"] for category in coco], [str(category["name"]) for category in coco])
 
 
-def _ids_of(cfg: CfgNode) -> list[int]:
-    """Gives the ids of the categories of the config's data set, for the model's classes in their order."""
-    number, name = number_of_classes(cfg), _data_set_of(cfg)
-    if name:
+def _ids_of(cfg: CfgNode, names: list[str]) -> list[int]:
+    """Gives the ids that the config's data set has for the model's classes, or else their numbers."""
+    number, name = len(names), _data_set_of(cfg)
+    if name and list(MetadataCatalog.get(name).thing_classes) == names:
         metadata = MetadataCatalog.get(name)
         if "thing_dataset_id_to_contiguous_id" not in metadata.as_dict() and name.startswith("nuclei"):
             DatasetCatalog.get(name)  # reading the data set sets it

@@ -20,7 +20,7 @@ from ..engine.stopping import SignalCounter
 from ..outputs import PictureFolder
 from .loop import Painter, predict_all
 from .merge import merge
-from .model import build_predictor, check_weights, read_config
+from .model import build_predictor, read_config
 from .parquet import require_pyarrow
 from .progress import Progress
 from .reading import Feed
@@ -33,6 +33,8 @@ from .videos import estimate_frames
 
 if TYPE_CHECKING:
     from detectron2.config import CfgNode
+
+    from ..engine import DCNPredictor
 
 # Keys that do not change what a model finds.
 _NO_MATTER = ("SOLVER.", "DATALOADER.", "OUTPUT_DIR", "MODEL.DEVICE", "MODEL.WEIGHTS", "VIS_PERIOD", "SEED")
@@ -48,20 +50,19 @@ def predict(args: argparse.Namespace) -> int:
     sources = find_sources(args.input, args.images, args.output)
     cfg = read_config(args)
     check_gives_instances(cfg)
-    check_weights(args, cfg, "predict.py")
-    settings = make_settings(args, cfg, sources)
-    run = RunFolder(args.output, shard, settings, args.overwrite)
-    with run:
-        stopped = _predict_shard(args, cfg, sources, run, shard)
+    predictor = build_predictor(args, cfg, "predict.py", batch_size=args.batch_size)
+    categories = find_categories(cfg, sources.categories, getattr(predictor, "class_names", ()))
+    settings = make_settings(args, cfg, sources, categories)
+    with RunFolder(args.output, shard, settings, args.overwrite) as run:
+        stopped = _predict_shard(args, predictor, categories, sources, run, shard)
     if stopped:
         print(f"predict.py: interrupted; the same command goes on in {args.output}", file=sys.stderr)
         return 128 + stopped
     return _finish(args, settings, shard, sources)
 
 
-def make_settings(args: argparse.Namespace, cfg: CfgNode, sources: Sources) -> dict[str, Any]:
+def make_settings(args: argparse.Namespace, cfg: CfgNode, sources: Sources, categories: Categories) -> dict[str, Any]:
     """Gives what makes a command: two runs with the same settings find the same."""
-    categories = find_categories(cfg, sources.categories)
     listing = hashlib.sha256()
     for item in sources.items:
         listing.update(os.fsencode(f"{item.path}\0{item.image_id!r}\n"))
@@ -89,7 +90,14 @@ def _flatten(node: CfgNode, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield f"{prefix}{key}", value
 
 
-def _predict_shard(args: argparse.Namespace, cfg: CfgNode, sources: Sources, run: RunFolder, shard: Shard) -> int:
+def _predict_shard(
+    args: argparse.Namespace,
+    predictor: DCNPredictor,
+    categories: Categories,
+    sources: Sources,
+    run: RunFolder,
+    shard: Shard,
+) -> int:
     """Predicts what is left to do, and gives the signal that has stopped it; 0 if none has."""
     done = read_done(run.folder)
 
@@ -102,12 +110,10 @@ def _predict_shard(args: argparse.Namespace, cfg: CfgNode, sources: Sources, run
         return 0
     if len(todo) < len(mine):
         print(f"goes on: {len(done.images)} image(s) are done", file=sys.stderr)
-    categories = find_categories(cfg, sources.categories)
     painter = None
     if args.pictures:
         folder = PictureFolder(run.folder / PICTURES, [item.path for item in sources.items])
         painter = Painter(folder, stems_of(sources.items), args.confidence, categories.names)
-    predictor = build_predictor(args, cfg, "predict.py", batch_size=args.batch_size)
     films = [estimate_frames(item.path) // args.frames // shard.total for item in mine if item.video]
     progress = Progress(sum(not item.video for item in mine) + sum(films), _count_mine(done, shard, args.frames))
     lines = predict_all(Feed(todo, wanted), predictor, categories, args.score_threshold or 0.0, painter)

@@ -50,6 +50,12 @@ def test_without_known_names_the_order_of_ids_counts(cfg: CfgNode) -> None:
         find_categories(cfg, coco(z=9))
 
 
+def test_names_that_the_weights_say_count_most(cfg: CfgNode) -> None:
+    assert find_categories(cfg, coco(z=9, y=4, x=6), ["x", "y", "z"]) == Categories([6, 4, 9], ["x", "y", "z"])
+    assert find_categories(cfg, [], ["x", "y", "z"]) == Categories([0, 1, 2], ["x", "y", "z"])
+    assert find_categories(cfg, [], ["a", "b", "c"]).ids == [7, 3, 5]
+
+
 def test_ids_of_the_embedded_data_set(cfg: CfgNode, tmp_path: object, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
     cfg.DATASETS.TEST, cfg.MODEL.ROI_HEADS.NUM_CLASSES = ("nuclei_val",), 1
