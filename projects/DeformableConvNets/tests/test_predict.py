@@ -404,7 +404,7 @@ def test_memory_stays_flat_over_2000_images(model: list[str], tmp_path: Path, mo
         ("", "--input PATH is needed"),
         ("--input a --published --weights b", "not allowed with argument"),
         ("--input a --frames 0", "--frames: must be at least 1"),
-        ("--merge --shard 1/2", "--merge predicts nothing"),
+        ("--merge --shard 1/2", "--merge only writes results again"),
         ("--input a MODEL.DEVICE", "KEY VALUE must come in pairs"),
     ],
 )

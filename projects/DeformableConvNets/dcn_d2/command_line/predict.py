@@ -71,8 +71,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     check_pairs(parser, args)
     if args.merge:
-        if args.overwrite or args.shard != (1, 1):
-            parser.error("--merge predicts nothing: leave out --overwrite and --shard")
+        if args.overwrite or args.shard != (1, 1) or args.pictures or args.video:
+            parser.error("--merge only writes results again: leave out --overwrite, --shard, --pictures and --video")
         return args
     if not args.config_file:
         parser.error("--config-file FILE is needed (--help has examples)")

@@ -15,7 +15,7 @@ what --input takes, in any mixture:
   'photos/**/*.jpg'            a pattern in quotes, for more files than a command line can hold; ** goes into folders
   list.txt                     a text file with one path a line; relative ones start at the file's folder
   list.csv list.jsonl          tables with a column file_name, filename, path, image or file
-  annotations.json             a file in COCO's format; --images names the folder of its images. Their ids are kept.
+  annotations.json             a file in COCO's format, alone; --images has its images. Their ids are kept.
   film.mp4                     a video: --frames 5 takes every fifth frame
   -                            paths from standard input, one a line
   https://host/a.jpg s3://...  addresses that Detectron2's PathManager has a handler for
