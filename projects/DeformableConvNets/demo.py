@@ -15,19 +15,27 @@ from __future__ import annotations
 
 import argparse
 import io
-import math
 import sys
-from collections.abc import Callable
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from dcn_d2.command_line.demo import parse_arguments
+from dcn_d2.prediction.draw import (
+    DETECTION_COLOR,
+    compose,
+    display_image,
+    draw_boxes,
+    draw_detections,
+    enlarge,
+    resize_mask,
+)
 from dcn_d2.quiet import silence_detectron2_warnings
 
 if TYPE_CHECKING:  # the imports that take seconds happen after the arguments are known to be right
     import numpy as np
     from detectron2.config import CfgNode
     from detectron2.structures import Instances
-    from PIL import Image
 
     from dcn_d2.engine import DCNPredictor
     from dcn_d2.outputs import PictureFolder
@@ -36,76 +44,19 @@ if TYPE_CHECKING:  # the imports that take seconds happen after the arguments ar
 silence_detectron2_warnings()
 
 PANEL, SMALL_PANEL = 640, 420  # pixels of a panel's longer side
-TRUTH_COLOR, DETECTION_COLOR = (0.55, 0.9, 0.45), (1.0, 0.75, 0.2)
-
-
-def count(least: int) -> Callable[[str], int]:
-    """Makes the type of an argument that is a whole number of at least `least`."""
-
-    def parse(text: str) -> int:
-        value = int(text)
-        if value < least:
-            raise argparse.ArgumentTypeError(f"must be at least {least}, got {text}")
-        return value
-
-    parse.__name__ = "whole number"  # argparse's message has this word if the text is not a number
-    return parse
-
-
-def score(text: str) -> float:
-    """The type of an argument that is a score: a number from 0 to 1."""
-    value = float(text)
-    if not 0 <= value <= 1:  # nan is refused too
-        raise argparse.ArgumentTypeError(f"must be from 0 to 1, got {text}")
-    return value
-
-
-def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    """Reads the command line; ``--help`` needs neither torch nor Detectron2."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config-file", required=True, metavar="FILE", help="a YAML of configs/ or examples/")
-    parser.add_argument("--weights", metavar="FILE", help="checkpoint; MODEL.WEIGHTS of the config by default")
-    source = parser.add_mutually_exclusive_group()
-    source.add_argument("--dataset", help="a registered data set; the first of DATASETS.TEST by default")
-    source.add_argument("--input", nargs="+", metavar="IMAGE", help="image files (another option ends the list)")
-    parser.add_argument("--output", default="output/pictures", metavar="FOLDER", help="where the pictures go")
-    parser.add_argument("--max-images", type=count(1), default=8, metavar="N", help="of a data set, how many to draw")
-    parser.add_argument("--points", type=count(0), default=3, metavar="N", help="detections whose sampling is drawn")
-    parser.add_argument("--confidence", type=score, default=0.5, metavar="SCORE", help="lowest score that is drawn")
-    parser.add_argument(
-        "--stretch-contrast",
-        action="store_true",
-        help="brighten what is drawn, for dark images as those of microscopes; the model sees the image as it is",
-    )
-    parser.add_argument("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="changes to the config")
-    args = parser.parse_args(arguments)
-    if late := [word for word in args.opts if word.startswith("--")]:
-        parser.error(f"{late[0]} must come before the first KEY VALUE, {args.opts[0]}")
-    if len(args.opts) % 2:
-        parser.error(f"KEY VALUE must come in pairs, got {' '.join(args.opts)}")
-    return args
-
-
-def setup_config(args: argparse.Namespace) -> CfgNode:
-    """Builds the config from the command line; a config for the GPU runs on the CPU where there is no GPU."""
-    from dcn_d2.engine import fit_to_machine, load_config
-
-    cfg = load_config(args.config_file, args.opts)
-    if args.weights is not None:
-        cfg.MODEL.WEIGHTS = args.weights
-    fit_to_machine(cfg)
-    return cfg
+TRUTH_COLOR = (0.55, 0.9, 0.45)
 
 
 def list_images(args: argparse.Namespace, cfg: CfgNode) -> list[dict[str, Any]]:
-    """Gives data set dictionaries; for image files they hold the file name only."""
+    """Gives data set dictionaries; for images and videos of --input they hold the file name only."""
     from detectron2.data import DatasetCatalog
 
     from dcn_d2.engine import check_data_sets
+    from dcn_d2.prediction.sources import find_sources
 
     if args.input:
-        # A file that is named twice is drawn once.
-        return [{"file_name": name} for name in {Path(name).resolve(): name for name in args.input}.values()]
+        sources = find_sources(args.input, args.images, args.output).items
+        return [{"file_name": source.path, "is_video": source.video} for source in sources]
     if not (args.dataset or cfg.DATASETS.TEST):
         raise ValueError("the config names no DATASETS.TEST: say what to draw with --input or --dataset")
     name = args.dataset or cfg.DATASETS.TEST[0]
@@ -138,45 +89,9 @@ def find_names(args: argparse.Namespace, predictor: DCNPredictor) -> Names:
 
 def class_names(args: argparse.Namespace, cfg: CfgNode) -> list[str]:
     """Gives the names of the model's classes, numbers where the data set does not tell them."""
-    from detectron2.data import MetadataCatalog
+    from dcn_d2.prediction import records
 
-    retina = cfg.MODEL.META_ARCHITECTURE == "RetinaNet"
-    number = cfg.MODEL.RETINANET.NUM_CLASSES if retina else cfg.MODEL.ROI_HEADS.NUM_CLASSES
-    for data_set in (args.dataset, *cfg.DATASETS.TEST, *cfg.DATASETS.TRAIN):
-        names = MetadataCatalog.get(data_set).get("thing_classes", []) if data_set else []
-        if len(names) == number:
-            return list(names)
-    return [f"class {i}" for i in range(number)]
-
-
-def display_image(image_bgr: np.ndarray, stretch_contrast: bool) -> np.ndarray:
-    """Gives RGB, for the eye only; with a stretched contrast colours keep their tone."""
-    import numpy as np
-    from PIL import Image, ImageOps
-
-    image = Image.fromarray(image_bgr[:, :, ::-1].copy())
-    if stretch_contrast:
-        image = ImageOps.autocontrast(image, cutoff=(1, 0.5), preserve_tone=True)
-    return np.asarray(image)
-
-
-def enlarge(image: np.ndarray, size: int) -> np.ndarray:
-    """Resizes an image so that its longer side has ``size`` pixels, and the other one at least one."""
-    import cv2
-
-    height, width = (max(1, round(side * size / max(image.shape[:2]))) for side in image.shape[:2])
-    return cv2.resize(image, (width, height), interpolation=cv2.INTER_CUBIC)
-
-
-def draw_boxes(image: np.ndarray, boxes: Any, color: Any, labels: list[str] | None = None, masks: Any = None) -> Any:
-    """Draws (x0, y0, x1, y1) boxes in pixels of `image` on a copy of it, all in one colour."""
-    from detectron2.utils.visualizer import Visualizer
-
-    colors = [color] * len(boxes)
-    if labels is not None:
-        labels = [label.replace("$", r"\$") for label in labels]  # it would begin a formula
-    drawn = Visualizer(image).overlay_instances(boxes=boxes, masks=masks, labels=labels, assigned_colors=colors)
-    return drawn.get_image()
+    return records.class_names(cfg, args.dataset)
 
 
 def draw_truth(image: np.ndarray, sample: dict[str, Any], names: list[str]) -> np.ndarray:
@@ -209,29 +124,6 @@ def draw_truth(image: np.ndarray, sample: dict[str, Any], names: list[str]) -> n
             raise ValueError(f"{sample['file_name']}: annotation {number} cannot be drawn: {reason}") from error
     scaled = np.array(boxes, dtype=float).reshape(-1, 4) * np.tile(scale, 2)
     return draw_boxes(image, scaled, TRUTH_COLOR, labels if len(names) > 1 else None, masks)
-
-
-def resize_mask(mask: np.ndarray, expected: tuple[int, int], size: tuple[int, int]) -> np.ndarray:
-    """Gives a mask, whose (height, width) must be ``expected``, another ``size``."""
-    import cv2
-
-    if mask.shape != expected:
-        raise ValueError(f"the mask is {mask.shape} and not {expected}, (height, width)")
-    return cv2.resize(mask.astype("uint8"), size[::-1], interpolation=cv2.INTER_NEAREST)
-
-
-def draw_detections(image: np.ndarray, found: Instances, names: list[str]) -> np.ndarray:
-    """Draws boxes with classes and scores, and masks where there are any; `found` may be of another resolution."""
-    import numpy as np
-
-    scale = np.divide(image.shape[1::-1], found.image_size[::-1])
-    classes, scores = found.pred_classes.tolist(), found.scores.tolist()
-    labels = [f"{names[index]} {score:.0%}" for index, score in zip(classes, scores)]
-    masks = None
-    if found.has("pred_masks"):
-        masks = [resize_mask(mask, found.image_size, image.shape[:2]) for mask in found.pred_masks.numpy()]
-    boxes = found.pred_boxes.tensor.numpy() * np.tile(scale, 2)
-    return draw_boxes(image, boxes, DETECTION_COLOR, labels, masks)
 
 
 def stages_of(predictor: DCNPredictor, record: SamplingRecord, box: Any) -> list[str]:
@@ -288,22 +180,6 @@ def draw_sampling(
     return columns
 
 
-def compose(columns: list[list[np.ndarray]], titles: list[str]) -> Image.Image:
-    """Makes one picture of titled columns of panels, all panels of one size."""
-    from PIL import Image, ImageDraw, ImageFont
-
-    gap, bar, font, (height, width) = 12, 34, ImageFont.load_default(18), columns[0][0].shape[:2]
-    width = max(width, *(math.ceil(font.getlength(title)) for title in titles))
-    rows = max(len(column) for column in columns)
-    picture = Image.new("RGB", (len(columns) * (width + gap) + gap, bar + rows * (height + gap)), "white")
-    for i, (column, title) in enumerate(zip(columns, titles, strict=True)):
-        left = gap + i * (width + gap)
-        ImageDraw.Draw(picture).text((left, bar / 2), title, "black", font, anchor="lm")
-        for j, panel in enumerate(column):
-            picture.paste(Image.fromarray(panel), (left, bar + j * (height + gap)))
-    return picture
-
-
 def draw_image(
     sample: dict[str, Any],
     stem: str,
@@ -320,10 +196,10 @@ def draw_image(
 
     for kind in ("detections", "sampling"):  # before the work is done
         folder.path_of(f"{stem}_{kind}.png")
-    image_bgr = read_image(sample["file_name"])
+    image_bgr = sample["pixels"] if "pixels" in sample else read_image(sample["file_name"])
     check_image_size(sample, image_bgr)
     with record_sampling(predictor.model) as record:
-        found = predictor(sample["file_name"])["instances"].to("cpu")
+        found = predictor(sample.get("pixels", sample["file_name"]))["instances"].to("cpu")
     found = found[found.scores >= args.confidence]
     image = display_image(image_bgr, args.stretch_contrast)
     large = enlarge(image, PANEL)
@@ -342,24 +218,35 @@ def draw_image(
         print(f"{stem}: no sampling to draw ({len(record.layers)} deformable layers, {len(found)} detections)")
 
 
+def frames_of(sample: dict[str, Any], stem: str, every: int) -> Iterator[tuple[dict[str, Any], str]]:
+    """Gives an image, or every `every`-th frame of a video, each with the name for its pictures."""
+    from dcn_d2.outputs import frame_name
+    from dcn_d2.prediction.videos import read_frames
+
+    if not sample.get("is_video"):
+        yield sample, stem
+        return
+    for number, pixels in read_frames(sample["file_name"], lambda number: number % every == 0):
+        if pixels is not None:
+            yield sample | {"pixels": pixels}, frame_name(stem, number)
+
+
 def prepare(args: argparse.Namespace) -> tuple[list[dict[str, Any]], PictureFolder, DCNPredictor, Names]:
     """Gives the images, the folder for their pictures, the predictor, and the names of classes."""
-    from dcn_d2.engine import DCNPredictor
     from dcn_d2.outputs import PictureFolder
+    from dcn_d2.prediction.model import build_predictor, read_config
 
-    cfg = setup_config(args)
+    cfg = read_config(args)
     samples = list_images(args, cfg)
     read = [*(sample["file_name"] for sample in samples), args.config_file, cfg.MODEL.WEIGHTS]
     folder = PictureFolder(args.output, read)
-    if not cfg.MODEL.WEIGHTS:
-        raise ValueError("no weights are given: --weights FILE names those of a trained model")
-    predictor = DCNPredictor(cfg)
+    predictor = build_predictor(args, cfg, "demo.py")
     return samples, folder, predictor, find_names(args, predictor)
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Runs the script; exits with 1 and a message if something was not drawn."""
-    args = parse_arguments(arguments)
+    args = parse_arguments(__doc__, arguments)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be text
     from dcn_d2.engine import MISTAKES, one_line
@@ -375,7 +262,8 @@ def main(arguments: list[str] | None = None) -> None:
         if stem != Path(file).stem:
             print(f"{file}: another image has the same name, the pictures of this one begin with {stem}")
         try:
-            draw_image(sample, stem, predictor, folder, names, args)
+            for image, name in frames_of(sample, stem, args.frames):
+                draw_image(image, name, predictor, folder, names, args)
         except (OSError, ValueError) as error:
             reason = one_line(error)
             problems.append(reason if file in reason else f"{file}: {reason}")

@@ -1,8 +1,8 @@
 # Copyright (c) the dcn_d2 authors. SPDX-License-Identifier: Apache-2.0
 """Measures the speed, the memory and, in `benchmarks.parity`, the results of dcn_d2 against other implementations.
 
-Four modules are programs: `deform_conv2d`, `deform_roi_pool`, `detector` and `profile_cuda`. Run one of them from the
-project's folder with `python -m benchmarks.deform_conv2d`; `python benchmarks/deform_conv2d.py` works too.
+Five modules are programs: `deform_conv2d`, `deform_roi_pool`, `detector`, `profile_cuda` and `predict_memory`. Run one
+from the project's folder with `python -m benchmarks.deform_conv2d`; `python benchmarks/deform_conv2d.py` works too.
 
     command_line   the options that all of them have
     measure        what a call costs: time and memory

@@ -23,13 +23,15 @@ def unique_stems(names: Iterable[str | os.PathLike[str]]) -> list[str]:
     paths = [Path(name) for name in names]
     own = {path.stem.lower() for path in paths}
     taken: set[str] = set()
+    numbers: dict[str, int] = {}  # the last one that was added to a stem: thousands of files may have the same
     stems = []
     for path in paths:
-        stem, number = path.stem, 1
-        while stem.lower() in taken or (number > 1 and stem.lower() in own):
+        stem, number = path.stem, numbers.get(path.stem.lower(), 1)
+        while stem.lower() in taken or (stem != path.stem and stem.lower() in own):
             number += 1
             stem = f"{path.stem}_{number}"
         taken.add(stem.lower())
+        numbers[path.stem.lower()] = number
         stems.append(stem)
     return stems
 
@@ -52,6 +54,23 @@ def write_whole(path: str | os.PathLike[str], write: Callable[[IO[bytes]], objec
     except BaseException:
         os.unlink(temporary)
         raise
+
+
+def frame_name(stem: str, frame: int | None) -> str:
+    """Gives the name for the output of an image, or of a frame of a video: these have a folder for each video.
+
+    Args:
+        stem: of the image or video, from `unique_stems`.
+        frame: the number of the frame; None for an image.
+    """
+    return stem if frame is None else f"{stem}.frames/{frame:06d}"
+
+
+def remove_pictures(folder: Path) -> None:
+    """Removes the PNGs that dcn_d2 has written, also in folders below."""
+    for path in folder.rglob("*.png"):
+        if path.is_file() and not path.is_symlink() and _is_ours(path):
+            path.unlink()
 
 
 class PictureFolder:
@@ -93,6 +112,7 @@ class PictureFolder:
     def write(self, name: str, picture: Image.Image) -> Path:
         """Writes a picture as a PNG, whole or not at all, and gives its path."""
         path = self.path_of(name)
+        path.parent.mkdir(exist_ok=True)  # of the frames of a video
         text = PngImagePlugin.PngInfo()
         text.add_text("Software", SOFTWARE)
         write_whole(path, lambda file: picture.save(file, "PNG", pnginfo=text))

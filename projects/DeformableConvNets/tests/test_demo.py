@@ -13,6 +13,7 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
+import cv2
 import numpy as np
 import pycocotools.mask
 import pytest
@@ -123,14 +124,13 @@ def test_bad_images_are_left_out_and_named_at_the_end(
     real = tmp_path / "real.tif"
     Image.fromarray(np.ones((60, 90), np.float32)).save(real)
     with pytest.raises(SystemExit) as stopped:
-        draw(missing, cut, real, tmp_path, good)
+        draw(missing, cut, real, good, tmp_path)  # the folder holds no others
     first, *lines = str(stopped.value.code).split("\n")
-    assert first == "demo.py: 4 of 5 image(s) not drawn:"
+    assert first == "demo.py: 3 of 4 image(s) not drawn:"
     expected = [
         "missing.png: No such",
         "cut.jpg cannot be read: image file is trunc",
         "real.tif has the mode F",
-        "folder",
     ]
     assert len(lines) == len(expected) and all(part in line for part, line in zip(expected, lines))
     assert names_in(output) == ["good ü"]
@@ -438,3 +438,23 @@ finally:
     assert result.returncode == 0, result.stderr
     assert "--config-file FILE" in result.stdout
     assert result.stdout.endswith("False False\n")
+
+
+def test_folders_lists_and_videos_are_drawn(draw: Callable[..., Path], tmp_path: Path) -> None:
+    for name in ("in/a.png", "in/b/a.png", "c.png"):
+        noise(tmp_path / name)
+    (tmp_path / "list.txt").write_text("c.png\n")
+    writer = cv2.VideoWriter(str(tmp_path / "a.avi"), cv2.VideoWriter.fourcc(*"MJPG"), 10, (96, 64))
+    for _ in range(3):
+        writer.write(np.zeros((64, 96, 3), np.uint8))
+    writer.release()
+    inputs = (tmp_path / "in", tmp_path / "list.txt", tmp_path / "a.avi")
+    output = draw(*inputs, options=("--frames", "2", "--points", "1"))
+    assert names_in(output) == ["a", "a_2", "c"]
+    assert names_in(output / "a_3.frames") == ["000000", "000002"]
+
+
+def test_a_row_without_weights_is_refused_with_the_line_that_loads_them(demo: ModuleType, tmp_path: Path) -> None:
+    row = str(ROOT / "configs" / "mask_rcnn_R_50_FPN_1x_dconv_c3-c5.yaml")
+    with pytest.raises(SystemExit, match=f"the heads are not trained: .*demo.py --config-file {row} --published"):
+        demo.main(["--config-file", row, "--input", str(noise(tmp_path / "a.png")), "--output", str(tmp_path)])

@@ -26,7 +26,7 @@ PROJECT = Path(__file__).resolve().parent.parent
 ROOT = PROJECT.parent.parent
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 # Programs of ours whose --help lists their options; setup.py's is that of setuptools.
-OURS = re.compile(r"(dcn_d2|benchmarks|tests|dev)[./]\w|(train_net|demo)\.py$")
+OURS = re.compile(r"(dcn_d2|benchmarks|tests|dev)[./]\w|(train_net|predict|demo)\.py$")
 
 
 @pytest.fixture(scope="module")
@@ -263,7 +263,7 @@ def test_the_security_page_is_linked_and_its_commands_exist(repository: Path, pr
     page = "docs/security.md"
     assert all(f"({page})" in (repository / name).read_text() for name in ("README.md", "SECURITY.md"))
     scripts = re.findall(r"`((?:dev/)?\w+\.(?:py|sh))`", (repository / page).read_text())
-    assert {"train_net.py", "demo.py"} <= set(scripts)
+    assert {"train_net.py", "predict.py", "demo.py"} <= set(scripts)
     assert not [name for name in scripts if not (project / name).exists()]
 
 

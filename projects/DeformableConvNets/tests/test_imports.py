@@ -24,6 +24,7 @@ ALLOWED: dict[str, set[str]] = {
     "evaluation": {"config", "data"},
     "report": {"config", "outputs", "quiet"},
     "engine": {"checkpoint", "command_line", "config", "data", "evaluation", "outputs", "report", "visualizer"},
+    "prediction": {"checkpoint", "config", "data", "engine", "model_zoo", "outputs"},
     "batch": {"engine", "model_zoo"},
     "info": {"ops"},
     "model_zoo": set(),

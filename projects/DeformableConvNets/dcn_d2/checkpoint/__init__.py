@@ -22,7 +22,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .checkpointer import DCNCheckpointer
+    from .checkpointer import DCNCheckpointer, UntrainedError
     from .files import CorruptCheckpointError
     from .mmdet import convert_mmdet_state_dict, to_mmdet
     from .path_handlers import register_path_handlers
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "DCNCheckpointer": "checkpointer",
+    "UntrainedError": "checkpointer",
     "convert_mmdet_state_dict": "mmdet",
     "to_mmdet": "mmdet",
     "register_path_handlers": "path_handlers",
@@ -45,6 +46,7 @@ _HOMES = {
 __all__ = [
     "CorruptCheckpointError",
     "DCNCheckpointer",
+    "UntrainedError",
     "convert_mmdet_state_dict",
     "convert_torchvision_resnet",
     "is_torchvision_resnet",

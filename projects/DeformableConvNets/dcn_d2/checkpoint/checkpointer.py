@@ -23,6 +23,21 @@ from .resuming import SavedCheckpoints
 from .weights import as_data, check_weights, read_weights
 
 
+class UntrainedError(ValueError):
+    """Weights that leave the heads of a model at their initial values.
+
+    Attributes:
+        reason: the message without the advice at its end; scripts give the one that fits their arguments.
+    """
+
+    def __init__(self, reason: str) -> None:
+        self.reason = reason
+        super().__init__(
+            f"{reason}. Load trained weights: MODEL.WEIGHTS output/model_final.pth, or "
+            "for a row of the zoo, model_zoo.get_config(name, trained=True) or train_net.py --published"
+        )
+
+
 class DCNCheckpointer(DetectionCheckpointer):
     """A `DetectionCheckpointer` that recognises files by content and does not load what does not fit.
 
@@ -99,7 +114,7 @@ class DCNCheckpointer(DetectionCheckpointer):
             resume: prefers the last checkpoint of `save_dir`.
 
         Raises:
-            ValueError: There are none, or they are those of a ResNet alone, as training starts from.
+            UntrainedError: There are none, or they are those of a ResNet alone, as training starts from.
         """
         rest = self.resume_or_load(path, resume=resume)
         if self.initial:
@@ -109,10 +124,9 @@ class DCNCheckpointer(DetectionCheckpointer):
                 else "MODEL.WEIGHTS is empty, so that there are weights for"
             )
             total = len([name for name in model_state(self.model) if not OPTIONAL.fullmatch(name)])
-            raise ValueError(
+            raise UntrainedError(
                 f"the heads are not trained: {what} {total - len(self.initial)} of the model's {total} entries, and "
-                f"{self.initial[-1]} is not among them. Load trained weights: MODEL.WEIGHTS output/model_final.pth, or "
-                "for a row of the zoo, model_zoo.get_config(name, trained=True) or train_net.py --published"
+                f"{self.initial[-1]} is not among them"
             )
         return rest
 
