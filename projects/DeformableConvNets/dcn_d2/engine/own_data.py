@@ -58,7 +58,7 @@ def use_own_data(args: Namespace, cfg: CfgNode) -> list[str]:
         notes += lines
     else:
         test = _read_files(args, "test", cfg)
-    notes += _refuse_and_note_shared_images(train, test)
+    notes += _note_shared_images(train, test)
     names = check_same_classes(train) if train else _names_without_training_data(args, cfg, test)
     if args.resume:
         _refuse_other_run(cfg.OUTPUT_DIR, names)
@@ -138,7 +138,7 @@ def _split(file: OwnFile, args: Namespace, cfg: CfgNode) -> tuple[list[OwnFile],
     return [parts[0]], [parts[1]], notes
 
 
-def _refuse_and_note_shared_images(train: Sequence[OwnFile], test: Sequence[OwnFile]) -> list[str]:
+def _note_shared_images(train: Sequence[OwnFile], test: Sequence[OwnFile]) -> list[str]:
     def paths(files: Sequence[OwnFile]) -> set[str]:
         return {os.path.join(file.image_root, image["file_name"]) for file in files for image in file.content["images"]}
 

@@ -139,10 +139,13 @@ def test_only_the_same_classes_are_resumed(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "rest", [{"meta": {"CLASSES": ("cat", "dog")}}, {"meta": {"dataset_meta": {"classes": ["cat", "dog"]}}}]
 )
-def test_detectors_of_mmdetection_know_theirs(rest: dict[str, Any], tmp_path: Path) -> None:
+def test_detectors_of_mmdetection_know_theirs(
+    rest: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     torch.save({"state_dict": to_mmdet(build(FASTER, 2).state_dict())} | rest, tmp_path / "theirs.pth")
     assert read_weights(str(tmp_path / "theirs.pth"))["class_names"] == ["cat", "dog"]
     assert peek_class_names(str(tmp_path / "theirs.pth")) == ("cat", "dog")
+    monkeypatch.setenv("FVCORE_CACHE", str(tmp_path / "cache"))
     assert peek_class_names(f"mmdet://{tmp_path / 'theirs.pth'}") == ("cat", "dog")  # the converted file
 
 
