@@ -50,7 +50,7 @@ def _find_fault(record: dict[str, Any]) -> str:
             if fault := fault_of(image):
                 return fault
             stored = image.size
-            turned = _is_turned(image)
+            turned = is_turned(image)
             sizes = {stored[::-1] if turned else stored}
             if turned and image.format == "TIFF":  # depends on the version of Pillow
                 sizes.add(stored)
@@ -71,7 +71,7 @@ def _find_fault(record: dict[str, Any]) -> str:
     return f"is {width} x {height} pixels{exif}, but the annotations say width x height = {expected[0]} x {expected[1]}"
 
 
-def _is_turned(image: Image.Image) -> bool:
+def is_turned(image: Image.Image) -> bool:
     """True if width and height change places when the image is displayed, which is how Detectron2 reads it."""
     if image.format == "PNG" and "exif" not in image.info:  # getexif would read all pixels to look behind them
         return False
