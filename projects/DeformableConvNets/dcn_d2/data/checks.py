@@ -25,6 +25,7 @@ from ..config.messages import nearest
 from .coco_json import check_coco_json, read_before, read_json
 from .findings import Findings, show
 from .image_files import check_image_files
+from .label_files import check_label_files
 from .needs import COCO_EVALUATORS, Needs, check_number_of_classes, compare_names, read_needs
 from .proposals import check_proposals
 from .records import check_records
@@ -202,6 +203,9 @@ def _check_one(name: str, needs: Needs, reference: str, hand_on: bool, quiet: bo
             check_records(records, needs, metadata.get("thing_classes", None), findings)
             findings.refuse()
             looked = check_image_files(records, findings)
+            if needs.labels:
+                ignored = metadata.get("ignore_label", None)
+                check_label_files(records, needs.labels, 255 if ignored is None else ignored, findings)
             annotations = sum(len(record.get("annotations") or ()) for record in records)
             summary = f"{len(records)} images, {annotations} annotations, {looked} image files looked at"
     if not quiet:

@@ -69,7 +69,7 @@ def find_fault(record: dict[str, Any], look: Callable[[Image.Image], object] | N
             if fault := fault_of(image):
                 return ImageFault("image-refused", fault)
             stored = image.size
-            turned = orientation_of(image) in (5, 6, 7, 8)
+            turned = is_turned(image)
             sizes = {stored[::-1] if turned else stored}
             if turned and image.format == "TIFF":  # depends on the version of Pillow
                 sizes.add(stored)
@@ -97,6 +97,11 @@ def _compare_size(
     exif = f" (stored as {stored[0]} x {stored[1]}, and its EXIF data say how to turn it)" if turned else ""
     text = f"is {width} x {height} pixels{exif}, but the annotations say width x height = {expected[0]} x {expected[1]}"
     return ImageFault("image-size-before-rotation" if turned and expected == stored else "image-size", text)
+
+
+def is_turned(image: Image.Image) -> bool:
+    """True if width and height change places when the image is displayed, which is how Detectron2 reads it."""
+    return orientation_of(image) in (5, 6, 7, 8)
 
 
 def orientation_of(image: Image.Image) -> int:

@@ -72,6 +72,13 @@ class Needs(NamedTuple):
         return EVALUATORS.get(self.evaluator, Reads((), ()))
 
     @property
+    def labels(self) -> tuple[str, int] | None:
+        """The key of the number of classes of pixels and its value, if files with the label of each pixel are read."""
+        if not self.train and "sem_seg_file_name" not in self.reads.fields:
+            return None
+        return next(((key, number) for key, number, field in self.classes if field == "stuff_classes"), None)
+
+    @property
     def things(self) -> tuple[str, int] | None:
         """The key of the number of object classes and its value."""
         return next(((key, number) for key, number, field in self.classes if field == "thing_classes"), None)

@@ -32,14 +32,14 @@ class EvalHook(hooks.EvalHook):
     """
 
     trainer: Any
+    _during_training = False
 
     def after_step(self) -> None:
-        cfg = self.trainer.cfg
-        self.trainer.cfg = without_augmentation(cfg)  # the evaluation reads it
+        self._during_training = True
         try:
             super().after_step()
         finally:
-            self.trainer.cfg = cfg
+            self._during_training = False
 
     def _do_eval(self) -> None:
         stop = self.trainer.stop
@@ -47,7 +47,7 @@ class EvalHook(hooks.EvalHook):
         try:
             if stop.signal:
                 raise TrainingStopped(stop.signal)
-            super()._do_eval()
+            self._evaluate()
             # Code that catches every exception may have caught `TrainingStopped`.
             if stop.signal and comm.get_world_size() == 1:
                 raise TrainingStopped(stop.signal)
@@ -58,6 +58,14 @@ class EvalHook(hooks.EvalHook):
             self._save_and_stop()
         finally:
             stop.raising = False
+
+    def _evaluate(self) -> None:
+        cfg = self.trainer.cfg
+        self.trainer.cfg = without_augmentation(cfg) if self._during_training else cfg  # what is called reads it
+        try:
+            super()._do_eval()
+        finally:
+            self.trainer.cfg = cfg
 
     def _save_and_stop(self) -> None:
         self.trainer.stop.raising = False

@@ -9,13 +9,17 @@ import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
-from detectron2.data import MetadataCatalog
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.utils import comm
+from PIL import Image
 from torch import nn
 
-from dcn_d2.data import check_data
+from dcn_d2.data import check_data, checks
+from dcn_d2.data.findings import Findings
+from dcn_d2.data.label_files import check_label_files
 from dcn_d2.engine import DCNTrainer
 from dcn_d2.evaluation import check_evaluators
 
@@ -166,6 +170,35 @@ def test_files_that_are_missing(sets: Sets, tmp_path: Path) -> None:
 def test_data_that_an_evaluator_cannot_read(kind: str, keys: tuple, message: str, sets: Sets) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
         check_data(config(typed(sets, kind), *keys), train=False)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda labels: labels + 2, r"1.png: has the labels \[4\]; MODEL.SEM_SEG_HEAD.NUM_CLASSES is 3, .* are 255"),
+        (lambda labels: labels[:-4], "1.png: is 128 x 92 pixels, but its image is 128 x 96"),
+        (lambda labels: np.stack([labels] * 3, axis=2), "1.png: has 3 channels; one was expected"),
+        (None, "1.png: does not exist"),
+    ],
+)
+def test_labels_of_pixels_that_would_fail_in_the_middle(change: Any, message: str, sets: Sets) -> None:
+    name = sets.semantic()
+    cfg = config(name, *SEMANTIC)
+    check_data(cfg, train=False)
+    checks._checked.clear()
+    path = sets.folder / "labels" / "1.png"
+    labels = np.where(np.asarray(Image.open(path)) == 255, 2, np.asarray(Image.open(path)))
+    path.unlink()
+    if change is None:
+        DatasetCatalog.get(name)  # Detectron2 looks for the files when it loads the data set
+        records = [{"file_name": "1.jpg", "sem_seg_file_name": str(path), "height": 96, "width": 128}]
+        findings = Findings("data")
+        check_label_files(records, ("KEY", 3), 255, findings)
+        assert message in findings.errors[0]
+        return
+    Image.fromarray(change(labels).astype(np.uint8)).save(path)
+    with pytest.raises(ValueError, match=f"files of labels that were looked at cannot be used: .*{message}"):
+        check_data(cfg, train=False)
 
 
 def test_pascal_voc_needs_no_masks_of_a_model_that_has_some(sets: Sets, caplog: pytest.LogCaptureFixture) -> None:
