@@ -362,7 +362,6 @@ def test_images_of_other_machines_are_told_and_not_asked_for(world: World) -> No
         ((), add(bbox=[2, 50, 76, 2]), ("box-without-anchor", WARNING, "train", 1)),
         (("TEST.DETECTIONS_PER_IMAGE", 1), add(bbox=[40, 10, 20, 30]), ("many-objects", WARNING, "train", 1)),
         (("MODEL.ROI_HEADS.NUM_CLASSES", 3), add(), ("classes", ERROR, "train", 1)),
-        (("MODEL.ROI_HEADS.NUM_CLASSES", 9), add(), ("classes", WARNING, "train", 1)),
         (MASKS, change("segmentation", []), ("mask-missing", ERROR, "train", 1)),
         (MASKS, change("segmentation", RUNS), ("mask-size", ERROR, "train", 1)),
         (MASKS, change("segmentation", [[1, 2, 3, 4]], of="test"), ("mask-few-points", ERROR, "test", 1)),
