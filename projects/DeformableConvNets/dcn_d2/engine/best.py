@@ -141,6 +141,11 @@ class BestCheckpointer(hooks.BestCheckpointer):
         if comm.is_main_process() and is_local(self._folder):
             self._evaluations = {i: value for i, value in self._read_record() if i < start_iter}
             self._read_best(start_iter)
+        elif comm.is_main_process():
+            logger.warning(
+                f"OUTPUT_DIR {self._folder} is not a folder of this machine: a run that is resumed there does not know "
+                "which model was the best, and how many evaluations TEST.PATIENCE has counted"
+            )
         stopped = start_iter > 0 and self._is_over()
         if stopped and comm.is_main_process():
             logger.warning(
