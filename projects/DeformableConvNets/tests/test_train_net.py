@@ -22,6 +22,8 @@ from dcn_d2.checkpoint import to_mmdet
 from dcn_d2.command_line.train import build_parser
 from dcn_d2.engine import precision
 from dcn_d2.engine.precision import why_not_on_cpu
+from dcn_d2.report import write_report
+from dcn_d2.report.runs import read_runs
 
 from .slim import SLIM, slim_config
 
@@ -76,6 +78,8 @@ def test_trains_resumes_and_evaluates(run: Run, tmp_path: Path) -> None:
     out = tmp_path / "out"
     assert list(out.glob("events.out.tfevents.*")) and (out / "inference" / "nuclei_val").is_dir()
     assert "bbox/AP" in metrics(out)[-1]
+    assert "report of the run: out/report.html" in log
+    assert "Trained to the end: 3 iterations." in (out / "report.html").read_text()
 
     run("--resume", *arguments, "SOLVER.MAX_ITER", 5)
     checkpoint = torch.load(out / "model_final.pth")
@@ -88,6 +92,11 @@ def test_trains_resumes_and_evaluates(run: Run, tmp_path: Path) -> None:
     run("--eval-only", *arguments, *weights, f"[['bbox', 'AP50', {trained}, 1e-6]]")
     log = run("--eval-only", *arguments, *weights, f"[['bbox', 'AP50', {trained + 1}, 0.5]]", fails=True).stdout
     assert "Result verification failed" in log
+    assert [(entry["status"], entry.get("end")) for entry in read_runs(out)] == [
+        *[("finished", 3), ("finished", 5)],
+        *[("evaluated", None), ("evaluated", None)],
+    ]
+    assert "Evaluated, with the weights out/model_final.pth." in write_report(out).read_text().replace(str(out), "out")
 
 
 @pytest.mark.slow
