@@ -53,7 +53,7 @@ def test_job_is_requeued_and_finishes(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     job = int(re.search(r"^job (\d+): 1 machine\(s\) with 2 process\(es\) each$", done.stdout, re.MULTILINE)[1])  # type: ignore[index]
     try:
-        out, deadline = tmp_path / "out", time.monotonic() + 200
+        out, deadline = tmp_path / "out", time.monotonic() + 400
         while not (out / "model_0000009.pth").exists() and time.monotonic() < deadline:
             time.sleep(0.01)
         for process in children(job):  # as Slurm does before the time limit, and before it preempts a job

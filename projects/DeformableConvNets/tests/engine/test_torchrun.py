@@ -2,6 +2,7 @@
 """train_net.py under torchrun, as users start it."""
 
 import json
+import multiprocessing
 import os
 import re
 import signal
@@ -14,9 +15,12 @@ from typing import Any
 
 import pytest
 import torch
+from detectron2.engine.launch import _find_free_port
 from torch import distributed as dist
 
+from dcn_d2.engine.places import Place
 from dcn_d2.engine.restart import FileMark, StoreMark, find_mark, go_on_after_restart
+from dcn_d2.engine.torchrun import run_in_group
 
 from .tiny import tiny_config
 
@@ -45,7 +49,7 @@ def start(folder: Path, *arguments: object, restarts: int = 0, processes: int = 
 
 def finish(process: subprocess.Popen, folder: Path, code: int = 0) -> str:
     try:
-        process.wait(timeout=240)
+        process.wait(timeout=400)
     finally:
         process.kill()
     text = (folder / "output.txt").read_text()
@@ -66,7 +70,7 @@ def worker(process: subprocess.Popen, rank: int) -> int:
 
 
 def wait_for(path: Path, process: subprocess.Popen) -> None:
-    deadline = time.monotonic() + 200
+    deadline = time.monotonic() + 400
     while not path.exists():
         assert process.poll() is None and time.monotonic() < deadline, f"{path} did not appear"
         time.sleep(0.01)
@@ -118,10 +122,48 @@ def test_sigterm_to_torchrun_leaves_one_checkpoint_and_resume_goes_on(tmp_path: 
     (checkpoint,) = (tmp_path / "out").glob("model_*.pth")
     done = torch.load(checkpoint)["iteration"]
     assert f"stopped at iteration {done}, go on with --resume" in (tmp_path / "out" / "log.txt").read_text()
-    text = finish(start(tmp_path, "SOLVER.MAX_ITER", done + 3), tmp_path, code=1)
-    assert text.count("train_net.py: OUTPUT_DIR") == 2, "one process says it, and torchrun's summary"
     finish(start(tmp_path, "--resume", "SOLVER.MAX_ITER", done + 3), tmp_path)
     assert starts(tmp_path) == [0, done + 1]
+
+
+def join(rank: int, port: int, refused: bool, report: Any) -> None:
+    """One of two processes, which read a job, or refuse it."""
+    place = Place("torchrun", rank, 2, rank, 2, "127.0.0.1", port)
+
+    def read() -> str:
+        if refused:
+            raise SystemExit("train_net.py: no such file")
+        return f"read by {rank}"
+
+    def fail(value: str) -> None:
+        raise SystemExit(f"train_net.py: {value}, failed")
+
+    try:
+        run_in_group(place, read, fail)
+    except SystemExit as error:
+        report.put((rank, error.code))
+    report.close()
+    report.join_thread()
+    os._exit(0)
+
+
+@pytest.mark.parametrize("refused, message", [(True, "no such file"), (False, "read by 0, failed")])
+def test_one_process_tells_why_the_job_ends(
+    refused: bool, message: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("dcn_d2.engine.torchrun.PATIENCE", 0.1)
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
+    context = multiprocessing.get_context("fork")
+    reports, port = context.Queue(), _find_free_port()
+    processes = [context.Process(target=join, args=(rank, port, refused, reports)) for rank in (0, 1)]
+    for process in processes:
+        process.start()
+    codes = dict(reports.get(timeout=60) for _ in processes)
+    for process in processes:
+        process.join(60)
+    assert sorted(map(str, codes.values())) == ["1", f"train_net.py: {message}"]
+    assert refused is False or codes[1] == 1
+    assert json.loads((tmp_path / "error.json").read_text())["message"]["message"] == f"train_net.py: {message}"
 
 
 def test_mark_in_torchruns_store_outlives_its_processes() -> None:
