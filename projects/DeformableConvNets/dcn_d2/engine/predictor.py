@@ -23,7 +23,7 @@ from ..checkpoint import DCNCheckpointer
 from ..config import check_config
 from ..data.images import ImageError, check_input_format, pixels_of
 from ..data.transforms import build_augmentation
-from .batching import Inputs, Outputs, Plan, run_in_batches
+from .batching import Inputs, Outputs, Plan, plan_batches, run_in_batches
 from .machine import fit_device
 from .pickling import WithoutRandomWeights, digest, fingerprint
 
@@ -45,8 +45,9 @@ class DCNPredictor(DefaultPredictor):
 
     Args:
         cfg: of the model, as for `DefaultPredictor`.
-        batch_size: how many images of one size go through the model together; by default what was measured to be good.
-        workers: how many batches run at once, on a CPU: by default as many as torch has threads, each with one thread.
+        batch_size: how many images of one size go through the model together, by default 2.
+        workers: how many batches run at once, each with its share of torch's threads. By default on a CPU as many as
+            torch has threads, or as few as the memory allows; elsewhere one, in the caller's thread.
         untrained: allows weights that leave heads at their initial values, or no weights. Such a model does not find
             anything useful.
     """
@@ -160,11 +161,9 @@ class DCNPredictor(DefaultPredictor):
             yield result  # type: ignore[misc]
 
     def plan(self) -> Plan:
-        """Says how many images run at once: what the arguments say, or what measured as fast."""
-        on_cpu = self.cfg.MODEL.DEVICE == "cpu"
-        threads = torch.get_num_threads()
-        workers = self.workers or (threads if on_cpu else 1)
-        return Plan(self.batch_size or 2, workers, max(1, threads // workers))
+        """Says how many images run at once: what the arguments say, or what the processor and the memory allow."""
+        pixels = (self.cfg.INPUT.MIN_SIZE_TEST or 800) * self.cfg.INPUT.MAX_SIZE_TEST
+        return plan_batches(self.batch_size, self.workers, pixels, self.cfg.MODEL.DEVICE == "cpu")
 
     def _prepare_one_of_many(self, position: int, image: AnyImage) -> Inputs:
         try:

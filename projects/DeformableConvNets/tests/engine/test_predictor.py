@@ -22,7 +22,7 @@ from torchvision.ops import boxes
 
 from dcn_d2 import model_zoo
 from dcn_d2.data.images import ImageError
-from dcn_d2.engine import DCNPredictor
+from dcn_d2.engine import DCNPredictor, batching
 from dcn_d2.engine.predictor import Plan
 
 from ..slim import slim_config
@@ -226,6 +226,19 @@ def test_the_caller_decides_how_much_runs_at_once(cfg: CfgNode) -> None:
     for name, value in (("batch_size", 0), ("workers", 1.5), ("workers", -1)):
         with pytest.raises(ValueError, match=f"{name} is {value}; it must be a whole number from 1 on"):
             DCNPredictor(cfg, **{name: value})  # type: ignore[arg-type]
+
+
+def test_memory_limits_how_many_batches_run_at_once(cfg: CfgNode, monkeypatch: pytest.MonkeyPatch) -> None:
+    predictor = DCNPredictor(cfg)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 16)
+    each = 2 * 64 * 1333 * batching.BYTES_FOR_A_PIXEL
+    for free, workers in ((0, 1), (2 * each, 1), (8 * each, 4), (1000 * each, 16)):
+        monkeypatch.setattr(batching, "_free_memory", lambda free=free: free)
+        assert predictor.plan() == Plan(batch_size=2, workers=workers, threads=16 // workers)
+    predictor.workers = 8
+    assert predictor.plan() == Plan(batch_size=2, workers=8, threads=2)
+    predictor.workers, predictor.cfg.MODEL.DEVICE = None, "cuda"
+    assert predictor.plan() == Plan(batch_size=2, workers=1, threads=16)
 
 
 def weights_of(predictor: DCNPredictor) -> dict[str, torch.Tensor]:
