@@ -155,7 +155,14 @@ class DCNPredictor(DefaultPredictor):
         if is_one_image(images):
             raise TypeError(f"stream takes an iterable of images, got one {type(images).__name__}")
         self.model  # noqa: B018  built here, and not by several workers at once
-        for result in run_in_batches(images, self._prepare_one_of_many, self._run, self.plan()):
+        device = torch.device(self.cfg.MODEL.DEVICE).type
+        precision = device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
+
+        def run(inputs: list[Inputs]) -> list[Outputs]:
+            with torch.autocast(*precision):  # the caller's, which other threads do not know
+                return self._run(inputs)
+
+        for result in run_in_batches(images, self._prepare_one_of_many, run, self.plan()):
             if isinstance(result, BaseException) and not (return_errors and isinstance(result, (ImageError, OSError))):
                 raise result
             yield result  # type: ignore[misc]
