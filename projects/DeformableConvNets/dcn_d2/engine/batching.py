@@ -14,6 +14,9 @@ from typing import Any, NamedTuple
 
 import torch
 
+# What prediction takes on top of the model: a Faster R-CNN R-50-FPN needed 398 MiB for an image of 800 x 1216.
+BYTES_FOR_A_PIXEL = 430
+
 Inputs = dict[str, Any]
 Outputs = dict[str, Any]
 
@@ -45,6 +48,35 @@ class _Item:
         error = self.inputs and self.inputs.exception()
         assert error
         return error
+
+
+def plan_batches(batch_size: int | None, workers: int | None, pixels: int, on_cpu: bool) -> Plan:
+    """Plans how much runs at once.
+
+    On a CPU several batches at once, with a share of the threads each, gain more than large batches: each operator
+    divides badly among threads, and large batches leave the caches. So by default there is a worker for each thread, as
+    far as half of the free memory allows. Elsewhere there is one worker.
+
+    Args:
+        batch_size: how many images a batch has at most, if the caller says it.
+        workers: how many batches run at once, if the caller says it.
+        pixels: of an image.
+        on_cpu: whether the model is on the CPU.
+    """
+    threads, batch_size = torch.get_num_threads(), batch_size or 2
+    if workers is None:
+        fitting = _free_memory() // 2 // (batch_size * pixels * BYTES_FOR_A_PIXEL)
+        workers = max(1, min(threads, fitting)) if on_cpu else 1
+    return Plan(batch_size, workers, max(1, threads // workers))
+
+
+def _free_memory() -> int:
+    """Bytes that new work may take without pushing out other work; where that is not known, very many."""
+    try:
+        with open("/proc/meminfo") as file:
+            return next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        return 1 << 60
 
 
 def run_in_batches(

@@ -23,7 +23,7 @@ from ..config import check_config
 from ..data.images import ImageError, check_input_format, pixels_of
 from ..data.own import register_own_data
 from ..data.transforms import build_augmentation
-from .batching import Inputs, Outputs, Plan, run_in_batches
+from .batching import Inputs, Outputs, Plan, plan_batches, run_in_batches
 from .class_names import metadata_of
 from .machine import fit_device
 from .pickling import WithoutRandomWeights, digest, fingerprint
@@ -48,8 +48,9 @@ class DCNPredictor(DefaultPredictor):
 
     Args:
         cfg: of the model, as for `DefaultPredictor`.
-        batch_size: how many images of one size go through the model together; by default what was measured to be good.
-        workers: how many batches run at once, on a CPU: by default as many as torch has threads, each with one thread.
+        batch_size: how many images of one size go through the model together, by default 2.
+        workers: how many batches run at once, each with its share of torch's threads. By default on a CPU as many as
+            torch has threads, or as few as the memory allows; elsewhere one, in the caller's thread.
         untrained: allows weights that leave heads at their initial values, or no weights. Such a model does not find
             anything useful.
     """
@@ -159,17 +160,22 @@ class DCNPredictor(DefaultPredictor):
         if is_one_image(images):
             raise TypeError(f"stream takes an iterable of images, got one {type(images).__name__}")
         self.model  # noqa: B018  built here, and not by several workers at once
-        for result in run_in_batches(images, self._prepare_one_of_many, self._run, self.plan()):
+        device = torch.device(self.cfg.MODEL.DEVICE).type
+        precision = device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
+
+        def run(inputs: list[Inputs]) -> list[Outputs]:
+            with torch.autocast(*precision):  # the caller's, which other threads do not know
+                return self._run(inputs)
+
+        for result in run_in_batches(images, self._prepare_one_of_many, run, self.plan()):
             if isinstance(result, BaseException) and not (return_errors and isinstance(result, (ImageError, OSError))):
                 raise result
             yield result  # type: ignore[misc]
 
     def plan(self) -> Plan:
-        """Says how many images run at once: what the arguments say, or what measured as fast."""
-        on_cpu = self.cfg.MODEL.DEVICE == "cpu"
-        threads = torch.get_num_threads()
-        workers = self.workers or (threads if on_cpu else 1)
-        return Plan(self.batch_size or 2, workers, max(1, threads // workers))
+        """Says how many images run at once: what the arguments say, or what the processor and the memory allow."""
+        pixels = (self.cfg.INPUT.MIN_SIZE_TEST or 800) * self.cfg.INPUT.MAX_SIZE_TEST
+        return plan_batches(self.batch_size, self.workers, pixels, self.cfg.MODEL.DEVICE == "cpu")
 
     def _prepare_one_of_many(self, position: int, image: AnyImage) -> Inputs:
         try:

@@ -22,7 +22,7 @@ from torchvision.ops import boxes
 
 from dcn_d2 import model_zoo
 from dcn_d2.data.images import ImageError
-from dcn_d2.engine import DCNPredictor
+from dcn_d2.engine import DCNPredictor, batching
 from dcn_d2.engine.predictor import Plan
 
 from ..slim import slim_config
@@ -131,7 +131,7 @@ def test_batches_hold_images_of_one_size_after_resizing(cfg: CfgNode) -> None:
         shapes.append([tuple(each["image"].shape[1:]) for each in inputs])
         return model(inputs)
 
-    predictor.model = record  # type: ignore[assignment]
+    predictor.model = record
     predictor(images())
     assert shapes == [[(64, 96)] * 3, [(96, 64)] * 2, [(70, 64)], [(64, 96)]]
 
@@ -198,7 +198,7 @@ def test_errors_of_the_model_and_of_the_iterable_end_the_call(cfg: CfgNode) -> N
     def full(inputs: Any) -> Any:
         raise MemoryError("no memory")
 
-    predictor.model = full  # type: ignore[assignment]
+    predictor.model = full
     for predictor.workers in (1, 2):
         with pytest.raises(MemoryError, match="no memory"):
             predictor(images())
@@ -214,7 +214,7 @@ def test_the_caller_decides_how_much_runs_at_once(cfg: CfgNode) -> None:
         threads.add((threading.current_thread(), torch.get_num_threads()))
         return model(inputs)
 
-    predictor.model = record  # type: ignore[assignment]
+    predictor.model = record
     try:
         torch.set_num_threads(4)
         assert predictor.plan() == Plan(batch_size=4, workers=2, threads=2)
@@ -226,6 +226,35 @@ def test_the_caller_decides_how_much_runs_at_once(cfg: CfgNode) -> None:
     for name, value in (("batch_size", 0), ("workers", 1.5), ("workers", -1)):
         with pytest.raises(ValueError, match=f"{name} is {value}; it must be a whole number from 1 on"):
             DCNPredictor(cfg, **{name: value})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_mixed_precision_of_the_caller_reaches_the_workers(cfg: CfgNode, workers: int) -> None:
+    predictor, seen = DCNPredictor(cfg, workers=workers, batch_size=1), []
+
+    def record(inputs: Any) -> Any:
+        seen.append((torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")))
+        return [{}]
+
+    predictor.model = record
+    with torch.autocast("cpu", torch.bfloat16):
+        predictor(images()[:2])
+    assert seen == [(True, torch.bfloat16)] * 2
+    predictor(images()[:1])
+    assert not seen[2][0]
+
+
+def test_memory_limits_how_many_batches_run_at_once(cfg: CfgNode, monkeypatch: pytest.MonkeyPatch) -> None:
+    predictor = DCNPredictor(cfg)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 16)
+    each = 2 * 64 * 1333 * batching.BYTES_FOR_A_PIXEL
+    for free, workers in ((0, 1), (2 * each, 1), (8 * each, 4), (1000 * each, 16)):
+        monkeypatch.setattr(batching, "_free_memory", lambda free=free: free)
+        assert predictor.plan() == Plan(batch_size=2, workers=workers, threads=16 // workers)
+    predictor.workers = 8
+    assert predictor.plan() == Plan(batch_size=2, workers=8, threads=2)
+    predictor.workers, predictor.cfg.MODEL.DEVICE = None, "cuda"
+    assert predictor.plan() == Plan(batch_size=2, workers=1, threads=16)
 
 
 def weights_of(predictor: DCNPredictor) -> dict[str, torch.Tensor]:
