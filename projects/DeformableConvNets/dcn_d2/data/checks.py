@@ -205,7 +205,7 @@ def _check_one(name: str, needs: Needs, reference: str, hand_on: bool, quiet: bo
             looked = check_image_files(records, findings)
             if needs.labels:
                 ignored = metadata.get("ignore_label", None)
-                check_label_files(records, needs.labels, 255 if ignored is None else ignored, findings)
+                check_label_files(records, needs.labels, 255 if ignored is None else ignored, findings, needs.train)
             annotations = sum(len(record.get("annotations") or ()) for record in records)
             summary = f"{len(records)} images, {annotations} annotations, {looked} image files looked at"
     if not quiet:

@@ -18,7 +18,7 @@ SAMPLE = 20  # files that are read, always the same ones
 
 
 def check_label_files(
-    records: Sequence[dict[str, Any]], classes: tuple[str, int], ignored: int, findings: Findings
+    records: Sequence[dict[str, Any]], classes: tuple[str, int], ignored: int, findings: Findings, train: bool
 ) -> None:
     """Reads a sample of the files that `sem_seg_file_name` names.
 
@@ -27,11 +27,13 @@ def check_label_files(
         classes: the config key of the number of classes, and its value.
         ignored: the label of pixels that do not count.
         findings: what is found.
+        train: they are read as the training does, which takes the grey levels of colours and palettes for labels. The
+            evaluation takes the numbers in a palette's file, and no colours.
     """
     known = [index for index, record in enumerate(records) if record.get("sem_seg_file_name")]
     if len(known) > SAMPLE:
         known = sorted(random.Random(0).sample(known, SAMPLE))
-    faults = {index: fault for index in known if (fault := _find_fault(records[index], classes, ignored))}
+    faults = {index: fault for index in known if (fault := _find_fault(records[index], classes, ignored, train))}
     findings.count(
         faults,
         [records[index] for index in known],
@@ -40,11 +42,11 @@ def check_label_files(
     )
 
 
-def _find_fault(record: dict[str, Any], classes: tuple[str, int], ignored: int) -> str:
+def _find_fault(record: dict[str, Any], classes: tuple[str, int], ignored: int, train: bool) -> str:
     """What is wrong with the labels of a record; "" if nothing is."""
     try:
         with PathManager.open(record["sem_seg_file_name"], "rb") as file, Image.open(file) as image:
-            labels = np.asarray(image)
+            labels = np.asarray(image.convert("L") if train else image)
     except FileNotFoundError:
         return "does not exist"
     except (OSError, ValueError, SyntaxError) as error:
@@ -57,7 +59,8 @@ def _find_fault(record: dict[str, Any], classes: tuple[str, int], ignored: int) 
     key, number = classes
     wrong = sorted({int(value) for value in np.unique(labels)} - {*range(number), ignored})
     if wrong:
-        return f"has the labels {shorten(wrong)}; {key} is {number}, and pixels that do not count are {ignored}"
+        read = " (its colours as grey levels)" if train and image.mode != "L" else ""
+        return f"has the labels {shorten(wrong)}{read}; {key} is {number}, and pixels that do not count are {ignored}"
     return ""
 
 

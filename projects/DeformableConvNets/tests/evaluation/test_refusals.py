@@ -193,12 +193,25 @@ def test_labels_of_pixels_that_would_fail_in_the_middle(change: Any, message: st
         DatasetCatalog.get(name)  # Detectron2 looks for the files when it loads the data set
         records = [{"file_name": "1.jpg", "sem_seg_file_name": str(path), "height": 96, "width": 128}]
         findings = Findings("data")
-        check_label_files(records, ("KEY", 3), 255, findings)
+        check_label_files(records, ("KEY", 3), 255, findings, train=False)
         assert message in findings.errors[0]
         return
     Image.fromarray(change(labels).astype(np.uint8)).save(path)
     with pytest.raises(ValueError, match=f"files of labels that were looked at cannot be used: .*{message}"):
         check_data(cfg, train=False)
+
+
+def test_labels_in_a_palette_train_as_grey_levels(sets: Sets) -> None:
+    name = sets.semantic()
+    path = sets.folder / "labels" / "1.png"
+    image = Image.open(path).convert("P")
+    image.putdata(list(np.minimum(np.asarray(Image.open(path)), 2).ravel()))
+    image.putpalette([0, 0, 0, 128, 0, 0, 0, 128, 0])
+    image.save(path)
+    cfg = config(name, *SEMANTIC, "DATASETS.TRAIN", (name,))
+    check_data(cfg, train=False)  # it reads the numbers
+    with pytest.raises(ValueError, match=r"1.png: has the labels \[75\] \(its colours as grey levels\)"):
+        check_data(cfg, train=True)
 
 
 def test_pascal_voc_needs_no_masks_of_a_model_that_has_some(sets: Sets, caplog: pytest.LogCaptureFixture) -> None:
