@@ -94,8 +94,8 @@ class Report:
         for finding in self.findings:
             head = f"{finding.severity:<12}{finding.data_set}: {finding.kind}"
             lines += [head, *_wrap(str(finding), " " * 4)]
-        counts = (f"{len(self.select(severity))} {plural}" for severity, plural in zip(SEVERITIES, _PLURALS))
-        lines.append("nothing found" if not self.findings else ", ".join(counts))
+        counts = (f"{severity}: {len(self.select(severity))}" for severity in SEVERITIES)
+        lines.append("nothing found" if not self.findings else f"kinds of findings: {', '.join(counts)}")
         return "\n".join([*lines, *(f"picture of samples: {path}" for path in self.pictures)])
 
     def write(self, folder: Path) -> None:
@@ -103,9 +103,6 @@ class Report:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "report.txt").write_text(f"{self}\n")
         (folder / "report.json").write_text(json.dumps(dataclasses.asdict(self) | {"ok": self.ok}, indent=1))
-
-
-_PLURALS = ("kinds of errors", "kinds of warnings", "kinds of information")
 
 
 def _table(numbers: dict[str, Any]) -> Iterable[str]:
