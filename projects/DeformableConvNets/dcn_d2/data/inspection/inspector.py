@@ -17,8 +17,10 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
 
 from ..checks import check_data_sets, check_names, evaluator_of, without_garbage_collection
+from ..coco_json import read_json
 from ..findings import Findings
 from ..needs import Needs, read_needs
+from ..own.registration import OwnDataSet, register_data_set
 from ..proposals import check_proposals
 from . import statistics
 from .categories import compare_categories, count_objects, inspect_categories
@@ -150,20 +152,40 @@ def _needs(cfg: CfgNode | None, train: bool, evaluator: str = "coco") -> Needs:
 
 @contextmanager
 def _registered(pairs: Sequence[Pair]) -> Iterator[list[str]]:
-    """Registers files for as long as they are looked at; a file's name is the data set's, as far as it is free."""
+    """Registers files for as long as they are looked at; a file's name is the data set's, as far as it is free.
+
+    A file whose categories are among those of the first file is matched with it by name, as in a training.
+    """
     names = []
+    classes: list[str] = []
     try:
         for json, images in pairs:
             name = os.fspath(json)
             while name in DatasetCatalog or name in MetadataCatalog.list():
                 name = f"{os.fspath(json)} ({next(_numbers)})"
-            register_coco_instances(name, {}, os.fspath(json), os.fspath(images))
+            own = _category_names(os.fspath(json))
+            classes = classes or own
+            if own and set(own) <= set(classes):
+                data_set = OwnDataSet(name, os.fspath(json), os.fspath(images), tuple(classes), (), ())
+                register_data_set(data_set)
+            else:
+                register_coco_instances(name, {}, os.fspath(json), os.fspath(images))
             names.append(name)
         yield names
     finally:
         for name in names:
             DatasetCatalog.remove(name)
             MetadataCatalog.remove(name)
+
+
+def _category_names(json: str) -> list[str]:
+    """Gives the names of a file's categories by their ids, or [] if they do not name classes; inspection says why."""
+    try:
+        categories = sorted(read_json(json)["categories"], key=lambda category: category["id"])
+        names = [category["name"] for category in categories]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
+    return names if len(set(map(str, names))) == len(names) and all(isinstance(name, str) for name in names) else []
 
 
 def _inspect(

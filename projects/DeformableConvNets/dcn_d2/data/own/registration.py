@@ -81,10 +81,15 @@ def register_own_data(cfg: CfgNode) -> None:
     names, keypoints = tuple(data.get("CLASS_NAMES", ())), tuple(data.get("KEYPOINT_NAMES", ()))
     pairs = tuple((left, right) for left, right in data.get("KEYPOINT_FLIP_MAP", ()))
     for name, json_file, image_root in data.get("OWN", ()):
-        _register(OwnDataSet(name, json_file, image_root, names, keypoints, pairs))
+        register_data_set(OwnDataSet(name, json_file, image_root, names, keypoints, pairs))
 
 
-def _register(data_set: OwnDataSet) -> None:
+def register_data_set(data_set: OwnDataSet) -> None:
+    """Registers one data set of the user's own; a second call with the same changes nothing.
+
+    Raises:
+        ValueError: Its name is that of another data set.
+    """
     if data_set.name in DatasetCatalog:
         known = DatasetCatalog[data_set.name]
         known = getattr(known, "function", known)  # behind what `check_data` has loaded
