@@ -4,12 +4,12 @@
 from __future__ import annotations
 
 import os
-import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
-from typing import IO
 
 from PIL import Image, PngImagePlugin
+
+from .files import write_atomically
 
 SOFTWARE = "dcn_d2"  # the text "Software" in our PNG files
 
@@ -34,26 +34,6 @@ def unique_stems(names: Iterable[str | os.PathLike[str]]) -> list[str]:
         numbers[path.stem.lower()] = number
         stems.append(stem)
     return stems
-
-
-def write_whole(path: str | os.PathLike[str], write: Callable[[IO[bytes]], object]) -> None:
-    """Writes a file whole or not at all: until it is complete, the file that was there before stays.
-
-    Args:
-        path: of the file.
-        write: called with a binary file to write into.
-    """
-    descriptor, temporary = tempfile.mkstemp(dir=os.path.dirname(os.path.abspath(path)), prefix=".", suffix=".part")
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            write(file)
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)  # temporary files are made for their owner alone
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
 
 
 def frame_name(stem: str, frame: int | None) -> str:
@@ -115,7 +95,8 @@ class PictureFolder:
         path.parent.mkdir(exist_ok=True)  # of the frames of a video
         text = PngImagePlugin.PngInfo()
         text.add_text("Software", SOFTWARE)
-        write_whole(path, lambda file: picture.save(file, "PNG", pnginfo=text))
+        with write_atomically(path) as file:
+            picture.save(file, "PNG", pnginfo=text)
         self.kept.add(path.resolve())
         return path
 

@@ -32,7 +32,7 @@ import torch
 
 from dcn_d2 import __version__
 
-from .files import write_atomically
+from ..files import write_atomically
 from .mmdet import to_mmdet
 from .provenance import read_author, recognise, warn_of_v1
 from .weights import as_data, convert_file, read_state_dict

@@ -12,8 +12,9 @@ from detectron2.checkpoint import DetectionCheckpointer
 from fvcore.common.checkpoint import Checkpointer
 from torch import nn
 
+from ..files import write_atomically
 from .class_names import check_class_names, describe_fine_tuning
-from .files import CorruptCheckpointError, remove_leftovers, write_atomically
+from .files import CorruptCheckpointError, remove_leftovers
 from .fit import OPTIONAL, Fit, model_state, unwrap_module
 from .mmdet import unwrap_name
 from .names import shown

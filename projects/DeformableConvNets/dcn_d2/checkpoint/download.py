@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import IO, Any
 from urllib.parse import unquote, urlsplit
 
-from .files import CorruptCheckpointError, digest_in_name, sha256_of, write_atomically
+from ..files import write_atomically
+from .files import CorruptCheckpointError, digest_in_name, sha256_of
 
 logger = logging.getLogger(__name__)
 

@@ -1,18 +1,16 @@
 # Copyright (c) the dcn_d2 authors. SPDX-License-Identifier: Apache-2.0
-"""Files of weights: their digests, and writing them in one step. Needs neither torch nor Detectron2."""
+"""Files of weights: their digests, and what killed processes left of them. Needs neither torch nor Detectron2."""
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
-import io
 import os
 import re
-import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any
+
+from ..files import lock
 
 
 class CorruptCheckpointError(ValueError):
@@ -51,48 +49,6 @@ def digest_in_name(name: str) -> str | None:
     return found[1] if found and not re.fullmatch(r"20[0-3]\d[01]\d[0-3]\d", found[1]) else None
 
 
-class _Part(io.FileIO):
-    """A file that remembers why it could not be written. The error that torch.save raises then does not tell."""
-
-    error: OSError | None = None
-
-    def write(self, content: Any) -> int:
-        try:
-            return super().write(content)
-        except OSError as error:
-            self.error = error
-            raise
-
-
-@contextlib.contextmanager
-def write_atomically(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
-    """Opens a file for writing. It gets its name when it is complete, so that no one ever sees a part of it.
-
-    Raises:
-        OSError: It could not be written, for example because the disk is full. A file that had its name is untouched.
-    """
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, part = tempfile.mkstemp(prefix=f".{target.name[-200:]}.", suffix=".part", dir=target.parent)
-    raw = _Part(descriptor, "wb")
-    _lock(raw)  # says that it is in use, see remove_leftovers
-    try:
-        with io.BufferedWriter(raw) as file:
-            yield file
-            file.flush()
-            os.fsync(descriptor)
-            os.chmod(part, 0o666 & ~_umask())  # mkstemp lets only the owner read
-            os.replace(part, target)
-    except BaseException as error:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(part)
-        reason = raw.error or error
-        if isinstance(reason, OSError) and reason.errno:
-            message = f"{target} could not be written: {os.strerror(reason.errno)}"
-            raise OSError(reason.errno, f"{message}; a file that had this name before is untouched") from error
-        raise
-
-
 def remove_leftovers(folder: str | os.PathLike[str], min_age: float = 60) -> list[str]:
     """Removes what `write_atomically` left in a folder when its process was killed.
 
@@ -109,25 +65,7 @@ def remove_leftovers(folder: str | os.PathLike[str], min_age: float = 60) -> lis
             if path.is_symlink() or time.time() - path.stat().st_mtime < min_age:
                 continue
             with path.open("rb") as file:
-                if _lock(file):
+                if lock(file):
                     path.unlink()
                     removed.append(path.name)
     return removed
-
-
-def _lock(file: IO[bytes] | io.FileIO) -> bool:
-    """Locks an open file until it is closed, without waiting. Returns False if another process has locked it."""
-    try:
-        import fcntl
-
-        fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (ImportError, OSError):  # another system, another process, or a file system without locks
-        return False
-    return True
-
-
-def _umask() -> int:
-    """The process's mask for the permissions of new files. It can only be read by setting it."""
-    mask = os.umask(0o077)
-    os.umask(mask)
-    return mask

@@ -22,9 +22,10 @@ from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.utils.file_io import Detectron2Handler, PathHandler, PathManager
 from iopath.common.file_io import get_cache_dir
 
+from ..files import write_atomically
 from . import download, mmdet, names, provenance, torchvision
 from .download import locked, read_note, write_note
-from .files import CorruptCheckpointError, check_digest, sha256_of, write_atomically
+from .files import CorruptCheckpointError, check_digest, sha256_of
 from .provenance import read_author, recognise, warn_of_v1
 from .weights import convert_file
 

@@ -14,8 +14,8 @@ from detectron2.data import MetadataCatalog
 from detectron2.engine import hooks
 from detectron2.utils import comm
 
-from ..checkpoint.files import write_atomically
 from ..checkpoint.reader import peek
+from ..files import write_atomically
 from .folder import BEST, BEST_RECORD, is_local
 from .validation import NAME as LOSS
 

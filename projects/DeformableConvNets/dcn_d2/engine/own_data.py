@@ -17,7 +17,7 @@ from detectron2.config import CfgNode
 from detectron2.utils.file_io import PathManager
 
 from ..checkpoint.class_names import check_class_names, peek_class_names
-from ..checkpoint.files import CorruptCheckpointError, write_atomically
+from ..checkpoint.files import CorruptCheckpointError
 from ..config.access import value_of
 from ..data.findings import show
 from ..data.needs import list_names, read_needs
@@ -26,6 +26,7 @@ from ..data.own.categories import OwnFile, check_same_classes, match_classes, re
 from ..data.own.keypoints import check_sigmas, read_keypoints
 from ..data.own.schedule import count_training_images, describe_epochs, set_epochs
 from ..data.own.split import split_file
+from ..files import write_atomically
 from . import folder
 from .class_names import class_names_of
 

@@ -29,7 +29,7 @@ from detectron2.utils.events import EventWriter, get_event_storage
 
 from ..config import with_dcn_keys
 from ..config.access import keys_of, value_of
-from ..outputs import write_whole
+from ..files import write_atomically
 from .errors import one_line
 from .folder import is_local
 from .stopping import TrainingStopped
@@ -153,7 +153,8 @@ class TrackingWriter(EventWriter):
         state = _read_state(self.cfg.OUTPUT_DIR)
         state[self.name] = state.get(self.name, {}) | values
         text = json.dumps(state, indent=1)
-        write_whole(Path(self.cfg.OUTPUT_DIR, STATE), lambda file: file.write(text.encode()))
+        with write_atomically(Path(self.cfg.OUTPUT_DIR, STATE)) as file:
+            file.write(text.encode())
 
     @property
     def run_name(self) -> str:

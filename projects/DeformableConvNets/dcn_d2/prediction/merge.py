@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint.files import write_atomically
+from ..files import write_atomically
 from .run_folder import Done, Key, read_line
 
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint.files import write_atomically
+from ..files import write_atomically
 
 _ROWS = 10_000  # of a row group; so many are in memory
 

@@ -20,8 +20,8 @@ from types import TracebackType
 from typing import IO, Any, NamedTuple
 from uuid import uuid4
 
-from ..checkpoint.files import write_atomically
 from ..engine.folder import check_unlocked, lock_folder, unlock_folder
+from ..files import write_atomically
 from ..outputs import remove_pictures
 from .shards import Shard
 

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from .. import __version__
-from ..outputs import write_whole
+from ..files import write_atomically
 from .page import page, text
 from .results import test_set
 from .run import Missing, Run
@@ -41,7 +41,8 @@ def write_report(folder: str | os.PathLike[str]) -> Path:
             f"{where} holds nothing of a run: no runs.json, metrics.json, config.yaml or inference/"
         )
     content = build_page(run).encode("utf-8", "replace")
-    write_whole(path, lambda file: file.write(content))
+    with write_atomically(path) as file:
+        file.write(content)
     return path
 
 

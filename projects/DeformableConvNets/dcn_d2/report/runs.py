@@ -23,7 +23,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
 
-from ..outputs import write_whole
+from ..files import write_atomically
 
 FILE = "runs.json"
 Entry = dict[str, Any]
@@ -91,7 +91,8 @@ def _write(cfg: CfgNode, change: Any) -> None:
     record = {"runs": change(read_runs(cfg.OUTPUT_DIR)), "data_sets": data_sets}
     os.makedirs(cfg.OUTPUT_DIR, exist_ok=True)
     text = json.dumps(record, indent=1, default=str).encode()
-    write_whole(Path(cfg.OUTPUT_DIR, FILE), lambda file: file.write(text))
+    with write_atomically(Path(cfg.OUTPUT_DIR, FILE)) as file:
+        file.write(text)
 
 
 def _circumstances(cfg: CfgNode) -> Entry:

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from dcn_d2.checkpoint.files import digest_in_name, sha256_of, write_atomically
+from dcn_d2.checkpoint.files import digest_in_name, sha256_of
+from dcn_d2.files import write_atomically
 
 
 def test_digest_is_found_in_the_name() -> None:

@@ -16,7 +16,8 @@ import torch
 from torch import nn
 
 from dcn_d2.checkpoint import CorruptCheckpointError, DCNCheckpointer
-from dcn_d2.checkpoint.files import remove_leftovers, write_atomically
+from dcn_d2.checkpoint.files import remove_leftovers
+from dcn_d2.files import write_atomically
 
 
 def net() -> nn.Module:
