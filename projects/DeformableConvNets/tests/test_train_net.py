@@ -185,7 +185,7 @@ def test_published_weights_that_score_as_published_are_fine(tmp_path: Path, monk
     write_coco(tmp_path)
     arguments = [*map(str, save_published(tmp_path / "published.pth")), "OUTPUT_DIR", str(tmp_path / "out")]
     monkeypatch.setenv("FVCORE_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr("dcn_d2.engine.trainer.check_data_sets", lambda names: None)
+    monkeypatch.setattr("dcn_d2.engine.evaluating.check_data_sets", lambda names: None)
     monkeypatch.setattr("dcn_d2.engine.start.load_config", lambda *args: pytest.fail("the config was read twice"))
     published = model_zoo.get_published(ROW.stem)
     results = {"bbox": {"AP": published["BOX_AP"] - 0.1}, "segm": {"AP": published["MASK_AP"] + 0.1}}
@@ -220,7 +220,7 @@ def test_comparison_with_published_numbers() -> None:
 def test_published_needs_a_row_its_data_and_its_file(
     arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("dcn_d2.engine.trainer.check_data_sets", lambda names: None)
+    monkeypatch.setattr("dcn_d2.engine.evaluating.check_data_sets", lambda names: None)
     with pytest.raises(SystemExit, match=f"^train_net.py: .*{message}"):
         train_net.run(["--published", *arguments])
 
