@@ -19,7 +19,7 @@ from ..data.findings import show
 from ..engine.stopping import SignalCounter
 from ..outputs import PictureFolder
 from .loop import Painter, predict_all
-from .merge import merge
+from .merge import describe_error, merge
 from .model import build_predictor, read_config
 from .parquet import require_pyarrow
 from .progress import Progress
@@ -122,7 +122,7 @@ def _predict_shard(
             run.write(line)
             progress.add(line["kind"] == "image")
             if line["kind"] == "error":
-                print(f"skipped {show(line['file_name'])}: {show(line['error'])}", file=sys.stderr)
+                print(f"skipped {show(describe_error(line))}", file=sys.stderr)
             if signals.signal:
                 break
     progress.end()
@@ -172,8 +172,7 @@ def _finish(
 
 
 def _first_error(done: Done) -> str:
-    record = read_line(next(iter(done.errors.values())))
-    return f"{show(record['file_name'])}: {show(record['error'])}"
+    return show(describe_error(read_line(next(iter(done.errors.values())))))
 
 
 def _say_stopping(number: int) -> None:
