@@ -31,7 +31,8 @@ def run(argv: list[str] | None = None) -> int:
     except (*MISTAKES, RuntimeError) as error:
         sys.exit(f"predict.py: {one_line(error)}")
     except KeyboardInterrupt:  # before the first image, or while results are written
-        print("predict.py: interrupted; the same command goes on", file=sys.stderr)
+        command = "the same command without --overwrite" if args.overwrite else "the same command"
+        print(f"predict.py: interrupted; {command} goes on", file=sys.stderr)
         return 128 + signal.SIGINT
 
 

@@ -56,7 +56,8 @@ def predict(args: argparse.Namespace) -> int:
     with RunFolder(args.output, shard, settings, args.overwrite) as run:
         stopped = _predict_shard(args, predictor, categories, sources, run, shard)
     if stopped:
-        print(f"predict.py: interrupted; the same command goes on in {args.output}", file=sys.stderr)
+        command = "the same command without --overwrite" if args.overwrite else "the same command"
+        print(f"predict.py: interrupted; {command} goes on in {args.output}", file=sys.stderr)
         return 128 + stopped
     return _finish(args, settings, shard, sources)
 
