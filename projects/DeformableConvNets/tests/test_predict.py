@@ -412,6 +412,20 @@ def test_a_killed_and_a_stopped_run_go_on(run: Run, model: list[str], tmp_path: 
     assert same(detections(output), detections(run("--input", tmp_path / "in", output="whole")))
 
 
+def test_an_interrupt_during_the_imports_was_a_traceback(
+    run: Run, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    class Interrupt:
+        def find_spec(self, name: str, *_: object) -> None:
+            if name == "dcn_d2.prediction.run":
+                raise KeyboardInterrupt
+
+    monkeypatch.delitem(sys.modules, "dcn_d2.prediction.run")
+    monkeypatch.setattr(sys, "meta_path", [Interrupt(), *sys.meta_path])
+    run("--input", "a.png", code=128 + signal.SIGINT)
+    assert capsys.readouterr().err == "predict.py: interrupted; the same command goes on\n"
+
+
 @pytest.mark.slow
 def test_memory_stays_flat_over_2000_images(model: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if not Path("/proc/self/status").exists():
