@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import io
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -247,6 +248,15 @@ def prepare(args: argparse.Namespace) -> tuple[list[dict[str, Any]], PictureFold
 def main(arguments: list[str] | None = None) -> None:
     """Runs the script; exits with 1 and a message if something was not drawn."""
     args = parse_arguments(__doc__, arguments)
+    try:
+        draw_all(args)
+    except KeyboardInterrupt:
+        print("demo.py: interrupted", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
+
+
+def draw_all(args: argparse.Namespace) -> None:
+    """Draws all images; ends the script with a message if something was not drawn."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be text
     from dcn_d2.engine import MISTAKES, one_line

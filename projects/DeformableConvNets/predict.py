@@ -23,15 +23,19 @@ def run(argv: list[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # names of files need not be text
-    from dcn_d2.engine import MISTAKES, one_line
-    from dcn_d2.prediction.run import predict
-
     try:
-        return predict(args)
-    except (*MISTAKES, RuntimeError) as error:
-        sys.exit(f"predict.py: {one_line(error)}")
-    except KeyboardInterrupt:  # before the first image, or while results are written
-        print("predict.py: interrupted; the same command goes on", file=sys.stderr)
+        from dcn_d2.engine import MISTAKES, one_line
+        from dcn_d2.prediction.run import predict
+
+        try:
+            return predict(args)
+        except (*MISTAKES, RuntimeError) as error:
+            sys.exit(f"predict.py: {one_line(error)}")
+    except (
+        KeyboardInterrupt
+    ):  # before the first image, also in the seconds of the imports, or while results are written
+        command = "the same command without --overwrite" if args.overwrite else "the same command"
+        print(f"predict.py: interrupted; {command} goes on", file=sys.stderr)
         return 128 + signal.SIGINT
 
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -47,10 +48,13 @@ def frame_name(stem: str, frame: int | None) -> str:
 
 
 def remove_pictures(folder: Path) -> None:
-    """Removes the PNGs that dcn_d2 has written, also in folders below."""
+    """Removes the PNGs that dcn_d2 has written, also in folders below, and the folders that are empty then."""
     for path in folder.rglob("*.png"):
         if path.is_file() and not path.is_symlink() and _is_ours(path):
             path.unlink()
+    for name, _, _ in os.walk(folder, topdown=False):
+        with contextlib.suppress(OSError):  # something is in it
+            os.rmdir(name)
 
 
 class PictureFolder:
@@ -74,7 +78,7 @@ class PictureFolder:
         self.folder.mkdir(parents=True, exist_ok=True)
         if not os.access(self.folder, os.W_OK | os.X_OK):
             raise PermissionError(f"the folder {self.folder} may not be written to")
-        self.kept = {Path(path).resolve() for path in inputs}
+        self.kept = {os.path.realpath(path) for path in inputs}  # Path.resolve() fails at a link to itself
 
     def path_of(self, name: str) -> Path:
         """Gives the path of the picture ``name``.
@@ -83,7 +87,7 @@ class PictureFolder:
             FileExistsError: A file is there that must not be replaced.
         """
         path = self.folder / name
-        if path.resolve() in self.kept:
+        if os.path.realpath(path) in self.kept:
             raise FileExistsError(f"{path} is an input or output of this run already: choose another output folder")
         if os.path.lexists(path) and not _is_ours(path):
             raise FileExistsError(f"{path} exists, and dcn_d2 has not written it: choose another output folder")
@@ -97,7 +101,7 @@ class PictureFolder:
         text.add_text("Software", SOFTWARE)
         with write_atomically(path) as file:
             picture.save(file, "PNG", pnginfo=text)
-        self.kept.add(path.resolve())
+        self.kept.add(os.path.realpath(path))
         return path
 
 

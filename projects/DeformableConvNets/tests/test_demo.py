@@ -426,6 +426,16 @@ def test_the_stages_of_a_detection_follow_from_its_fpn_level(demo: ModuleType) -
     assert demo.stages_of(SimpleNamespace(model=None), record, box) == ["res3", "res4", "res5"], "no pooler"
 
 
+def test_an_interrupt_was_a_traceback(demo: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(demo, "prepare", interrupt)
+    with pytest.raises(SystemExit) as error:
+        demo.main(["--config-file", "a.yaml", "--output", "out"])
+    assert error.value.code == 130 and capsys.readouterr().err == "demo.py: interrupted\n"
+
+
 def test_help_is_light() -> None:
     code = """
 import sys, demo

@@ -269,6 +269,26 @@ def test_other_inputs_and_files_of_others_are_refused(run: Run, tmp_path: Path) 
     assert "is a file" in stopped(lambda: run("--input", first, output="b.png"))
 
 
+def test_a_run_with_pictures_was_thrown_away_and_its_folder_refused(run: Run, tmp_path: Path) -> None:
+    file = noise(tmp_path / "a.png")
+    output = run("--input", file, "--pictures")
+    run("--input", file, "--overwrite")
+    assert not (output / "pictures").exists()
+    run("--input", file, "--overwrite", "--pictures")
+    (output / "pictures" / "mine.txt").touch()
+    run("--input", file, "--overwrite")
+    assert os.listdir(output / "pictures") == ["mine.txt"]
+
+
+def test_overwriting_removed_files_beside_a_run_json_of_others(run: Run, tmp_path: Path) -> None:
+    file, folder = noise(tmp_path / "a.png"), tmp_path / "out"
+    (folder / "parts").mkdir(parents=True)
+    for name in ("run.json", "detections.json", "parts/mine.txt"):
+        (folder / name).write_text("{}")
+    assert "was not written by predict.py" in stopped(lambda: run("--input", file, "--overwrite"))
+    assert (folder / "parts" / "mine.txt").exists() and (folder / "detections.json").exists()
+
+
 def test_shards_that_overwrite_do_not_throw_away_each_other(run: Run, tmp_path: Path) -> None:
     for number in range(2):
         noise(tmp_path / "in" / f"{number}.png", seed=number)
@@ -288,7 +308,7 @@ def test_unreadable_images_are_listed_and_tried_again(run: Run, tmp_path: Path, 
     output = run(*inputs)
     printed = capsys.readouterr()
     assert printed.out == f"1 image(s) in {output}; 3 could not be read, see {output / 'unreadable.txt'}\n"
-    assert f"skipped {gone}" in printed.err
+    assert f"skipped {gone}: No such file" in printed.err  # the reason names the file, and so the line does so once
     listed = (output / "unreadable.txt").read_text().splitlines()
     expected = [(gone, "No such file"), (cut, "cannot be read"), (narrow, "too narrow")]
     assert len(listed) == 3
@@ -315,6 +335,15 @@ def make_video(path: Path, frames: int = 7) -> Path:
         writer.write(np.random.default_rng(seed).integers(0, 255, (64, 96, 3), dtype=np.uint8))
     writer.release()
     return path
+
+
+def test_a_link_to_itself_does_not_end_a_run_with_pictures(run: Run, tmp_path: Path) -> None:
+    noise(tmp_path / "in" / "a.png")
+    os.symlink("b.png", tmp_path / "in" / "b.png")
+    output = run("--input", tmp_path / "in", "--pictures")
+    assert (
+        os.listdir(output / "pictures") == ["a.png"] and len((output / "unreadable.txt").read_text().splitlines()) == 1
+    )
 
 
 def test_every_second_frame_of_a_video_in_shards(run: Run, tmp_path: Path) -> None:
@@ -381,6 +410,20 @@ def test_a_killed_and_a_stopped_run_go_on(run: Run, model: list[str], tmp_path: 
     assert sorted(numbers) == list(range(1, 151)), "no image is missing, none was predicted twice"
     assert len(images(output)) == 150
     assert same(detections(output), detections(run("--input", tmp_path / "in", output="whole")))
+
+
+def test_an_interrupt_during_the_imports_was_a_traceback(
+    run: Run, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    class Interrupt:
+        def find_spec(self, name: str, *_: object) -> None:
+            if name == "dcn_d2.prediction.run":
+                raise KeyboardInterrupt
+
+    monkeypatch.delitem(sys.modules, "dcn_d2.prediction.run")
+    monkeypatch.setattr(sys, "meta_path", [Interrupt(), *sys.meta_path])
+    run("--input", "a.png", code=128 + signal.SIGINT)
+    assert capsys.readouterr().err == "predict.py: interrupted; the same command goes on\n"
 
 
 @pytest.mark.slow

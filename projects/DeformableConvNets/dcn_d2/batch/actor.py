@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from detectron2.config import CfgNode
 from detectron2.structures import Instances
+from PIL import Image
 
 from .. import model_zoo
 from ..engine import DCNPredictor, load_config
@@ -181,6 +182,8 @@ def _check_columns(columns: Sequence[str] | None, cfg: CfgNode) -> tuple[str, ..
 
 
 def _worth_keeping(names: Iterable[str], images_in: str, images: Sequence[Any]) -> list[str]:
-    """All columns but the one with images, unless that has paths."""
-    has_paths = all(isinstance(image, str) for image in images)
-    return [name for name in names if name != images_in or has_paths]
+    """All columns but the one with images, unless that has paths. Rows without an image do not count."""
+    pixels = (bytes, bytearray, memoryview, np.ndarray, Image.Image)
+    known = [image for image in images if isinstance(image, (str, os.PathLike, *pixels))]
+    has_pixels = any(isinstance(image, pixels) for image in known) if known else images_in == "bytes"
+    return [name for name in names if name != images_in or not has_pixels]

@@ -51,17 +51,23 @@ def find_images(batch: object, column: str | None) -> tuple[str, Sequence[Any]]:
         hint = "" if column else "; image_column names another"
         raise KeyError(f"the batch has no column {listed} for images, only {', '.join(map(repr, names))}{hint}")
     values = batch[name]  # type: ignore[index]
+    if isinstance(values, (str, bytes)):
+        raise TypeError(
+            f"{name!r} holds one image, not a column of them: batches are expected, as of Ray's map_batches"
+        )
     return name, values.to_pylist() if _is(batch, "pyarrow", "Table") else list(values)
 
 
 def put_together(batch: Any, kept: Sequence[str], columns: Mapping[str, list[Any]]) -> Any:
     """Gives the kept columns of a batch and new ones, in the form of the batch; a dictionary for a dictionary."""
     if is_series(batch):
-        return sys.modules["pandas"].DataFrame(columns, index=batch.index)
+        return sys.modules["pandas"].DataFrame(
+            {name: objects(values) for name, values in columns.items()}, index=batch.index, dtype=object
+        )
     if _is(batch, "pandas", "DataFrame"):
         frame = batch[list(kept)].copy()
-        for name, values in columns.items():
-            frame[name] = objects(values)
+        for name, values in columns.items():  # of objects: otherwise pandas 3 makes texts of them, and NaN of None
+            frame[name] = sys.modules["pandas"].Series(objects(values), index=batch.index, dtype=object)
         return frame
     if _is(batch, "pyarrow", "Table"):
         arrow = sys.modules["pyarrow"]

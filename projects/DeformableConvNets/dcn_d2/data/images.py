@@ -15,20 +15,25 @@ from __future__ import annotations
 
 import logging
 import os
+from http.client import HTTPException
 from io import BytesIO
 from typing import IO
+from urllib.request import urlopen
 
 import numpy as np
 from detectron2.config import CfgNode
 from detectron2.data.detection_utils import _apply_exif_orientation, convert_PIL_to_numpy
 from detectron2.utils.file_io import PathManager
 from detectron2.utils.logger import log_first_n
+from iopath.common.file_io import HTTPURLHandler
 from PIL import Image
 
 from ..config.checks import check_channels, raise_problems
 
 IMAGE_KINDS = "a uint8 (or uint16) array of shape (height, width, 3) in BGR or (height, width) in grey, a PIL image, "
 IMAGE_KINDS += "or the path or the bytes of an image file"
+
+WEB_TIMEOUT = 60.0  # seconds without an answer
 
 # Which modes Pillow gives to a grey image of 16 bits depends on its version and on the byte order of the file.
 _MODES_16 = ("I;16", "I;16L", "I;16B", "I;16N")
@@ -51,14 +56,32 @@ def read_image(file_name: str | os.PathLike[str], format: str = "BGR") -> np.nda
         (height, width, channels) of uint8; "YUV-BT.601" is float.
 
     Raises:
-        ImageError: The file is not an image, or is damaged, cut off, too large, or of a kind that is refused.
+        ImageError: The file is not an image, or is damaged, cut off, too large, or of a kind that is refused; or an
+            address of the web could not be fetched.
         OSError: There is no such file, or it may not be read.
     """
     name = os.fspath(file_name)
-    if PathManager.isdir(name):
+    if "://" not in name and PathManager.isdir(name):  # handlers of addresses need not know folders
         raise ImageError(f"{name} is a folder, an image file was expected")
-    with PathManager.open(name, "rb") as file:
+    with _open(name) as file:
         return _decode(file, format, name)
+
+
+def _open(name: str) -> IO[bytes]:
+    """Opens a path or an address.
+
+    Images from the web are fetched each time: Detectron2's handler would keep all of them, under names without the
+    host, so that those of two hosts are taken for each other.
+    """
+    if not name.startswith(("http://", "https://")) or not isinstance(
+        PathManager._path_handlers.get(f"{name.partition('://')[0]}://"), HTTPURLHandler
+    ):
+        return PathManager.open(name, "rb")
+    try:
+        with urlopen(name, timeout=WEB_TIMEOUT) as response:
+            return BytesIO(response.read())
+    except (OSError, ValueError, HTTPException) as error:
+        raise ImageError(f"{name} could not be fetched: {error}") from error
 
 
 def _decode(file: IO[bytes], format: str, name: str) -> np.ndarray:

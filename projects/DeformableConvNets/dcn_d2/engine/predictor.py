@@ -45,6 +45,7 @@ class DCNPredictor(DefaultPredictor):
     - It takes lists of images and runs them in batches.
     - Pickling it keeps the config and the place of the weights, and the copy reads them when it needs the model. A
       model whose weights were changed after loading, or that `untrained` left at initial values, is pickled as a whole.
+      Other changes of the model (attributes, hooks) and of `cfg` are not in the copy.
 
     Args:
         cfg: of the model, as for `DefaultPredictor`.
@@ -68,6 +69,7 @@ class DCNPredictor(DefaultPredictor):
         self.cfg = cfg.clone()  # the next lines and building the model may change it
         self.cfg.defrost()
         fit_device(self.cfg)
+        self._model_cfg = self.cfg.clone()  # a copy builds the same model, whatever happens to `cfg`
         (self.aug,) = build_augmentation(cfg, is_train=False)
         self.input_format = cfg.INPUT.FORMAT
         self.batch_size, self.workers = batch_size, workers
@@ -90,8 +92,8 @@ class DCNPredictor(DefaultPredictor):
 
     def _build(self) -> nn.Module:
         with nullcontext() if self._untrained else WithoutRandomWeights():
-            model = build_model(self.cfg).eval()
-        checkpointer = DCNCheckpointer(model, class_names=self.cfg.DATASETS.get("CLASS_NAMES", ()))
+            model = build_model(self._model_cfg).eval()
+        checkpointer = DCNCheckpointer(model, class_names=self._model_cfg.DATASETS.get("CLASS_NAMES", ()))
         (checkpointer.load if self._untrained else checkpointer.load_trained)(self._weights)
         if self._digest and digest(model) != self._digest:
             raise ValueError(f"{self._weights} holds other weights than when the predictor was pickled")
@@ -107,6 +109,12 @@ class DCNPredictor(DefaultPredictor):
             self._digest = state["_digest"] = self._digest or digest(self._model)
             state |= {"_model": None, "_weights": absolute(self._weights)}
         return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """The machine of the copy may have no GPU."""
+        self.__dict__.update(state)
+        for cfg in (self.cfg, self._model_cfg):
+            fit_device(cfg)
 
     def _is_as_loaded(self) -> bool:
         return isinstance(self._model, nn.Module) and fingerprint(self._model) == self._loaded

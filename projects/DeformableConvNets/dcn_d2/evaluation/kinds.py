@@ -70,8 +70,8 @@ def kind_of(cfg: CfgNode, dataset_name: str) -> Kind:
     name = type_of(dataset_name)
     if name not in KINDS:
         raise ValueError(
-            f"data set {dataset_name} has the evaluator type {name!r}, which is none of {', '.join(KINDS)}: set "
-            f"MetadataCatalog.get({dataset_name!r}).evaluator_type to one of them, or override "
+            f"data set {dataset_name} has the evaluator type {name!r}, which is none of {', '.join(KINDS)}: name "
+            "one of them where the data set is registered (its metadata cannot be changed later), or override "
             "DCNTrainer.build_evaluator"
         )
     kind = KINDS[name]

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import codecs
 import csv
 import json
 import os
@@ -35,6 +36,8 @@ def read_manifest(file: str, images: str | None) -> Iterator[Entry]:
     root = os.path.dirname(file) if images is None else images
     suffix = os.path.splitext(file)[1].lower()
     with open(file, "rb") as stream:
+        if stream.peek(2)[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+            raise ValueError(f"{file} is text in UTF-16, which PowerShell's > writes: save it as UTF-8")
         if suffix == ".txt":
             yield from read_lines(stream, root)
             return

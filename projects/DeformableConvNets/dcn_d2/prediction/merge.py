@@ -63,11 +63,15 @@ def write_unreadable(folder: Path, done: Done) -> int:
         return 0
     with write_atomically(path) as file:
         for key in sorted(done.errors, key=_order):
-            record = read_line(done.errors[key])
-            name, reason = record["file_name"], record["error"]
-            line = reason if name in reason else f"{name}: {reason}"
+            line = describe_error(read_line(done.errors[key]))
             file.write(os.fsencode(line.replace("\n", " ")) + b"\n")
     return len(done.errors)
+
+
+def describe_error(record: dict[str, Any]) -> str:
+    """Says which image could not be read, and why; most reasons name the file themselves."""
+    name, reason = record["file_name"], record["error"]
+    return reason if name in reason else f"{name}: {reason}"
 
 
 def _order(key: Key) -> tuple[int, int]:

@@ -19,7 +19,7 @@ from ..data.findings import show
 from ..engine.stopping import SignalCounter
 from ..outputs import PictureFolder
 from .loop import Painter, predict_all
-from .merge import merge
+from .merge import describe_error, merge
 from .model import build_predictor, read_config
 from .parquet import require_pyarrow
 from .progress import Progress
@@ -56,7 +56,8 @@ def predict(args: argparse.Namespace) -> int:
     with RunFolder(args.output, shard, settings, args.overwrite) as run:
         stopped = _predict_shard(args, predictor, categories, sources, run, shard)
     if stopped:
-        print(f"predict.py: interrupted; the same command goes on in {args.output}", file=sys.stderr)
+        command = "the same command without --overwrite" if args.overwrite else "the same command"
+        print(f"predict.py: interrupted; {command} goes on in {args.output}", file=sys.stderr)
         return 128 + stopped
     return _finish(args, settings, shard, sources)
 
@@ -122,7 +123,7 @@ def _predict_shard(
             run.write(line)
             progress.add(line["kind"] == "image")
             if line["kind"] == "error":
-                print(f"skipped {show(line['file_name'])}: {show(line['error'])}", file=sys.stderr)
+                print(f"skipped {show(describe_error(line))}", file=sys.stderr)
             if signals.signal:
                 break
     progress.end()
@@ -172,8 +173,7 @@ def _finish(
 
 
 def _first_error(done: Done) -> str:
-    record = read_line(next(iter(done.errors.values())))
-    return f"{show(record['file_name'])}: {show(record['error'])}"
+    return show(describe_error(read_line(next(iter(done.errors.values())))))
 
 
 def _say_stopping(number: int) -> None:

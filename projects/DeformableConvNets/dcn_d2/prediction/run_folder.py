@@ -142,20 +142,26 @@ class RunFolder:
         if self.folder.exists() and not self.folder.is_dir():
             raise NotADirectoryError(f"--output {folder} is a file; a folder for the results was expected")
         self.folder.mkdir(parents=True, exist_ok=True)
+        cleared = False
         if overwrite and (self.folder / RUN).exists():
-            same = shard.total > 1 and read_settings(self.folder) == settings
-            if not same:
+            same = read_settings(self.folder) == json.loads(json.dumps(settings))  # refuses a run.json of others
+            if cleared := shard.total == 1 or not same:
                 self._remove_run()
-        self._claim()
+        self._claim(cleared)
         self._part = self.folder / PARTS / f"{shard.number}-of-{shard.total}"
         self._file: IO[bytes] | None = None
         self._synced = time.monotonic()
 
-    def _claim(self) -> None:
-        """Writes run.json, or compares it with this command; of several shards that start now, one writes it."""
+    def _claim(self, cleared: bool) -> None:
+        """Writes run.json, or compares it with this command; of several shards that start now, one writes it.
+
+        Args:
+            cleared: an earlier run was removed. What is left in the folder of pictures then stays there.
+        """
         path = self.folder / RUN
         if not path.exists():
-            foreign = [name for name in (*RESULTS, PARTS, PICTURES) if (self.folder / name).exists()]
+            names = (*RESULTS, PARTS) if cleared else (*RESULTS, PARTS, PICTURES)
+            foreign = [name for name in names if (self.folder / name).exists()]
             if foreign and not path.exists():  # another shard may have started since
                 raise FileExistsError(
                     f"{self.folder / foreign[0]} exists, and predict.py has not written it: name another --output"

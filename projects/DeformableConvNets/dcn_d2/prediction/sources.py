@@ -118,9 +118,9 @@ def _walk(folder: str, output: str, above: frozenset[str] = frozenset()) -> Iter
     for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
         if entry.name.startswith("."):
             continue
-        if entry.is_dir():
+        if os.path.isdir(entry.path):  # entry.is_dir() fails at a link to itself
             folders.append(entry.path)
-        elif os.path.splitext(entry.name)[1].lower() in IMAGES | VIDEOS and (entry.is_file() or entry.is_symlink()):
+        elif os.path.splitext(entry.name)[1].lower() in IMAGES | VIDEOS and (entry.is_symlink() or entry.is_file()):
             yield entry.path
     for path in folders:
         yield from _walk(path, output, above | {real})

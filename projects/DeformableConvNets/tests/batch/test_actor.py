@@ -135,6 +135,25 @@ def test_unreadable_images_have_their_reason_in_the_row(
         strict({"path": paths[[0, 3]]})
 
 
+def test_a_row_without_a_path_made_the_paths_of_all_disappear(cfg: CfgNode, files: list[str]) -> None:
+    pandas, actor = pytest.importorskip("pandas"), DetectorActor(cfg)
+    for gap in (None, float("nan")):
+        found = actor({"path": objects([files[0], gap])})
+        assert list(found["path"]) == [files[0], gap]
+        frame = actor(pandas.DataFrame({"path": [files[0], gap]}, index=[3, 3]))
+        assert frame["path"].iloc[0] == files[0] and list(frame.index) == [3, 3]
+    assert "path" in actor({"path": objects([None])}) and "path" in actor({"path": objects([])})
+    assert "bytes" not in actor({"bytes": objects([None])}) and "bytes" not in actor({"bytes": objects([])})
+
+
+def test_frames_had_nan_in_place_of_none(cfg: CfgNode, files: list[str]) -> None:
+    pandas, actor = pytest.importorskip("pandas"), DetectorActor(cfg)
+    series = pandas.Series([files[0], None])
+    for frame in (actor(series), actor(pandas.DataFrame({"path": series}))):
+        assert frame["error"].iloc[0] is None and "the image is" in frame["error"].iloc[1]
+        assert type(frame["height"].iloc[0]) is int and frame["height"].iloc[1] is None
+
+
 def test_columns_and_scores_are_chosen(cfg: CfgNode, files: list[str], expected: list[Any]) -> None:
     actor = DetectorActor(cfg, columns=["scores", "error"], score_threshold=0.9, keep=[])
     found = actor({"path": np.array(files), "label": np.arange(5)})
@@ -167,6 +186,8 @@ def test_batches_that_do_not_fit_are_refused(cfg: CfgNode, files: list[str]) -> 
     paths = np.array(files)
     with pytest.raises(TypeError, match="a batch is a builtins.list; expected a dictionary of arrays"):
         actor([1])
+    with pytest.raises(TypeError, match="'path' holds one image, not a column of them: .* Ray's map_batches"):
+        actor({"path": files[0]})
     with pytest.raises(KeyError, match="no column 'image' or 'bytes' or 'path' for images, only 'file'; image_column"):
         actor({"file": paths})
     with pytest.raises(KeyError, match="the batch has a column 'scores' already"):

@@ -24,16 +24,16 @@ LEGACY = {"_use_new_zipfile_serialization": False}
 
 
 def refused(path: Path, match: str) -> None:
-    """Reading is refused in one line, within 10 seconds and 500 MB."""
+    """Reading is refused in one line, within 10 seconds of the processor and 500 MB."""
     tracemalloc.start()
-    start = time.monotonic()
+    start = time.process_time()
     try:
         with pytest.raises(ValueError, match=match) as error:
             read_checkpoint(path)
         assert tracemalloc.get_traced_memory()[1] < 500 << 20
     finally:
         tracemalloc.stop()
-    assert time.monotonic() - start < 10
+    assert time.process_time() - start < 10
     assert str(path) in str(error.value) and "\n" not in str(error.value)
 
 
@@ -50,7 +50,7 @@ def test_list_nested_twice_in_itself_does_not_hang(tmp_path: Path) -> None:
     for _ in range(28):
         nested = [nested, nested]
     torch.save({"model": {"a": torch.zeros(1)}, "nested": nested}, tmp_path / "a.pth")
-    start = time.monotonic()
+    start = time.process_time()
     assert read_checkpoint(tmp_path / "a.pth")["model"].keys() == {"a"}
     assert time.monotonic() - start < 5
 

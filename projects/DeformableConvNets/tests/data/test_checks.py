@@ -145,7 +145,7 @@ def test_fewer_categories_than_classes_do_not_stop_the_evaluation_after_hours(da
         told = error_of(config(*cfg_of, "MODEL.ROI_HEADS.NUM_CLASSES", 80), train=bool(cfg_of[0]))
         assert name in told and "stops at the first prediction" in told
         assert "NUM_CLASSES is 80, but the data set has 4 categories (ant, bee, cat, dog)" in told
-    check_data(config("", "my_val", "MODEL.ROI_HEADS.NUM_CLASSES", 80), train=False, coco_evaluation=False)
+    check_data(config("", "my_val", "MODEL.ROI_HEADS.NUM_CLASSES", 80), train=False, evaluation=False)
 
 
 def test_semantic_heads_are_compared_with_the_stuff_classes(data: Data) -> None:

@@ -3,8 +3,12 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import logging
+import threading
+from collections.abc import Iterator
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -205,6 +209,25 @@ def test_what_is_no_image_file_is_named(tmp_path: Path) -> None:
         read_image(tmp_path)
     with pytest.raises(FileNotFoundError, match=r"missing\.png"):
         read_image(tmp_path / "missing.png")
+
+
+@pytest.fixture
+def web(tmp_path: Path) -> Iterator[str]:
+    """Serves tmp_path/web; gives the port."""
+    (tmp_path / "web").mkdir()
+    handler = functools.partial(SimpleHTTPRequestHandler, directory=str(tmp_path / "web"))
+    with ThreadingHTTPServer(("", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield str(server.server_port)
+        server.shutdown()
+
+
+def test_images_of_the_web_were_not_read_and_those_of_two_hosts_were_one(web: str, tmp_path: Path) -> None:
+    for value, host in ((10, "localhost"), (20, "127.0.0.1")):
+        Image.new("RGB", (4, 3), (value,) * 3).save(tmp_path / "web" / "a.png")
+        assert (read_image(f"http://{host}:{web}/a.png") == value).all()
+    with pytest.raises(ImageError, match=f"http://localhost:{web}/b.png could not be fetched: .*404"):
+        read_image(f"http://localhost:{web}/b.png")
 
 
 def test_arrays_are_bgr_or_grey() -> None:

@@ -314,6 +314,31 @@ def test_weights_that_no_file_holds_are_pickled(cfg: CfgNode) -> None:
             assert torch.equal(weights_of(twin)[name], value), name
 
 
+def test_weights_that_were_changed_by_their_data_were_lost_or_refused_in_a_pickle(cfg: CfgNode) -> None:
+    predictor = DCNPredictor(cfg)
+    for _ in range(2):  # the second time, a pickle was there already
+        pickle.dumps(predictor)
+        next(predictor.model.parameters()).data += 1
+        twin = pickle.loads(pickle.dumps(predictor))
+        assert torch.equal(next(twin.model.parameters()), next(predictor.model.parameters()))
+
+
+def test_changes_of_the_config_made_the_pickle_another_model(cfg: CfgNode) -> None:
+    predictor = DCNPredictor(cfg)
+    predictor.cfg.MODEL.ROI_HEADS.SCORE_THRESH_TEST = 0.9
+    twin = pickle.loads(pickle.dumps(predictor))
+    assert twin.model.roi_heads.box_predictor.test_score_thresh == cfg.MODEL.ROI_HEADS.SCORE_THRESH_TEST
+
+
+def test_a_pickle_from_a_machine_with_a_gpu_runs_on_one_without(cfg: CfgNode, monkeypatch: pytest.MonkeyPatch) -> None:
+    predictor = DCNPredictor(cfg)
+    predictor.cfg.MODEL.DEVICE = predictor._model_cfg.MODEL.DEVICE = "cuda"
+    data = pickle.dumps(predictor)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    twin = pickle.loads(data)
+    assert twin.cfg.MODEL.DEVICE == "cpu" and next(twin.model.parameters()).device.type == "cpu"
+
+
 def test_a_deep_copy_has_a_model_of_its_own(cfg: CfgNode, monkeypatch: pytest.MonkeyPatch) -> None:
     predictor = DCNPredictor(cfg)
     monkeypatch.setattr(DCNPredictor, "_build", lambda self: pytest.fail("it was read again"))

@@ -20,7 +20,7 @@ from detectron2.data.datasets import register_coco_instances
 from detectron2.evaluation import COCOEvaluator
 from detectron2.structures import Boxes, Instances
 
-from dcn_d2.evaluation.coco import FasterCOCOEvaluator, build_coco_evaluator
+from dcn_d2.evaluation.coco import FasterCOCOEvaluator, FileOrderCOCOEvaluator, build_coco_evaluator
 
 from ..slim import slim_config
 
@@ -165,7 +165,7 @@ def test_package_is_chosen_by_key_and_by_what_is_installed(
         (line,) = [record.getMessage() for record in caplog.records if record.name.startswith("dcn_d2")]
         return kind, line
 
-    assert build("pycocotools", True)[0] is build("auto", False)[0] is COCOEvaluator
+    assert build("pycocotools", True)[0] is build("auto", False)[0] is FileOrderCOCOEvaluator
     assert "COCO's AP by pycocotools" in build("auto", False)[1]
     with pytest.raises(ValueError, match="TEST.COCO_EVAL is faster-coco-eval, .*: pip install faster-coco-eval"):
         build("faster-coco-eval", False)

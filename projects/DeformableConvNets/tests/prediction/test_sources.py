@@ -42,6 +42,13 @@ def test_a_folder_that_is_linked_twice_counts_once(tmp_path: Path) -> None:
     assert len(paths(tmp_path / "in", tmp_path / "in" / "a" / "x.png", tmp_path / "in" / "a")) == 1
 
 
+def test_a_link_to_itself_is_one_unreadable_image_and_does_not_end_the_command(tmp_path: Path) -> None:
+    (good,) = touch(tmp_path, "good.png")
+    for name in ("loop", "loop.png"):
+        os.symlink(name, tmp_path / name)
+    assert paths(tmp_path) == [good, str(tmp_path / "loop.png")]
+
+
 def test_names_that_are_no_text(tmp_path: Path) -> None:
     name = os.fsdecode(b"latin \xe4.png")
     touch(tmp_path, name)
@@ -98,6 +105,13 @@ def test_lists_that_are_none(tmp_path: Path, name: str, text: str, message: str)
     (tmp_path / name).write_text(text)
     with pytest.raises(ValueError, match=message):
         list(read_manifest(str(tmp_path / name), None))
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.csv", "a.jsonl"])
+def test_a_list_in_utf_16_is_named_as_such(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text("path\na.png\n", encoding="utf-16")
+    with pytest.raises(ValueError, match=f"{name} is text in UTF-16.*save it as UTF-8"):
+        paths(tmp_path / name)
 
 
 def test_names_with_a_null_byte_are_refused(tmp_path: Path) -> None:
