@@ -25,10 +25,6 @@ OF_BOXES = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 OF_KEYPOINTS = ("AP", "AP50", "AP75", "APm", "APl")
 
 
-class StoppedEarly(BaseException):
-    """Ends the training loop as if it had done its last iteration. Detectron2's loop logs each `Exception`."""
-
-
 def mode_of(cfg: CfgNode) -> str:
     """Gives "min" if a smaller value of TEST.BEST_METRIC is better, else "max"."""
     if cfg.TEST.BEST_MODE != "auto":

@@ -11,11 +11,10 @@ from detectron2.engine import DefaultTrainer, HookBase, hooks
 from detectron2.engine.train_loop import TrainerBase
 from detectron2.utils import comm
 
-from .best import StoppedEarly
 from .errors import MISTAKES, EndedWithoutTraceback
 from .hooks import EvalHook, StopHook
 from .steps import StepTrainer
-from .stopping import StopRequest, TrainingStopped
+from .stopping import StoppedEarly, StopRequest, TrainingStopped
 
 logger = logging.getLogger(__name__)
 

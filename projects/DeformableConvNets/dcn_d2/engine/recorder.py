@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import logging
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +11,7 @@ from detectron2.engine import HookBase
 
 from ..report.runs import begin_run, end_run
 from .errors import one_line
-from .stopping import TrainingStopped
+from .stopping import ending
 
 logger = logging.getLogger(__name__)
 
@@ -26,10 +25,13 @@ class RunRecorder(HookBase):
         self._try(begin_run, self.trainer.start_iter)
 
     def after_train(self) -> None:
-        reason = sys.exc_info()[1]
-        stopped = isinstance(reason, (TrainingStopped, KeyboardInterrupt))
-        status = "stopped" if stopped else "failed" if reason else "finished"
-        self._try(end_run, self.trainer.iter + (stopped and self.trainer.iter < self.trainer.max_iter), status)
+        status, done = ending(), self.trainer.iter
+        if status == "stopped" and done < self.trainer.max_iter:
+            done += 1
+        if status in ("finished", "stopped early"):
+            done = self.trainer.max_iter  # after an early stop, the number of iterations until then; also when resumed
+            status = "finished" if done >= self.trainer.cfg.SOLVER.MAX_ITER else "stopped early"
+        self._try(end_run, done, status)
 
     def _try(self, note: Callable[..., None], *values: Any) -> None:
         try:

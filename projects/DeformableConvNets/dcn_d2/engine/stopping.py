@@ -6,6 +6,7 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -34,6 +35,22 @@ class TrainingStopped(SystemExit):
     def __init__(self, number: int) -> None:
         super().__init__(128 + number)
         self.signal = number
+
+
+class StoppedEarly(BaseException):
+    """Ends the training loop as if it had done its last iteration. Detectron2's loop logs each `Exception`."""
+
+
+def ending() -> str:
+    """Says how the training ends whose hooks and writers are told so now.
+
+    Returns:
+        "finished", "stopped early" (by TEST.PATIENCE), "stopped" (by a signal) or "failed".
+    """
+    reason = sys.exc_info()[1]
+    if isinstance(reason, StoppedEarly):
+        return "stopped early"
+    return "stopped" if isinstance(reason, (TrainingStopped, KeyboardInterrupt)) else "failed" if reason else "finished"
 
 
 class SignalCounter:

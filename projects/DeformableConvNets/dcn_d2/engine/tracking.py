@@ -16,7 +16,6 @@ import json
 import logging
 import os
 import re
-import sys
 import time
 import uuid
 from pathlib import Path
@@ -32,7 +31,7 @@ from ..config.access import keys_of, value_of
 from ..files import write_atomically
 from .errors import one_line
 from .folder import is_local
-from .stopping import TrainingStopped
+from .stopping import ending
 
 logger = logging.getLogger(__name__)
 
@@ -86,7 +85,7 @@ class TrackingWriter(EventWriter):
         raise NotImplementedError
 
     def finish(self, status: str) -> None:
-        """Ends the run: "finished", "stopped" (by a signal) or "failed"."""
+        """Ends the run: "finished", "stopped early" (by TEST.PATIENCE), "stopped" (by a signal) or "failed"."""
         raise NotImplementedError
 
     def write(self) -> None:
@@ -139,9 +138,8 @@ class TrackingWriter(EventWriter):
         if self._pending:
             self._try(lambda: self._send([]))
         if self._started:
-            reason = sys.exc_info()[1]
-            stopped = isinstance(reason, (TrainingStopped, KeyboardInterrupt))
-            self._try(lambda: self.finish("stopped" if stopped else "failed" if reason else "finished"))
+            status = ending()
+            self._try(lambda: self.finish(status))
 
     def _state(self) -> dict[str, Any]:
         return _read_state(self.cfg.OUTPUT_DIR).get(self.name, {})
@@ -271,7 +269,7 @@ class MLflowWriter(TrackingWriter):
         self._client.log_image(self._id, picture, key=mlflow_name(name), step=iteration)
 
     def finish(self, status: str) -> None:
-        self._client.set_terminated(self._id, {"finished": "FINISHED", "stopped": "KILLED"}.get(status, "FAILED"))
+        self._client.set_terminated(self._id, {"stopped": "KILLED", "failed": "FAILED"}.get(status, "FINISHED"))
 
 
 def mlflow_name(name: str) -> str:

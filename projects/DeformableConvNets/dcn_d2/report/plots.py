@@ -84,16 +84,19 @@ def draw_losses(
         names = sorted(losses, key=lambda name: (name != "total_loss", name))
         for color, name in zip(itertools.cycle(COLORS), names):
             x, y = _with_gaps(*losses[name].thinned(MOST_POINTS))
-            axes[0].plot(x, y, color=color, linewidth=1.8 if name == "total_loss" else 1.0, label=name)
+            width, marker = 1.8 if name == "total_loss" else 1.0, "o" if len(x) == 1 else ""
+            axes[0].plot(x, y, marker=marker, color=color, markersize=3, linewidth=width, label=_end_of(name))
         for color, name in zip(itertools.cycle(COLORS[::-1]), sorted(validation)):
             series = validation[name]
-            axes[0].plot(series.iterations, series.values, "o--", color=color, markersize=3, linewidth=1.2, label=name)
+            axes[0].plot(
+                series.iterations, series.values, "o--", color=color, markersize=3, linewidth=1.2, label=_end_of(name)
+            )
         values = np.concatenate([np.array(series.values) for series in [*losses.values(), *validation.values()]])
         values = values[np.isfinite(values)]
         if len(values):  # a few large values of the first iterations would press all others flat
             axes[0].set_ylim(0, max(np.percentile(values, 99) * 1.1, values[-len(values) // 2 :].max() * 1.05, 1e-9))
         axes[0].set_ylabel("loss")
-        axes[0].legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=6, borderaxespad=0.2)
+        figure.legend(loc="outside right upper")  # rows above the axes would be wider than the figure
         if rate:
             axes[1].plot(*rate.thinned(MOST_POINTS), color=COLORS[0], linewidth=1.2)
             axes[1].set_ylabel("learning rate")
@@ -104,7 +107,13 @@ def draw_losses(
                 one.axvline(start, color=INK, linestyle=":", linewidth=0.9)
             axes[0].annotate("resumed", (start, 1), xycoords=("data", "axes fraction"), fontsize=7, va="top", ha="left")
 
-    return draw((9, 4.4), plot, "losses and learning rate over the iterations")
+    height = max(4.4, 0.4 + 0.17 * (len(losses) + len(validation)))  # a line of the legend for each
+    return draw((9, height), plot, "losses and learning rate over the iterations")
+
+
+def _end_of(name: str, most: int = 44) -> str:
+    """Shortens the name of a loss from its beginning, which is the name of a data set."""
+    return name if len(name) <= most else f"…{name[1 - most :]}"
 
 
 def _with_gaps(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -61,7 +61,7 @@ def end_run(cfg: CfgNode, end: int, status: str) -> None:
     Args:
         cfg: of the run.
         end: the number of iterations that are done.
-        status: "finished", "stopped" (by a signal) or "failed".
+        status: "finished", "stopped early" (by TEST.PATIENCE), "stopped" (by a signal) or "failed".
     """
     now = time.time()
 

@@ -38,10 +38,11 @@ def summary(run: Run) -> str:
         if sizes := [entry[device] for entry in memory if entry.get(device)]:
             facts.append((f"peak memory, {device}", f"{max(sizes) / 1e9:.2f} GB"))
             break
-    return f'<p class="lead">{text(_how_it_ended(run))}</p>{tiles(facts)}'
+    return f'<p class="lead">{text(describe_end(run))}</p>{tiles(facts)}'
 
 
-def _how_it_ended(run: Run) -> str:
+def describe_end(run: Run) -> str:
+    """Says in a sentence whether the last training of a run came to its end."""
     if not run.starts:
         return "The folder has no notes of a training or an evaluation (runs.json): what the other files tell is here."
     last = run.starts[-1]
@@ -52,6 +53,7 @@ def _how_it_ended(run: Run) -> str:
     again = f" It was resumed {times - 1} time{'s' if times > 2 else ''}." if times > 1 else ""
     sentences = {
         "finished": f"Trained to the end: {most:,} iterations.",
+        "stopped early": f"Stopped early after {done or 0:,} of {most:,} iterations: no longer better (TEST.PATIENCE).",
         "stopped": f"Stopped by a signal after {done or 0:,} of {most:,} iterations.",
         "failed": f"Ended by an error after {done or 0:,} of {most:,} iterations.",
     }

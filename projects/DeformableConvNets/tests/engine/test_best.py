@@ -15,6 +15,9 @@ from torch import nn
 
 from dcn_d2.engine import DCNTrainer, TrainingStopped, folder
 from dcn_d2.engine.best import standing
+from dcn_d2.report.run import Run
+from dcn_d2.report.runs import read_runs
+from dcn_d2.report.sections import describe_end
 
 from .test_stopping import At, send, signals_that_are_not_ignored  # noqa: F401  a fixture
 from .test_trainer import loggers_as_before, train  # noqa: F401  a fixture
@@ -188,6 +191,15 @@ def test_run_without_improvement_ends_as_a_whole_one(scores: list[float], tmp_pa
     assert "the best was 3 at iteration 1" in log
     metrics = [json.loads(line) for line in (tmp_path / "metrics.json").read_text().splitlines()]
     assert max(entry["iteration"] for entry in metrics) == 3
+
+
+def test_early_stop_is_no_failure_for_the_report(scores: list[float], tmp_path: Path) -> None:
+    scores += [1, 3, 2, 2.5, 9]
+    train(tmp_path, *KEYS, "TEST.PATIENCE", 2)
+    train(tmp_path, *KEYS, "TEST.PATIENCE", 2, resume=True)
+    assert [(run["status"], run["end"]) for run in read_runs(tmp_path)] == [("stopped early", 4)] * 2
+    most = tiny_config(tmp_path, *KEYS).SOLVER.MAX_ITER
+    assert f"Stopped early after 4 of {most} iterations" in describe_end(Run(tmp_path))
 
 
 def test_resuming_a_run_that_stopped_early_says_so(scores: list[float], tmp_path: Path) -> None:

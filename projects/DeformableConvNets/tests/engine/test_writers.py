@@ -19,6 +19,7 @@ from detectron2.utils.env import seed_all_rng
 from detectron2.utils.events import EventStorage
 
 from dcn_d2.engine import DCNTrainer
+from dcn_d2.engine.stopping import StoppedEarly
 from dcn_d2.engine.tracking import TrackingWriter, mlflow_name
 from dcn_d2.report.runs import read_runs
 
@@ -220,6 +221,19 @@ def test_service_that_is_away_gets_all_values_later(tmp_path: Path, caplog: pyte
     assert caplog.text.count("service (TRACKING.WRITERS) cannot be written: ConnectionError: no network") == 1 or (
         caplog.text.count("no network") == 1
     )
+
+
+def test_early_stop_is_no_failure_for_a_service(tmp_path: Path) -> None:
+    writer = Service(tiny_config(tmp_path))
+    writer.on = True
+    with EventStorage() as storage, contextlib.suppress(StoppedEarly):
+        try:
+            storage.put_scalar("loss", 1.0)
+            writer.write()
+            raise StoppedEarly
+        finally:
+            writer.close()
+    assert writer.status == "stopped early"
 
 
 def test_service_that_stays_away_does_not_end_the_training(

@@ -3,6 +3,8 @@
 
 import json
 import math
+import re
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +13,10 @@ import pytest
 from pycocotools.coco import COCO
 
 from dcn_d2.report.evaluation import best_threshold, run_evaluation, summarize
-from dcn_d2.report.history import is_training_loss, is_validation_loss, read_history, split_measure
+from dcn_d2.report.history import Series, is_training_loss, is_validation_loss, read_history, split_measure
 from dcn_d2.report.mistakes import confusion, find_mistakes
 from dcn_d2.report.page import duration, number, table
-from dcn_d2.report.plots import _with_gaps
+from dcn_d2.report.plots import _with_gaps, draw_losses
 from dcn_d2.report.run import count_annotations
 
 
@@ -114,3 +116,15 @@ def test_annotation_files_that_are_too_large_are_not_counted(tmp_path: Path, mon
     monkeypatch.setattr("dcn_d2.report.run.LARGEST_COUNTED", 10)
     assert count_annotations(str(tmp_path / "truth.json"))[0].startswith("not counted: the file has")
     assert count_annotations(str(tmp_path / "gone"))[0] == "its annotation file is gone"
+
+
+@pytest.mark.parametrize("test_sets", ["", "photographs_of_the_second_season_fc1046f8/"])
+def test_many_losses_leave_room_for_their_lines(test_sets: str) -> None:
+    parts = [f"loss_{kind}_stage{stage}" for kind in ("cls", "box_reg") for stage in range(3)]
+    losses = {name: Series([1], [2.0]) for name in ["total_loss", "loss_rpn_cls", "loss_rpn_loc", *parts]}
+    validation = {f"{test_sets}validation_loss/{name}": Series([1, 2], [2.0, 1.0]) for name in losses}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # matplotlib's, if the axes have no room
+        svg = draw_losses(losses, validation, Series([1], [0.1]), [])
+    right = max(float(x) for x in re.findall(r'<g id="patch_2">\s*<path d="[^"]*?L ([\d.]+) ', svg))
+    assert right > 300  # of 648 points, which the axes share with the legend
