@@ -79,7 +79,7 @@ def test_accumulated_batches_of_a_detector_equal_a_large_one(tmp_path: Path) -> 
             assert found[size][0][name] == pytest.approx(found[4][0][name], rel=1e-5), name
         for name, expected in found[4][1].items():
             error = (found[size][1][name] - expected).norm()
-            # Sums in another order: 0.3 to 1.5 % below the deformable layers, by processor, and 1e-6 in the heads. A batch
+            # Sums in another order: 0.3 to 1.5 % below the deformable layers, and 1e-6 in the heads. A batch
             # that is left out, or counts twice, would change all by far more.
             assert error <= 0.05 * expected.norm() + 1e-8, name
 
