@@ -167,6 +167,17 @@ def _check(cfg: CfgNode, train: bool, test: bool, evaluation: bool) -> None:
     for name in test_sets:
         evaluator = evaluator_of(name) if evaluation else ""
         _check_one(name, read_needs(cfg, train=False, evaluator=evaluator), reference, hand_on=not train)
+        if not reference:
+            _compare_with_class_names(name, cfg.DATASETS.get("CLASS_NAMES", ()))
+
+
+def _compare_with_class_names(name: str, expected: Sequence[str]) -> None:
+    """Compares the categories of a data set with the classes that the config names, if it names any."""
+    names = MetadataCatalog.get(name).get("thing_classes", None)
+    if names and expected:
+        findings = Findings(f"data set {name}")
+        compare_names("DATASETS.CLASS_NAMES", expected, names, False, findings)
+        findings.refuse()
 
 
 def evaluator_of(name: str) -> str:

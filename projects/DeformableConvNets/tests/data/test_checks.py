@@ -148,6 +148,13 @@ def test_fewer_categories_than_classes_do_not_stop_the_evaluation_after_hours(da
     check_data(config("", "my_val", "MODEL.ROI_HEADS.NUM_CLASSES", 80), train=False, evaluation=False)
 
 
+def test_classes_of_the_config_in_another_order_than_the_data_set_gave_an_ap_of_0(data: Data) -> None:
+    data.register("my_val", data.records())
+    told = error_of(config("", "my_val", "DATASETS.CLASS_NAMES", tuple(reversed(NAMES))), train=False)
+    assert "those of DATASETS.CLASS_NAMES are" in told and "is class 0 here, class 3 there" in told
+    check_data(config("", "my_val", "DATASETS.CLASS_NAMES", tuple(NAMES)), train=False)
+
+
 def test_semantic_heads_are_compared_with_the_stuff_classes(data: Data) -> None:
     data.register("my_train", data.records(), stuff_classes=["sky", "sea", "land"])
     opts = ("MODEL.META_ARCHITECTURE", "PanopticFPN", "MODEL.SEM_SEG_HEAD.NUM_CLASSES", 2)
