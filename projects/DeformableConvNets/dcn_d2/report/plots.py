@@ -93,7 +93,8 @@ def draw_losses(
         if len(values):  # a few large values of the first iterations would press all others flat
             axes[0].set_ylim(0, max(np.percentile(values, 99) * 1.1, values[-len(values) // 2 :].max() * 1.05, 1e-9))
         axes[0].set_ylabel("loss")
-        axes[0].legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=6, borderaxespad=0.2)
+        columns = _legend_columns([*losses, *validation], 9)
+        axes[0].legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=columns, borderaxespad=0.2)
         if rate:
             axes[1].plot(*rate.thinned(MOST_POINTS), color=COLORS[0], linewidth=1.2)
             axes[1].set_ylabel("learning rate")
@@ -105,6 +106,12 @@ def draw_losses(
             axes[0].annotate("resumed", (start, 1), xycoords=("data", "axes fraction"), fontsize=7, va="top", ha="left")
 
     return draw((9, 4.4), plot, "losses and learning rate over the iterations")
+
+
+def _legend_columns(names: Iterable[str], width: float) -> int:
+    """Gives how many columns of a legend fit into a figure of so many inches: a wider one is cut off."""
+    longest = max(map(len, names), default=1) * 5 + 46  # in points: letters of 8 points, the line and the gaps
+    return min(6, max(1, int((width * 72 - 40) // longest)))
 
 
 def _with_gaps(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -8,13 +8,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from pycocotools.coco import COCO
 
 from dcn_d2.report.evaluation import best_threshold, run_evaluation, summarize
-from dcn_d2.report.history import is_training_loss, is_validation_loss, read_history, split_measure
+from dcn_d2.report.history import Series, is_training_loss, is_validation_loss, read_history, split_measure
 from dcn_d2.report.mistakes import confusion, find_mistakes
 from dcn_d2.report.page import duration, number, table
-from dcn_d2.report.plots import _with_gaps
+from dcn_d2.report.plots import _with_gaps, draw_losses
 from dcn_d2.report.run import count_annotations
 
 
@@ -114,3 +115,18 @@ def test_annotation_files_that_are_too_large_are_not_counted(tmp_path: Path, mon
     monkeypatch.setattr("dcn_d2.report.run.LARGEST_COUNTED", 10)
     assert count_annotations(str(tmp_path / "truth.json"))[0].startswith("not counted: the file has")
     assert count_annotations(str(tmp_path / "gone"))[0] == "its annotation file is gone"
+
+
+def test_the_legend_of_many_losses_was_cut_off_and_pressed_the_plot_to_half_its_width(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    drawn: list[Figure] = []
+    save = Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: (drawn.append(self), save(self, *a, **k)))
+    series, names = Series([0, 1, 2], [1.0, 2.0, 3.0]), [f"loss_box_reg_{i}" for i in range(5)]
+    draw_losses(dict.fromkeys(names, series), {f"validation_loss/{name}": series for name in names}, None, [])
+    figure = drawn[0]
+    axes = figure.axes[0]
+    legend = axes.get_legend().get_window_extent()
+    assert 0 <= legend.x0 < legend.x1 <= figure.bbox.x1 and legend.y1 <= figure.bbox.y1
+    assert axes.get_window_extent().width > 0.8 * figure.bbox.width
