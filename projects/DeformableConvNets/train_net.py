@@ -41,7 +41,9 @@ def read_job(args: argparse.Namespace) -> CfgNode:
     from dcn_d2.engine import DCNTrainer, folder, load_config
     from dcn_d2.engine.checks import check_weights_exist
     from dcn_d2.engine.own_data import use_own_data
+    from dcn_d2.model_zoo import find_config_file
 
+    args.config_file = find_config_file(args.config_file)
     cfg = load_config(args.config_file, args.opts)
     if args.published:
         use_published_weights(args.config_file, cfg)
@@ -68,8 +70,9 @@ def check_data(args: argparse.Namespace) -> int:
     """Inspects the data and gives the exit code. It starts no process and trains nothing."""
     from dcn_d2.config import load_config
     from dcn_d2.data.inspection.command import run_check_data
+    from dcn_d2.model_zoo import find_config_file
 
-    return run_check_data(args, load_config(args.config_file, args.opts))
+    return run_check_data(args, load_config(find_config_file(args.config_file), args.opts))
 
 
 def use_published_weights(config_file: str, cfg: CfgNode) -> None:

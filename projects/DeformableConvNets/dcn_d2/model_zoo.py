@@ -49,6 +49,25 @@ def get_config_file(name: str) -> str:
     return str(_configs_dir() / f"{row}.yaml")
 
 
+def find_config_file(file: str) -> str:
+    """Gives the path that --config-file of a command line means.
+
+    Args:
+        file: a path or an address, given back as it is, or the name of a row.
+
+    Raises:
+        ConfigError: There is no such file, and no such row; the message has the row that may be meant.
+    """
+    if not file or "://" in file or Path(file).expanduser().exists():
+        return file
+    rows = list_models()
+    if (row := file.removesuffix(".yaml")) in rows:
+        return get_config_file(row)
+    from .config.messages import ConfigError, nearest
+
+    raise ConfigError(f"Config file {file!r} does not exist{nearest(Path(row).name, rows)}")
+
+
 def get_published(name: str) -> dict[str, Any]:
     """Gives what is published for a row: WEIGHTS and LOG (addresses), BOX_AP and, for a model with masks, MASK_AP."""
     return dict(yaml.safe_load(Path(get_config_file(name)).read_text()).get("PUBLISHED") or {})

@@ -10,6 +10,7 @@ from detectron2.modeling import build_model
 from torch import nn
 
 from dcn_d2 import model_zoo
+from dcn_d2.config import ConfigError
 from dcn_d2.layers import DeformConv, ModulatedDeformConv
 
 from .slim import slim_config
@@ -225,3 +226,15 @@ def test_asking_for_addresses_is_light() -> None:
         "assert not {'torch', 'detectron2'} & sys.modules.keys()"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_name_of_a_row_was_no_config_file_for_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    row, file = "faster_rcnn_R_50_FPN_1x_mdconv_c3-c5", tmp_path / "a.yaml"
+    monkeypatch.chdir(tmp_path)
+    file.touch()
+    assert model_zoo.find_config_file(row) == model_zoo.get_config_file(row)
+    assert model_zoo.find_config_file(f"{row}.yaml") == model_zoo.get_config_file(row)
+    for as_it_is in ("", "a.yaml", str(file), "https://host/a.yaml"):
+        assert model_zoo.find_config_file(as_it_is) == as_it_is
+    with pytest.raises(ConfigError, match=f"'configs/{row}.yml' does not exist; did you mean '{row}'"):
+        model_zoo.find_config_file(f"configs/{row}.yml")

@@ -251,6 +251,10 @@ def test_data_sets_are_checked(tmp_path: Path) -> None:
     "arguments, message",
     [
         (["--config-file", "nothing.yaml"], "Config file 'nothing.yaml' does not exist"),
+        (
+            ["--config-file", "configs/faster_rcnn_R_50_FPN_mdconv_c3-c5.yaml"],
+            "does not exist; did you mean 'faster_rcnn_R_50_FPN_1x_mdconv_c3-c5'?",
+        ),
         (["MODEL.NOTHING", "1"], "Non-existent key: MODEL.NOTHING"),
         (["MODEL.DCN.NORM_EVAL", "maybe"], "Type mismatch"),
         (["DATASETS.TRAIN", "('nothing',)"], "there is no data set 'nothing'"),

@@ -177,7 +177,7 @@ def _fetch(path: str, force: bool) -> tuple[str, bool]:
     try:
         return PathManager.get_local_path(place, force=force), False
     except OSError as error:
-        raise _unfetched(place, error) from error
+        raise _unfetched(place, path, error) from error
 
 
 def _download(place: str, path: str, force: bool) -> tuple[str, bool]:
@@ -189,15 +189,19 @@ def _download(place: str, path: str, force: bool) -> tuple[str, bool]:
     try:
         file, fresh = download.fetch(place, get_cache(), force)
     except OSError as error:
-        raise _unfetched(place, error) from error
+        raise _unfetched(place, path, error) from error
     return str(file), fresh
 
 
-def _unfetched(place: str, error: OSError) -> OSError:
-    name = place.rpartition("/")[2]
+def _unfetched(place: str, path: str, error: OSError) -> OSError:
+    file = f"/path/to/{place.rpartition('/')[2]}"
+    if path.startswith((PREFIX, *IMAGENET, *PUBLISHERS)):  # it must be converted
+        keys = f"MODEL.WEIGHTS {PREFIX}//{file}, or with --published PUBLISHED.WEIGHTS {file} (--from-published too)"
+    else:
+        keys = f"MODEL.WEIGHTS {file}"
     return OSError(
         f"{place} could not be fetched: {error}. Without a network, copy the file here by other means and give its "
-        f"path: MODEL.WEIGHTS {PREFIX}///path/to/{name}, or with --published PUBLISHED.WEIGHTS /path/to/{name}"
+        f"path: {keys}"
     )
 
 

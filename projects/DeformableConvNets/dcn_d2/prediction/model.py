@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import shlex
 from typing import TYPE_CHECKING, Any
 
@@ -26,10 +25,7 @@ def read_config(args: argparse.Namespace) -> CfgNode:
     from .. import model_zoo
     from ..engine import fit_to_machine, load_config
 
-    file = args.config_file
-    if not os.path.exists(file) and file.removesuffix(".yaml") in model_zoo.list_models():
-        file = model_zoo.get_config_file(file)
-    cfg = load_config(file, args.opts)
+    cfg = load_config(model_zoo.find_config_file(args.config_file), args.opts)
     if args.published:
         if not cfg.PUBLISHED.WEIGHTS:
             raise ValueError(f"--published: the config {args.config_file!r} has no PUBLISHED.WEIGHTS")

@@ -105,6 +105,8 @@ def _expand(name: str, images: str | None, output: str) -> Iterator[Entry]:
         yield from (Entry(path) for path in found)
     elif not name:
         raise ValueError("--input: a path is empty")
+    elif not os.path.lexists(name) and os.path.splitext(name)[1].lower() not in IMAGES | VIDEOS:
+        raise ValueError(f"--input: there is no file or folder {name}")
     else:
         yield Entry(name)  # also if it does not exist: it is listed as unreadable
 

@@ -138,6 +138,12 @@ def test_missing_file_is_told_with_what_to_do(server: Server, tmp_path: Path, mo
         PathManager.get_local_path(f"mmdet://{tmp_path}/a.pth")
 
 
+def test_advice_for_weights_that_need_no_conversion_named_the_converter(server: Server, cache: Path) -> None:
+    advice = r"give its path: MODEL.WEIGHTS /path/to/R-50.pkl$"
+    with pytest.raises(OSError, match=advice):
+        path_handlers.fetch_weights(f"{server.url}/R-50.pkl")
+
+
 def test_no_network_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(path_handlers, "ROOT", "http://127.0.0.1:9/")  # the discard port: nobody listens
     with pytest.raises(OSError, match="could not be fetched: .*refused.* Without a network, copy the file here"):

@@ -35,6 +35,12 @@ def test_a_folder_is_read_in_a_fixed_order_without_hidden_files_and_the_output(t
     assert [item.video for item in find_sources(expected).items] == [False, False, False, True, False]
 
 
+def test_a_folder_that_does_not_exist_was_an_image_that_cannot_be_read(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=f"there is no file or folder {tmp_path}/photo"):
+        paths(tmp_path / "photo")
+    assert paths(tmp_path / "gone.png", tmp_path / "gone.MP4")  # listed as unreadable: the others are predicted
+
+
 def test_a_folder_that_is_linked_twice_counts_once(tmp_path: Path) -> None:
     touch(tmp_path, "in/a/x.png")
     os.symlink(tmp_path / "in" / "a", tmp_path / "in" / "b")
