@@ -9,6 +9,9 @@ from typing import Any
 from detectron2.config import CfgNode
 from detectron2.engine import HookBase, hooks
 from detectron2.evaluation.testing import flatten_results_dict
+from detectron2.utils import comm
+from torch import distributed as dist
+from torch import nn
 
 from ..checkpoint.fit import unwrap_module
 from ..config import with_dcn_keys
@@ -60,11 +63,23 @@ def add_hooks(trainer: Any, found: list[HookBase | None]) -> list[HookBase | Non
 def evaluate(trainer: Any) -> dict[str, float]:
     """Evaluates the model of a trainer, or its average; gives all numbers by their full names, "bbox/AP"."""
     model = trainer.average.model if trainer.average else trainer.model
+    _share_buffers(model)
     trainer._last_eval_results = trainer.test(trainer.cfg, model)
     found = flatten_results_dict(trainer._last_eval_results or {})
     if trainer.cfg.TEST.LOSS:
         found |= flatten_results_dict(validation_loss(trainer.cfg, unwrap_module(model)))
     return found
+
+
+def _share_buffers(model: nn.Module) -> None:
+    """Gives all processes of a job the main one's buffers, which are those of its checkpoints.
+
+    BatchNorm in training does not read its running statistics, and each process has its own: without this, each would
+    evaluate another model on its part of the images.
+    """
+    if comm.get_world_size() > 1:
+        for buffer in model.buffers():
+            dist.broadcast(buffer, 0)
 
 
 def has_stopped_early(trainer: Any) -> bool:

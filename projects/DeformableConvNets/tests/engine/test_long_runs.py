@@ -28,7 +28,7 @@ from tests.engine.tiny import tiny_config
 
 KEYS = ["DATASETS.TEST", ("nuclei_val",), "TEST.EVAL_PERIOD", 1, "TEST.LOSS", True, "TEST.BEST_METRIC", "bbox/AP",
         "SOLVER.EMA.ENABLED", True, "SOLVER.ACCUMULATE_BATCHES", 2, "SOLVER.IMS_PER_BATCH", 2, "SOLVER.MAX_ITER", 9,
-        "SOLVER.BASE_LR", 0.0005, "MODEL.RESNETS.NORM", "FrozenBN"]
+        "SOLVER.BASE_LR", 0.0005]
 
 def write(folder, name, value):
     Path(folder, f"{name}.rank{comm.get_rank()}.json").write_text(json.dumps(value))
@@ -74,8 +74,21 @@ def resume(folder):
     ends = [trainer.start_iter, trainer.iter, trainer.stopped_early, results]
     write(folder, "resumed", [*ends, float(parameters.double().sum()), float(averages.double().sum())])
 
+def normed(folder):
+    seen = []
+    def test(cls, cfg, model, evaluators=None):
+        seen.append([float(v.double().sum()) for k, v in model.state_dict().items() if "running" in k])
+        return {"bbox": {"AP": 1.0}} if comm.is_main_process() else {}
+    DCNTrainer.test = classmethod(test)
+    for average in (True, False):
+        trainer = DCNTrainer(tiny_config(Path(folder, str(average)), *KEYS, "TEST.LOSS", False,
+                                         "SOLVER.MAX_ITER", 2, "SOLVER.EMA.ENABLED", average))
+        trainer.resume_or_load(resume=False)
+        trainer.train()
+    write(folder, "normed", seen)
+
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks as hooks
-launch({"begin": begin, "resume": resume}[sys.argv[2]], 2, args=(sys.argv[1],), start_method="fork")
+launch({"begin": begin, "resume": resume, "normed": normed}[sys.argv[2]], 2, args=(sys.argv[1],), start_method="fork")
 """
 
 
@@ -110,3 +123,11 @@ def test_two_processes_accumulate_stop_resume_and_end_early_together(tmp_path: P
     lines = [json.loads(line) for line in (tmp_path / "metrics.json").read_text().splitlines()]
     assert any("validation_loss" in line for line in lines)
     assert "training stops early at iteration 5" in (tmp_path / "log.txt").read_text()
+
+
+def test_two_processes_evaluate_the_model_that_the_checkpoint_holds(tmp_path: Path) -> None:
+    ((first, second),) = run("normed", tmp_path, "normed")
+    assert first == second and len(first) == 4
+    for folder, seen in (("True", first[1]), ("False", first[3])):
+        model = torch.load(tmp_path / folder / "model_final.pth")["model"]
+        assert [float(v.double().sum()) for k, v in model.items() if "running" in k] == pytest.approx(seen)
