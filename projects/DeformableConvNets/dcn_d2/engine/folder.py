@@ -254,7 +254,8 @@ def cut_metrics(folder: str, iteration: int) -> None:
     """Removes from metrics.json the iterations that will be run again, so that it holds each iteration once.
 
     Detectron2 records the evaluation after the last iteration under the number of the next one. If training goes on
-    from there, its values are added to the line of the last iteration.
+    from there, its values are added to the line of the last iteration. Detectron2 writes an evaluation after losses of
+    later iterations; the lines that stay are put in their order.
 
     Args:
         folder: with metrics.json.
@@ -277,7 +278,7 @@ def cut_metrics(folder: str, iteration: int) -> None:
         return
     # The file is changed in place: Detectron2's writer has it open for appending.
     with path.open("r+") as file:
-        file.write("".join(json.dumps(entry, sort_keys=True) + "\n" for entry in kept.values()))
+        file.write("".join(json.dumps(kept[number], sort_keys=True) + "\n" for number in sorted(kept)))
         file.truncate()
     logger.info(f"{path} is cut at iteration {iteration}, from which training goes on")
 

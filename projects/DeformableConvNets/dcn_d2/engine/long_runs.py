@@ -45,7 +45,11 @@ def add_hooks(trainer: Any, found: list[HookBase | None]) -> list[HookBase | Non
     """Gives the hooks of a trainer with those that its config asks for: `WeightAverage` and `BestCheckpointer`.
 
     Weights are averaged before a checkpoint is written. The best model is chosen after the evaluation.
+    Each evaluation is written to metrics.json and the like.
     """
+    for writer in found:
+        if isinstance(writer, hooks.PeriodicWriter) and 0 < trainer.cfg.TEST.EVAL_PERIOD < writer._period:
+            writer._period = trainer.cfg.TEST.EVAL_PERIOD  # it writes what is newest, so that evaluations would be lost
     place = next(index for index, hook in enumerate(found) if isinstance(hook, EvalHook))
     found[place] = EvalHook(trainer.cfg.TEST.EVAL_PERIOD, lambda: evaluate(trainer))
     if trainer.cfg.TEST.BEST_METRIC:

@@ -193,6 +193,14 @@ def test_run_without_improvement_ends_as_a_whole_one(scores: list[float], tmp_pa
     assert max(entry["iteration"] for entry in metrics) == 3
 
 
+def test_no_evaluation_is_missing_in_the_metrics(scores: list[float], tmp_path: Path) -> None:
+    scores += [1, 3, 2, 5, 4, 6]
+    train(tmp_path, *KEYS, "TEST.EVAL_PERIOD", 2)
+    lines = [json.loads(line) for line in (tmp_path / "metrics.json").read_text().splitlines()]
+    # The evaluation after the last iteration is of the next one.
+    assert {line["iteration"]: line["bbox/AP"] for line in lines if "bbox/AP" in line} == {1: 1, 3: 3, 5: 2, 8: 5}
+
+
 def test_early_stop_is_no_failure_for_the_report(scores: list[float], tmp_path: Path) -> None:
     scores += [1, 3, 2, 2.5, 9]
     train(tmp_path, *KEYS, "TEST.PATIENCE", 2)

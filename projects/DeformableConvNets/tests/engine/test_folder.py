@@ -141,6 +141,14 @@ def test_last_evaluation_stays_when_training_goes_on(tmp_path: Path) -> None:
     assert entries == [{"iteration": 1, "total_loss": 2.0}, {"iteration": 3, "total_loss": 1.0, "AP": 9.0}]
 
 
+def test_evaluations_stay_in_their_order_when_training_goes_on(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.json"
+    path.write_text("\n".join([line(19, total_loss=2.0), line(9, AP=8.0), line(20, AP=9.0), ""]))
+    folder.cut_metrics(str(tmp_path), 20)
+    found = [json.loads(entry) for entry in path.read_text().splitlines()]
+    assert [(entry["iteration"], entry["AP"]) for entry in found] == [(9, 8.0), (19, 9.0)]
+
+
 def test_lock_is_quick(tmp_path: Path) -> None:
     began = time.perf_counter()
     folder.lock_folder(str(tmp_path))
