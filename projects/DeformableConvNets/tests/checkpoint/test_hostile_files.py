@@ -52,7 +52,7 @@ def test_list_nested_twice_in_itself_does_not_hang(tmp_path: Path) -> None:
     torch.save({"model": {"a": torch.zeros(1)}, "nested": nested}, tmp_path / "a.pth")
     start = time.process_time()
     assert read_checkpoint(tmp_path / "a.pth")["model"].keys() == {"a"}
-    assert time.monotonic() - start < 5
+    assert time.process_time() - start < 5
 
 
 @pytest.mark.parametrize("options", [{}, LEGACY, None], ids=["zip", "legacy", "pickle"])
