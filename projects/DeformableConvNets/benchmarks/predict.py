@@ -102,6 +102,11 @@ def contestants(predictor: DCNPredictor, files: list[str], threads: int) -> dict
     return found
 
 
+def choose(calls: dict[str, Callable[[], list[Any]]], wanted: list[str] | None) -> dict[str, Callable[[], list[Any]]]:
+    """Gives "one by one" and the contestants that are wanted; all for None."""
+    return {name: call for name, call in calls.items() if wanted is None or name in ("one by one", *wanted)}
+
+
 def equal_boxes(found: Any, expected: Any) -> tuple[int, int]:
     """How many boxes have one of the same class, place and score in the other set, and how many the larger set has."""
     overlaps = pairwise_iou(found.pred_boxes, expected.pred_boxes) > 0.99
@@ -139,8 +144,9 @@ def measure_time(
                 shape = {"name": f"R-50-FPN, {name}", "height": size[0], "width": size[1], "images": len(files)}
                 row = {"shape": shape, "pass": "prediction", "dtype": arguments.dtype, "threads": threads}
                 # Once with fewer images, which also warms everything up.
-                failed = check_equal(contestants(predictor, files[: max(2, len(files) // 4)], threads))
-                calls: Calls = {**contestants(predictor, files, threads)}
+                some = files[: max(2, len(files) // 4)]
+                failed = check_equal(choose(contestants(predictor, some, threads), arguments.contestants))
+                calls: Calls = {**choose(contestants(predictor, files, threads), arguments.contestants)}
                 clock = time.process_time if threads == 1 and arguments.device == "cpu" else time.perf_counter
                 row |= measure.interleave(
                     calls, arguments.device, arguments.repeats, failed, MOST_SECONDS, clock=clock, parts=len(files)
@@ -167,6 +173,7 @@ def main(
     options = command_line.parser(__doc__ or "", "three repeats of 8 small images", repeats=5)
     options.add_argument("--images", type=int, default=IMAGES)
     options.add_argument("--sizes", nargs="+", choices=list(SIZES), help="default: all")
+    options.add_argument("--contestants", nargs="+", metavar="NAME", help="besides one by one; default: all")
     parsed = command_line.parse(options, arguments)
     if parsed.dtype != "float32":
         options.error("--dtype: only float32 is measured")

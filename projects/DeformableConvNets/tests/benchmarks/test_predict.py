@@ -34,3 +34,9 @@ def test_who_finds_other_boxes_drops_out(tmp_path: Path, monkeypatch: pytest.Mon
     status, (row,) = measured(predict, tmp_path, "--images", "4", **SIZES)
     assert status == 1 and set(row["milliseconds"]) == {"one by one"}
     assert "boxes are those of one by one" in row["failed"]["many"]
+
+
+def test_contestants_are_chosen_by_name() -> None:
+    calls = {name: list for name in ("one by one", "many", "batches of 2")}
+    assert list(predict.choose(calls, ["many"])) == ["one by one", "many"]
+    assert predict.choose(calls, None) == calls
