@@ -31,9 +31,7 @@ def run(argv: list[str] | None = None) -> int:
             return predict(args)
         except (*MISTAKES, RuntimeError) as error:
             sys.exit(f"predict.py: {one_line(error)}")
-    except (
-        KeyboardInterrupt
-    ):  # before the first image, also in the seconds of the imports, or while results are written
+    except KeyboardInterrupt:  # in the seconds of the imports, before the first image, or while results are written
         command = "the same command without --overwrite" if args.overwrite else "the same command"
         print(f"predict.py: interrupted; {command} goes on", file=sys.stderr)
         return 128 + signal.SIGINT

@@ -38,6 +38,7 @@ def read_job(args: argparse.Namespace) -> CfgNode:
     import torch
     from detectron2.utils import comm
 
+    from dcn_d2.config.published import use_published_weights
     from dcn_d2.engine import DCNTrainer, folder, load_config
     from dcn_d2.engine.checks import check_weights_exist
     from dcn_d2.engine.own_data import use_own_data
@@ -46,7 +47,8 @@ def read_job(args: argparse.Namespace) -> CfgNode:
     args.config_file = find_config_file(args.config_file)
     cfg = load_config(args.config_file, args.opts)
     if args.published:
-        use_published_weights(args.config_file, cfg)
+        check_published(args.config_file, cfg)
+        use_published_weights(cfg, "--published", args.config_file)
     if not args.eval_only and args.machine_rank == 0 and comm.is_main_process():
         folder.check_unlocked(cfg.OUTPUT_DIR)
         folder.check_start(cfg, args.resume, args.overwrite)
@@ -75,13 +77,12 @@ def check_data(args: argparse.Namespace) -> int:
     return run_check_data(args, load_config(find_config_file(args.config_file), args.opts))
 
 
-def use_published_weights(config_file: str, cfg: CfgNode) -> None:
-    """Makes MODEL.WEIGHTS of `cfg` the published weights; `config_file` is for messages."""
+def check_published(config_file: str, cfg: CfgNode) -> None:
+    """Refuses a config whose published AP cannot be compared; `config_file` is for messages."""
     if not cfg.PUBLISHED.WEIGHTS or not cfg.PUBLISHED.BOX_AP:
         raise ValueError(f"--published: the config {config_file!r} has no PUBLISHED.WEIGHTS and PUBLISHED.BOX_AP")
     if cfg.DATASETS.TEST != (PUBLISHED_ON,):
         raise ValueError(f"--published: the published AP is for {PUBLISHED_ON}, DATASETS.TEST is {cfg.DATASETS.TEST}")
-    cfg.MODEL.WEIGHTS = f"mmdet://{cfg.PUBLISHED.WEIGHTS}"
 
 
 def compare_with_published(published: dict[str, float], results: dict[str, Any]) -> tuple[str, list[str]]:

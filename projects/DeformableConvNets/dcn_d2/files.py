@@ -1,5 +1,5 @@
 # Copyright (c) the dcn_d2 authors. SPDX-License-Identifier: Apache-2.0
-"""Writes files in one step: whole, or not at all."""
+"""Writes files in one step, whole or not at all, and says which paths are files."""
 
 from __future__ import annotations
 
@@ -10,6 +10,11 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
+
+
+def is_local(folder: str) -> bool:
+    """Whether `folder` is on a file system, and not another address (s3://…)."""
+    return bool(folder) and "://" not in folder
 
 
 class _Part(io.FileIO):

@@ -37,6 +37,11 @@ def unique_stems(names: Iterable[str | os.PathLike[str]]) -> list[str]:
     return stems
 
 
+def plain_label(text: str) -> str:
+    """Gives a text as Detectron2's drawing must get it: by itself, matplotlib takes what follows a $ for a formula."""
+    return text.replace("$", r"\$")
+
+
 def frame_name(stem: str, frame: int | None) -> str:
     """Gives the name for the output of an image, or of a frame of a video: these have a folder for each video.
 

@@ -23,7 +23,7 @@ ALLOWED: dict[str, set[str]] = {
     "visualizer": {"ops", "layers"},
     "data": {"config"},
     "evaluation": {"config", "data"},
-    "report": {"config", "files", "quiet"},
+    "report": {"config", "files", "outputs", "quiet"},
     "engine": {
         "checkpoint",
         "command_line",

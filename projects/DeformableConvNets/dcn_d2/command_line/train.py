@@ -9,6 +9,7 @@ import sys
 from .check_data import add_check_data_arguments, check_check_data_arguments
 from .cluster import add_cluster_arguments, check_cluster
 from .own_data import add_own_data_arguments, check_own_data_arguments
+from .types import check_opts
 
 # Points of AP: 0.1 for decoding and resizing images with other libraries than the publisher's, and 0.05 because the
 # published numbers are rounded.
@@ -94,10 +95,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error(f"--machine-rank must be below --num-machines, got {args.machine_rank} and {args.num_machines}")
     if args.num_machines > 1 and args.dist_url == "auto":
         parser.error("several machines need --dist-url tcp://FIRST_MACHINE:PORT")
-    if late := [word for word in args.opts if word.startswith("--")]:
-        parser.error(f"{late[0]} must come before the first KEY VALUE, {args.opts[0]}")
-    if len(args.opts) % 2:
-        parser.error(f"KEY VALUE must come in pairs, got {' '.join(args.opts)}")
+    check_opts(parser, args.opts)
     if args.published and (args.resume or "MODEL.WEIGHTS" in args.opts):
         parser.error(
             "--published chooses the weights: leave out --resume and MODEL.WEIGHTS (PUBLISHED.WEIGHTS may be set)"

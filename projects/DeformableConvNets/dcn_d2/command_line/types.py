@@ -76,7 +76,11 @@ def check_pairs(parser: argparse.ArgumentParser, args: argparse.Namespace) -> No
     keys = [i for i, word in enumerate(words) if _KEY.fullmatch(word) and not os.path.lexists(word)]
     if keys:
         args.input, args.opts = words[: keys[0]], words[keys[0] :] + args.opts
-    opts = args.opts
+    check_opts(parser, args.opts)
+
+
+def check_opts(parser: argparse.ArgumentParser, opts: list[str]) -> None:
+    """Refuses options behind KEY VALUE pairs, and keys without a value."""
     if late := [word for word in opts if word.startswith("--")]:
         parser.error(f"{late[0]} must come before the first KEY VALUE, {opts[0]}")
     if len(opts) % 2:

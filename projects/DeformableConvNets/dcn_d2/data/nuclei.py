@@ -31,7 +31,7 @@ from iopath.common.file_io import PathHandler
 
 SOURCE_DIR = Path(__file__).resolve().parent / "nuclei_images"
 SCHEME = "nuclei://"  # nuclei://val.json is the annotation file; reading it cuts the tiles if they are not there
-CATEGORY = "nucleus"
+CATEGORY, CATEGORY_ID = "nucleus", 1
 SCALE = 2  # a nucleus of about 25 pixels becomes one of about 50, which Faster R-CNN's usual strides suit
 MIN_VISIBLE = 0.25  # of a nucleus' area in the whole image
 LEFT_OVER_AGE = 3600  # seconds after which an unfinished folder is taken for abandoned
@@ -60,9 +60,12 @@ def register_nuclei() -> None:
             continue
         DatasetCatalog.register(name, lambda split=split, name=name: _load(split, name))
         # COCOEvaluator opens json_file when it is built, before the data set is loaded: the path handler below
-        # makes the file then. thing_classes is here so that drawing needs no loading either.
+        # makes the file then. The category is here so that drawing and predicting need no loading either.
         MetadataCatalog.get(name).set(
-            json_file=f"{SCHEME}{split}.json", evaluator_type="coco", thing_classes=[CATEGORY]
+            json_file=f"{SCHEME}{split}.json",
+            evaluator_type="coco",
+            thing_classes=[CATEGORY],
+            thing_dataset_id_to_contiguous_id={CATEGORY_ID: 0},
         )
 
 
@@ -168,13 +171,18 @@ def _write_split(folder: Path, name: str, split: Split, image: np.ndarray, label
             for label in np.unique(labels[window]):
                 visible = labels[window] == label
                 if label and visible.sum() >= MIN_VISIBLE * areas[label]:
-                    annotation = {"id": len(annotations) + 1, "image_id": image_id, "category_id": 1, "iscrowd": 0}
+                    annotation = {
+                        "id": len(annotations) + 1,
+                        "image_id": image_id,
+                        "category_id": CATEGORY_ID,
+                        "iscrowd": 0,
+                    }
                     annotations.append(annotation | _shape(visible))
     coco = {
         "info": {"description": f"nuclei_{name}: see LICENSE.txt beside the source image for origin and licence"},
         "images": images,
         "annotations": annotations,
-        "categories": [{"id": 1, "name": CATEGORY}],
+        "categories": [{"id": CATEGORY_ID, "name": CATEGORY}],
     }
     (folder / f"{name}.json").write_text(json.dumps(coco))
 

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import os
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -13,6 +12,8 @@ from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
+
+from .machine import count_cores
 
 # What prediction takes on top of the model: a Faster R-CNN R-50-FPN needed 398 MiB for an image of 800 x 1216.
 BYTES_FOR_A_PIXEL = 430
@@ -177,5 +178,4 @@ def _set_threads(number: int) -> None:
 
 def _decoders() -> int:
     """How many threads read and resize images: more than one where there are cores for that."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(8, cores // 2))
+    return max(1, min(8, count_cores() // 2))

@@ -15,8 +15,8 @@ from detectron2.engine import hooks
 from detectron2.utils import comm
 
 from ..checkpoint.reader import peek
-from ..files import write_atomically
-from .folder import BEST, BEST_RECORD, is_local
+from ..files import is_local, write_atomically
+from .folder import BEST, BEST_RECORD
 from .validation import NAME as LOSS
 
 logger = logging.getLogger(__name__)

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
@@ -20,12 +20,18 @@ def class_names_of(cfg: CfgNode) -> list[str]:
     if names := list(cfg.DATASETS.get("CLASS_NAMES", ())):
         return names
     things = read_needs(cfg, train=True).things
-    for name in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST):
-        if name in DatasetCatalog:
-            names = list(MetadataCatalog.get(name).get("thing_classes", None) or ())
-            if things and len(names) == things[1]:
-                return names
-    return []
+    registered = [name for name in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST) if name in DatasetCatalog]
+    name = find_data_set(registered, things[1]) if things else ""
+    return list(MetadataCatalog.get(name).thing_classes) if name else []
+
+
+def find_data_set(names: Iterable[str], classes: int) -> str:
+    """Gives the first of these data sets that is known to have so many categories; "" if none is."""
+    return next((name for name in names if len(_categories_of(name)) == classes), "")
+
+
+def _categories_of(name: str) -> Sequence[str]:
+    return MetadataCatalog.get(name).get("thing_classes", None) or ()
 
 
 def metadata_of(cfg: CfgNode, names: Sequence[str]) -> Metadata:

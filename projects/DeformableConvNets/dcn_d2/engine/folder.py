@@ -20,6 +20,7 @@ import yaml
 from detectron2.config import CfgNode
 
 from ..checkpoint.resuming import BEST
+from ..files import is_local
 
 logger = logging.getLogger(__name__)
 
@@ -36,11 +37,6 @@ _OVERWRITE = "--overwrite (in Python: resume_or_load(resume=False, overwrite=Tru
 # the process and not to the file. So the workers of a killed run, which live some seconds longer, do not hold them, and
 # a notebook may train again in its folder.
 _held: dict[str, tuple[IO[str], int]] = {}
-
-
-def is_local(folder: str) -> bool:
-    """Whether `folder` is on a file system. Other addresses (s3://…) are not checked here."""
-    return bool(folder) and "://" not in folder
 
 
 def find_checkpoints(folder: str) -> list[str]:

@@ -10,7 +10,7 @@ from typing import Any
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
-from .folder import is_local
+from ..files import is_local
 
 NAMES = ("fvcore", "detectron2", "dcn_d2")
 _files: dict[str, logging.FileHandler] = {}  # path -> log of this process, at most one

@@ -36,7 +36,7 @@ def fit_to_machine(cfg: CfgNode, processes: int = 1) -> None:
             f"MODEL.DEVICE is cpu with {processes} processes, but Detectron2 connects processes through the GPUs "
             "where there are any; hide them with CUDA_VISIBLE_DEVICES="
         )
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = count_cores()
     # With several processes, each loads its data itself: starting workers took tens of seconds on 2 cores.
     workers = cores if processes == 1 else 0
     if cfg.DATALOADER.NUM_WORKERS > workers:
@@ -84,3 +84,8 @@ def effective_batch_size(cfg: CfgNode) -> int:
 def _name_of_batch_size(cfg: CfgNode) -> str:
     several = with_dcn_keys(cfg).SOLVER.ACCUMULATE_BATCHES > 1
     return "SOLVER.IMS_PER_BATCH times ACCUMULATE_BATCHES" if several else "SOLVER.IMS_PER_BATCH"
+
+
+def count_cores() -> int:
+    """How many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -19,6 +19,7 @@ from detectron2.utils.file_io import PathManager
 from ..checkpoint.class_names import check_class_names, peek_class_names
 from ..checkpoint.files import CorruptCheckpointError
 from ..config.access import value_of
+from ..config.published import use_published_weights
 from ..data.findings import show
 from ..data.needs import list_names, read_needs
 from ..data.own import data_set_name, register_own_data
@@ -86,9 +87,7 @@ def use_own_data(args: Namespace, cfg: CfgNode) -> list[str]:
 
 def start_from_published(args: Namespace, cfg: CfgNode) -> list[str]:
     """Makes MODEL.WEIGHTS of `cfg` the published weights of its row, and fetches them if they will be needed."""
-    if not cfg.PUBLISHED.WEIGHTS:
-        raise ValueError(f"--from-published: the config {args.config_file!r} has no PUBLISHED.WEIGHTS")
-    cfg.MODEL.WEIGHTS = f"mmdet://{cfg.PUBLISHED.WEIGHTS}"
+    use_published_weights(cfg, "--from-published", args.config_file)
     if not (args.resume and folder.describe_earlier_run(cfg.OUTPUT_DIR)):
         PathManager.get_local_path(cfg.MODEL.WEIGHTS)  # so that the processes find it in the cache
     return [f"--from-published: training starts from {cfg.MODEL.WEIGHTS}"]

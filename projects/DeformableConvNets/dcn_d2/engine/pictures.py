@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
-import random
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -29,9 +28,10 @@ from torch import nn
 from ..config import with_dcn_keys
 from ..data.images import read_image
 from ..data.mapper import DCNDatasetMapper
-from ..outputs import unique_stems
+from ..outputs import plain_label, unique_stems
 from ..visualizer import SamplingAnnotator, SamplingRecord, record_sampling
 from .errors import one_line
+from .random_numbers import random_numbers_kept
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +55,7 @@ def put_pictures(cfg: CfgNode, model: nn.Module) -> None:
         model = model.module
     for name in cfg.DATASETS.TEST:
         try:
-            with _random_numbers_kept(), _evaluated(model), torch.no_grad():
+            with random_numbers_kept(), _evaluated(model), torch.no_grad():
                 _draw_data_set(cfg, model, name, count)
         except Exception as error:  # a picture is not worth a training
             logger.warning(f"TEST.PICTURES: no pictures of data set {name}: {one_line(error)}")
@@ -93,7 +93,7 @@ def _choose(name: str, count: int) -> list[dict[str, Any]]:
 
 def _plain_names(names: list[str]) -> Any:
     """Metadata for Detectron2's drawing, with names in which a $ does not begin a formula."""
-    return Metadata().set(thing_classes=[name.replace("$", r"\$") for name in names]) if names else Metadata()
+    return Metadata().set(thing_classes=[plain_label(name) for name in names]) if names else Metadata()
 
 
 def _enlarge(image: np.ndarray) -> np.ndarray:
@@ -146,16 +146,3 @@ def _evaluated(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         model.train(training)
-
-
-@contextlib.contextmanager
-def _random_numbers_kept() -> Iterator[None]:
-    """Restores the random numbers of Python, NumPy and PyTorch: the next iterations draw what they would have drawn."""
-    python, numpy = random.getstate(), np.random.get_state()
-    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
-    with torch.random.fork_rng(devices=devices):
-        try:
-            yield
-        finally:
-            random.setstate(python)
-            np.random.set_state(numpy)

@@ -20,7 +20,8 @@ from typing import Any
 
 from detectron2.config import CfgNode
 
-from . import checks, folder
+from ..files import is_local
+from . import checks
 from .restart import FileMark
 from .stopping import REQUEUE, TrainingStopped
 
@@ -89,7 +90,7 @@ def check_slurm(cfg: CfgNode, keys: Mapping[str, Any]) -> None:
             f"--slurm: there is no {missing[0]} on this machine. Submit on a login node of the cluster, or run the job "
             "here with --slurm local=1"
         )
-    if not folder.is_local(cfg.OUTPUT_DIR):
+    if not is_local(cfg.OUTPUT_DIR):
         raise ValueError(f"--slurm needs an OUTPUT_DIR that is a folder all machines see, got {cfg.OUTPUT_DIR!r}")
     checks.check_batch_size(cfg, processes=keys["nodes"] * max(1, keys["gpus"]))
 

@@ -28,9 +28,8 @@ from detectron2.utils.events import EventWriter, get_event_storage
 
 from ..config import with_dcn_keys
 from ..config.access import keys_of, value_of
-from ..files import write_atomically
+from ..files import is_local, write_atomically
 from .errors import one_line
-from .folder import is_local
 from .stopping import ending
 
 logger = logging.getLogger(__name__)

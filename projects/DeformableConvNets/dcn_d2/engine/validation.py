@@ -3,15 +3,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import logging
 import math
-import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
-import numpy as np
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, build_detection_test_loader
@@ -22,6 +19,7 @@ from torch import nn
 from ..config import with_dcn_keys
 from ..data.mapper import DCNDatasetMapper
 from ..data.transforms import build_augmentation
+from .random_numbers import random_numbers_kept
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +55,7 @@ def validation_loss(cfg: CfgNode, model: nn.Module) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name in cfg.DATASETS.TEST:
         mapper = DCNDatasetMapper(cfg, is_train=True, augmentations=build_augmentation(cfg, False))
-        with torch.no_grad(), _random_numbers_of_its_own(), EventStorage():
+        with torch.no_grad(), random_numbers_kept(seed=0), EventStorage():
             found[name] = _mean_losses(model, build_detection_test_loader(cfg, name, mapper=mapper))
     return (next(iter(found.values())) if len(found) == 1 else found) if comm.is_main_process() else {}
 
@@ -71,22 +69,6 @@ def _fixed_copy(model: nn.Module) -> nn.Module:
         if hasattr(module, "vis_period"):
             setattr(module, "vis_period", 0)  # noqa: B010  no pictures of it
     return model
-
-
-@contextlib.contextmanager
-def _random_numbers_of_its_own() -> Iterator[None]:
-    """Draws from a fixed seed inside, and goes on outside as if nothing had been drawn."""
-    state, of_numpy = random.getstate(), np.random.get_state()
-    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
-    with torch.random.fork_rng(devices):
-        try:
-            torch.manual_seed(0)
-            random.seed(0)
-            np.random.seed(0)
-            yield
-        finally:
-            random.setstate(state)
-            np.random.set_state(of_numpy)
 
 
 def _mean_losses(model: nn.Module, loader: Iterable) -> dict[str, float]:

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..outputs import plain_label
+
 if TYPE_CHECKING:
     from detectron2.structures import Instances
     from PIL import Image
@@ -39,7 +41,7 @@ def draw_boxes(image: np.ndarray, boxes: Any, color: Any, labels: list[str] | No
 
     colors = [color] * len(boxes)
     if labels is not None:
-        labels = [label.replace("$", r"\$") for label in labels]  # it would begin a formula
+        labels = [plain_label(label) for label in labels]
     drawn = Visualizer(image).overlay_instances(boxes=boxes, masks=masks, labels=labels, assigned_colors=colors)
     return drawn.get_image()
 

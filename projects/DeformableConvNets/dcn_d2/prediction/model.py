@@ -23,13 +23,12 @@ def read_config(args: argparse.Namespace) -> CfgNode:
         args: config_file (a file, or the name of a row of the zoo), weights, published, opts.
     """
     from .. import model_zoo
+    from ..config.published import use_published_weights
     from ..engine import fit_to_machine, load_config
 
     cfg = load_config(model_zoo.find_config_file(args.config_file), args.opts)
     if args.published:
-        if not cfg.PUBLISHED.WEIGHTS:
-            raise ValueError(f"--published: the config {args.config_file!r} has no PUBLISHED.WEIGHTS")
-        cfg.MODEL.WEIGHTS = f"mmdet://{cfg.PUBLISHED.WEIGHTS}"
+        use_published_weights(cfg, "--published", args.config_file)
     elif args.weights is not None:
         cfg.MODEL.WEIGHTS = args.weights
     fit_to_machine(cfg)

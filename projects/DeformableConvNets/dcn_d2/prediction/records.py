@@ -10,9 +10,12 @@ import numpy as np
 import pycocotools.mask
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data import MetadataCatalog
 from detectron2.evaluation.coco_evaluation import instances_to_coco_json
 from detectron2.structures import Boxes, Instances, RotatedBoxes
+
+from ..data.needs import read_needs
+from ..engine.class_names import find_data_set
 
 _WITHOUT_INSTANCES = ("SemanticSegmentor", "ProposalNetwork")
 
@@ -26,8 +29,8 @@ class Categories(NamedTuple):
 
 def number_of_classes(cfg: CfgNode) -> int:
     """Gives the number of classes that a model tells apart."""
-    retina = cfg.MODEL.META_ARCHITECTURE == "RetinaNet"
-    return cfg.MODEL.RETINANET.NUM_CLASSES if retina else cfg.MODEL.ROI_HEADS.NUM_CLASSES
+    things = read_needs(cfg, train=False).things
+    return things[1] if things else cfg.MODEL.ROI_HEADS.NUM_CLASSES
 
 
 def class_names(cfg: CfgNode, dataset: str | None = None) -> list[str]:
@@ -46,10 +49,8 @@ def class_names(cfg: CfgNode, dataset: str | None = None) -> list[str]:
 
 def _data_set_of(cfg: CfgNode, dataset: str | None = None) -> str:
     """Gives the first data set of the config that has the model's number of classes; "" if none has."""
-    for name in (dataset, *cfg.DATASETS.TEST, *cfg.DATASETS.TRAIN):
-        if name and len(MetadataCatalog.get(name).get("thing_classes", [])) == number_of_classes(cfg):
-            return name
-    return ""
+    names = (*([dataset] if dataset else []), *cfg.DATASETS.TEST, *cfg.DATASETS.TRAIN)
+    return find_data_set(names, number_of_classes(cfg))
 
 
 def find_categories(cfg: CfgNode, coco: list[dict[str, Any]], names: Sequence[str] = ()) -> Categories:
@@ -90,8 +91,6 @@ def _ids_of(cfg: CfgNode, names: list[str]) -> list[int]:
     number, name = len(names), _data_set_of(cfg)
     if name and list(MetadataCatalog.get(name).thing_classes) == names:
         metadata = MetadataCatalog.get(name)
-        if "thing_dataset_id_to_contiguous_id" not in metadata.as_dict() and name.startswith("nuclei"):
-            DatasetCatalog.get(name)  # reading the data set sets it
         ids = {index: key for key, index in metadata.get("thing_dataset_id_to_contiguous_id", {}).items()}
         if set(ids) == set(range(number)):
             return [ids[index] for index in range(number)]

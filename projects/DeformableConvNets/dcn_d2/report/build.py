@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from .. import __version__
-from ..files import write_atomically
+from ..files import is_local, write_atomically
 from .page import page, text
 from .results import test_set
 from .run import Missing, Run
@@ -76,7 +76,7 @@ def _try(title: str, make: Callable[[], str]) -> str:
 def try_report(folder: str | os.PathLike[str]) -> None:
     """Writes a report; if that fails, there is a warning and nothing else."""
     try:
-        if "://" in os.fspath(folder):
+        if not is_local(os.fspath(folder)):
             raise OSError(f"OUTPUT_DIR {os.fspath(folder)} is not on a local disk")
         logger.info(f"report of the run: {write_report(folder)}")
     except Exception as error:  # a report is not worth a training

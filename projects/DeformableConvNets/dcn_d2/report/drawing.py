@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from pycocotools.cocoeval import COCOeval
 
+from ..outputs import plain_label
 from .mistakes import ImageMistakes
 
 GOOD, MISSED, WRONG = (0.35, 0.85, 0.55), (1.0, 0.72, 0.1), (1.0, 0.3, 0.25)
@@ -56,7 +57,7 @@ def _draw_boxes(image: np.ndarray, boxes: np.ndarray, labels: list[str], colors:
     from detectron2.utils.visualizer import Visualizer
 
     corners = np.concatenate([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], axis=1)
-    shown = [name.replace("$", r"\$") for name in labels]  # a $ would begin a formula
+    shown = [plain_label(name) for name in labels]
     show = any(shown) and len(shown) <= MOST_LABELS
     pen = Visualizer(image, scale=1.0)
     pen.overlay_instances(boxes=corners, labels=shown if show else None, assigned_colors=colors, alpha=0.9)

@@ -23,7 +23,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
 
-from ..files import write_atomically
+from ..files import is_local, write_atomically
 
 FILE = "runs.json"
 Entry = dict[str, Any]
@@ -83,7 +83,7 @@ def record_evaluation(cfg: CfgNode, results: Mapping[str, Any]) -> None:
 
 
 def _write(cfg: CfgNode, change: Any) -> None:
-    if not cfg.OUTPUT_DIR or "://" in cfg.OUTPUT_DIR:
+    if not is_local(cfg.OUTPUT_DIR):
         return
     names = {*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST}
     known = read_record(cfg.OUTPUT_DIR).get("data_sets")

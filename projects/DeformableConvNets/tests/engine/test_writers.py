@@ -264,7 +264,7 @@ def test_pictures_change_nothing_else(tmp_path: Path, monkeypatch: pytest.Monkey
     plain = train(tmp_path / "plain", *keys).model.state_dict()
     drawn = train(tmp_path / "drawn", *keys, "TEST.PICTURES", 2).model.state_dict()
     assert all(torch.equal(value, drawn[key]) for key, value in plain.items())
-    without_restoring = "dcn_d2.engine.pictures._random_numbers_kept"
+    without_restoring = "dcn_d2.engine.pictures.random_numbers_kept"
     monkeypatch.setattr(without_restoring, lambda: _spend_random_numbers())
     spent = train(tmp_path / "spent", *keys, "TEST.PICTURES", 2).model.state_dict()
     assert not all(torch.equal(value, spent[key]) for key, value in plain.items()), "random numbers do matter here"
