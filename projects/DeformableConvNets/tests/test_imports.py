@@ -21,7 +21,7 @@ ALLOWED: dict[str, set[str]] = {
     "checkpoint": {"files"},
     "modeling": {"ops", "layers", "config"},
     "visualizer": {"ops", "layers"},
-    "data": {"config"},
+    "data": {"config", "outputs"},
     "evaluation": {"config", "data"},
     "report": {"config", "files", "outputs", "quiet"},
     "engine": {

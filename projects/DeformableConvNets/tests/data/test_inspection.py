@@ -488,6 +488,18 @@ def test_the_report_and_the_picture_are_written(world: World, tmp_path: Path) ->
         assert picture.shape[2] == 3 and picture.std() > 20
 
 
+def test_names_of_categories_with_dollar_signs_were_drawn_as_formulas(
+    world: World, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for data in (world.train, world.test):
+        for category in data["categories"]:
+            category["name"] = rf"$\{category['name']}$"
+    with caplog.at_level("INFO", logger="dcn_d2"):
+        report = world.check(output=tmp_path / "report")
+    assert len(report.pictures) == 2
+    assert "is not in the picture" not in caplog.text
+
+
 def test_the_text_names_kind_count_places_and_the_way_out(world: World) -> None:
     world.path(2).unlink()
     world.add(bbox=[50, 50, 0, 5])

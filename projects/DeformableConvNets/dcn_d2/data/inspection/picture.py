@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from detectron2.data.catalog import Metadata
 from detectron2.utils.visualizer import Visualizer
 from PIL import Image, ImageDraw
 
+from ...outputs import plain_label
 from ..annotations import Record
 from ..findings import show
 from ..images import read_image
@@ -57,6 +59,7 @@ def draw_samples(columns: Columns, looks: Sequence[Look | None], metadata: Any, 
     """Draws samples into one picture; returns False if there is no image to draw."""
     tiles = []
     names = metadata.get("thing_classes", None) or ()
+    metadata = Metadata(**metadata.as_dict() | {"thing_classes": [plain_label(name) for name in names]})
     for index, why in choose_samples(columns, looks, names).items():
         record = columns.records[index]
         try:
