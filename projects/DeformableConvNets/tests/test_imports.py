@@ -37,6 +37,7 @@ ALLOWED: dict[str, set[str]] = {
     },
     "prediction": {"checkpoint", "config", "data", "engine", "files", "model_zoo", "outputs"},
     "batch": {"engine", "model_zoo"},
+    "export": {"checkpoint", "config", "data", "engine", "files", "model_zoo", "modeling", "ops", "outputs"},
     "info": {"ops"},
     "model_zoo": set(),
     "outputs": {"files"},

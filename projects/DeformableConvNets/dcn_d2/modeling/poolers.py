@@ -77,14 +77,7 @@ class DCNROIPooler(ROIPooler):
         """
         if not self.mmdet_levels or len(box_lists) == 0 or len(x) == 1:
             return super().forward(x, box_lists)
-        levels = self._mmdet_levels(box_lists)
-        rois = convert_boxes_to_pooler_format(box_lists)
-        output = x[0].new_zeros(len(rois), x[0].shape[1], *self.output_size)
-        for level, (pooler, features) in enumerate(zip(self.level_poolers, x)):
-            (indices,) = (levels == level).nonzero(as_tuple=True)
-            # Also without indices: through this, the parameters of a level without boxes get gradients, of zeros.
-            output.index_put_((indices,), pooler(features, rois[indices]))
-        return output
+        return pool_rois(self, x, convert_boxes_to_pooler_format(box_lists))
 
     def _mmdet_levels(self, box_lists: list[Boxes]) -> Tensor:
         """Gives the index of each box's level, 0 for the finest: a tensor (R,).
@@ -110,6 +103,28 @@ def assign_levels(pooler: ROIPooler, box_lists: list[Boxes]) -> Tensor:
     return assign_boxes_to_levels(
         box_lists, pooler.min_level, pooler.max_level, pooler.canonical_box_size, pooler.canonical_level
     )
+
+
+def pool_rois(pooler: ROIPooler, x: list[Tensor], rois: Tensor) -> Tensor:
+    """Pools RoIs with the poolers of a `ROIPooler`: what its `forward` does, without a list for each image.
+
+    Args:
+        pooler: a `DCNROIPooler` or one of Detectron2's.
+        x: the feature map of each level, (N, C, H, W) tensors, finest first.
+        rois: (R, 5), (batch index, x0, y0, x1, y1) in image pixels.
+
+    Returns:
+        (R, C, output_size, output_size).
+    """
+    if len(x) == 1:
+        return pooler.level_poolers[0](x[0], rois)
+    levels = assign_levels(pooler, [Boxes(rois[:, 1:])])
+    output = x[0].new_zeros((rois.shape[0], x[0].shape[1], *pooler.output_size))
+    for level, (level_pooler, features) in enumerate(zip(pooler.level_poolers, x)):
+        (indices,) = (levels == level).nonzero(as_tuple=True)
+        # Also without indices: through this, the parameters of a level without boxes get gradients, of zeros.
+        output.index_put_((indices,), level_pooler(features, rois[indices]))
+    return output
 
 
 def build_roi_pooler(cfg: CfgNode, head: CfgNode, input_shape: Mapping[str, ShapeSpec]) -> ROIPooler:

@@ -70,10 +70,15 @@ def _reason(error: BaseException) -> str:
 missing_kernels = _load_kernels()
 
 
+def has_kernel(name: str, key: str) -> bool:
+    """Whether something, such as the compiled library, has registered a kernel of an operator for a dispatch key."""
+    return torch._C._dispatch_has_kernel_for_dispatch_key(f"dcn_d2::{name}", key)
+
+
 def _define_query(name: str) -> None:
     """Defines an operator without arguments that tells something about the compiled library, "" where it cannot."""
     LIBRARY.define(f"{name}() -> str")
-    if not torch._C._dispatch_has_kernel_for_dispatch_key(f"dcn_d2::{name}", "CompositeExplicitAutograd"):
+    if not has_kernel(name, "CompositeExplicitAutograd"):
         LIBRARY.impl(name, lambda: "", "CompositeExplicitAutograd")
 
 
@@ -107,7 +112,7 @@ def define_with_tf32(schema: str) -> None:
         allowed = torch.backends.cudnn.conv.fp32_precision == "tf32"  # type: ignore[attr-defined]
         return kernel(*args, **kwargs, allow_tf32=allowed)
 
-    if torch._C._dispatch_has_kernel_for_dispatch_key(f"dcn_d2::_{name}", "CUDA"):
+    if has_kernel(f"_{name}", "CUDA"):
         LIBRARY.impl(name, call, "CUDA")
 
 
