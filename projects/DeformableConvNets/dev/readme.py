@@ -220,6 +220,19 @@ def detector_table(path: Path) -> str:
     return f"{caption(path, document)}\n\n{table(header, lines)}"
 
 
+def runtimes_table(path: Path) -> str:
+    """The rows of benchmarks/runtimes.py: times, and how much faster runtimes are than PyTorch."""
+    document = json.loads(path.read_text())
+    names = {name: words for name, words in CPU_PEERS.items() if name != "torchvision"}
+    lines = []
+    for row in sorted(document["rows"], key=lambda row: row["threads"]):
+        ours, *others = (fastest(row, name) for name in ("dcn_d2", *names))
+        cells = numbers(ours, *(value for theirs in others for value in (theirs, quotient(ours, theirs))))
+        lines.append([row["pass"], str(row["threads"]), *cells])
+    header = ["part", "threads", "PyTorch", *(cell for name in names.values() for cell in (name, "factor"))]
+    return f"{caption(path, document)}\n\n{table(header, lines)}"
+
+
 def quotient(numerator: float | None, denominator: float | None) -> float | None:
     """Of two times; None if one of the two took no part."""
     return numerator / denominator if numerator and denominator else None
@@ -250,6 +263,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "memory": lambda results: tables(results, "deform_conv2d_memory_*.json", memory_table),
     "roi-pooling": lambda results: tables(results, "deform_roi_pool_*.json", roi_pool_table),
     "detector": lambda results: tables(results, "detector_*.json", detector_table),
+    "runtimes": lambda results: tables(results, "runtimes_*.json", runtimes_table),
 }
 SECTIONS: dict[str, Callable[[], str]] = {
     "gpu": gpu,
