@@ -39,7 +39,8 @@ from PIL import Image
 from benchmarks import command_line, detector, measure, predict, rows
 from benchmarks.failures import Failures, attempt, note
 from benchmarks.results import Results
-from dcn_d2 import export
+from dcn_d2.engine import DCNPredictor
+from dcn_d2.export import export
 from dcn_d2.export.formats import SUFFIXES, open_session
 
 PARTS = ("backbone", "detector")
@@ -54,28 +55,27 @@ class Part:
 
     Args:
         name: one of PARTS.
-        model: Detectron2's model in evaluation mode.
+        predictor: with the model in evaluation mode, and its config.
         image: (3, H, W), uint8.
         folder: where the exported files go.
     """
 
-    def __init__(self, name: str, model: Any, image: torch.Tensor, folder: Path) -> None:
-        self.name, self.model, self.image, self.folder = name, model, image, folder
+    def __init__(self, name: str, predictor: DCNPredictor, image: torch.Tensor, folder: Path) -> None:
+        self.name, self.cfg, self.model = name, predictor.cfg, predictor.model
+        self.image, self.folder = image, folder
         size = tuple(image.shape[-2:])
         self.arrays = {"images": image[None].float().numpy(), "image_sizes": np.array([size], np.int64)}
 
     def export(self, failed: Failures) -> dict[str, Path]:
         """Writes a file for each runtime; notes in `failed` for which that is not possible."""
         files: dict[str, Path] = {}
+        size = tuple(self.image.shape[-2:])
         for runtime, file_format in RUNTIMES.items():
             path = self.folder / f"{self.name}{SUFFIXES[file_format]}"
-            attempt(failed, runtime, self._write, file_format, path)
-            files |= {runtime: path} if runtime not in failed else {}
+            write = partial(export, model=self.model, part=self.name, size=size, batch=1, check=False)
+            if attempt(failed, runtime, write, self.cfg, path):
+                files[runtime] = path
         return files
-
-    def _write(self, file_format: str, path: Path) -> None:
-        size = tuple(self.image.shape[-2:])
-        export.export(self.model, format=file_format, part=self.name, size=size, batch=1, output=path)
 
     def eager(self) -> Arrays:
         """What the model gives in PyTorch."""
@@ -134,21 +134,22 @@ def instances(arrays: Arrays) -> Instances:
     return Instances((1, 1), **fields)  # the size does not matter
 
 
-def build(size: tuple[int, int], overrides: list[Any], folder: Path) -> tuple[Any, torch.Tensor]:
-    """The model, whose scores are spread so that it finds boxes, and an image."""
+def build(size: tuple[int, int], overrides: list[Any], folder: Path) -> tuple[DCNPredictor, torch.Tensor]:
+    """A predictor whose scores are spread so that it finds boxes, and an image."""
     predictor = predict.build(size, "cpu", overrides)
     (file,) = predict.write_images(folder, 1, size)
     predict.spread_scores(predictor, file)
-    return predictor.model, torch.from_numpy(np.asarray(Image.open(file))[:, :, ::-1].copy()).permute(2, 0, 1)
+    pixels = np.asarray(Image.open(file))[:, :, ::-1]
+    return predictor, torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
 
 
 def measure_time(arguments: argparse.Namespace, size: tuple[int, int], overrides: list[Any], results: Results) -> None:
     """Times every part and number of threads; a row and a line for each."""
     shape = {"name": "R-50-FPN", "height": size[0], "width": size[1], "batch": 1}
     with tempfile.TemporaryDirectory() as folder:
-        model, image = build(size, overrides, Path(folder))
+        predictor, image = build(size, overrides, Path(folder))
         for name in arguments.parts:
-            part = Part(name, model, image.contiguous(), Path(folder))
+            part = Part(name, predictor, image, Path(folder))
             not_exported: Failures = {}
             files = part.export(not_exported)
             for threads in arguments.threads:
