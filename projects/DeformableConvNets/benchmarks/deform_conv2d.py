@@ -4,7 +4,7 @@
     python -m benchmarks.deform_conv2d                       the CPU, 1 thread and all threads
     python -m benchmarks.deform_conv2d --device cuda         the GPU; --dtype tf32, --buffers hot rotated
     python -m benchmarks.deform_conv2d --quick               one row a stage, forward and forward+backward
-    python -m benchmarks.deform_conv2d --memory              peak extra memory
+    python -m benchmarks.deform_conv2d --memory              peak extra memory; not of OpenVINO, which keeps its memory
     python -m benchmarks.deform_conv2d --peers none          without other implementations
     python -m benchmarks.deform_conv2d --check FILE...       which goals hold
 
@@ -126,7 +126,7 @@ def describe(row: dict[str, Any]) -> str:
     varied += [] if shape["mask"] else ["no mask"]
     times = {name: timing["median"] for name, timing in row["milliseconds"].items()}
     conv, ours = (rows.fastest(row, name) for name in ("conv", "dcn_d2"))
-    names = ("torchvision", "autocast torchvision", "deformops NHWC", "onnxruntime")
+    names = ("torchvision", "autocast torchvision", "deformops NHWC", "onnxruntime", "openvino")
     peers = ", ".join(f"{rows.quotient(times[n], ours)}x {n}" for n in names if n in times)
     label = " ".join([shape["name"], *varied])
     where = f"{row['dtype']} {row['buffers']}" if "buffers" in row else f"{row['threads']} thread(s)"
@@ -185,6 +185,8 @@ def main(arguments: list[str] | None = None, stages: list[Shape] = STAGES) -> in
     if len(parsed.peers) > 1 and {"all", "none"} & {*parsed.peers}:
         options.error("--peers: all or none or some names")
     parsed.peers = {"all": CONVOLUTION_PEERS, "none": ()}.get(parsed.peers[0], parsed.peers)
+    if parsed.memory:  # OpenVINO allocates when it compiles a model: a call takes nothing more
+        parsed.peers = [name for name in parsed.peers if name != "openvino"]
     if parsed.memory and parsed.device == "cpu" and os.environ.get("MALLOC_MMAP_THRESHOLD_") is None:
         environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
         return subprocess.run([sys.executable, *sys.orig_argv[1:]], env=environment, check=False).returncode

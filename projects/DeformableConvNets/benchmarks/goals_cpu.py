@@ -49,6 +49,8 @@ def _convolution() -> list[Goal]:
         where = forward | {"threads": threads}
         what = f"forward over ONNX Runtime, {words}"
         found += _each_and_mean(what, ("onnxruntime", "dcn_d2"), where, at_least=(1.4, 1.8))
+    what = "forward over OpenVINO, 1 thread"
+    found += _each_and_mean(what, ("openvino", "dcn_d2"), forward, at_least=(1.2, 1.3))
     for layout, quotient in zip(FORMATS, (last, first)):
         what = f"groups=32: forward price, {layout}, 1 thread"
         found.append(Goal(what, "deform_conv2d", quotient, at_most=2.5, where=grouped))

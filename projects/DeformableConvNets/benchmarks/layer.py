@@ -150,12 +150,12 @@ class Layer:
             found["torchvision"] = prepare(self.theirs, (*plain, *moved), self.grad, backward)
         if self.on_gpu:
             return found | self._on_gpu(found["dcn_d2 NHWC"], backward, peers, failed)
-        if "onnxruntime" in peers and not backward and self.input.dtype == torch.float32:
+        runtimes = {"onnxruntime": other.onnx_runtime, "openvino": other.openvino_runtime}
+        if not backward and self.input.dtype == torch.float32:
             shape = (self.shape.stride, self.shape.groups, self.shape.deform_groups)
             operands = (self.input, self.weight, self.offset, self.mask)
-            onnx_runtime = attempt(failed, "onnxruntime", other.onnx_runtime, *operands, *shape)
-            if onnx_runtime:
-                found["onnxruntime"] = onnx_runtime
+            ready = {n: attempt(failed, n, make, *operands, *shape) for n, make in runtimes.items() if n in peers}
+            found |= {name: call for name, call in ready.items() if call}
         return found
 
     def _on_gpu(self, ours: Callable[[], object], backward: bool, peers: Collection[str], failed: Failures) -> Calls:

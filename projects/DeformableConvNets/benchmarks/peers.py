@@ -7,11 +7,12 @@ from collections.abc import Callable
 from functools import cache
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 # Other implementations, by the first word of their contestants' names.
-CONVOLUTION_PEERS = ("torchvision", "autocast", "deformops", "onnxruntime")
+CONVOLUTION_PEERS = ("torchvision", "autocast", "deformops", "onnxruntime", "openvino")
 PEERS = (*CONVOLUTION_PEERS, "roi_align")
 
 
@@ -70,3 +71,36 @@ def onnx_runtime(
     session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
     arrays = {name: t.numpy() for name, t in feeds.items()}
     return lambda: session.run(None, arrays)
+
+
+def openvino_runtime(
+    x: Tensor, weight: Tensor, offset: Tensor, mask: Tensor | None, stride: int, groups: int, deform_groups: int
+) -> Callable[[], object] | None:
+    """A call of OpenVINO's DeformableConvolution on its CPU plugin, or None where it is not installed."""
+    try:
+        import openvino
+        from openvino import opset8
+    except ModuleNotFoundError:
+        return None
+    feeds = [t for t in (x, offset, weight, mask) if t is not None]
+    inputs = [opset8.parameter(list(t.shape), np.float32) for t in feeds]
+    node = opset8.deformable_convolution(
+        *inputs[:3],
+        strides=[stride] * 2,
+        pads_begin=[1] * 2,
+        pads_end=[1] * 2,
+        dilations=[1] * 2,
+        mask=None if mask is None else inputs[3],
+        group=groups,
+        deformable_group=deform_groups,
+        bilinear_interpolation_pad=True,  # samples on the border mix with zeros, as in torchvision
+    )
+    options = {
+        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+        "NUM_STREAMS": 1,
+        "ENABLE_CPU_PINNING": False,  # no other contestant's threads are bound to cores
+        "INFERENCE_PRECISION_HINT": "f32",  # it takes bfloat16 by itself where the processor has it
+    }
+    compiled = openvino.Core().compile_model(openvino.Model([node], inputs), "CPU", options)
+    request, arrays = compiled.create_infer_request(), [t.numpy() for t in feeds]
+    return lambda: [request.infer(arrays, share_inputs=True, share_outputs=True)[0]]

@@ -134,15 +134,21 @@ def usual_rows(document: dict[str, Any]) -> list[dict[str, Any]]:
     return [row for row in rows if row["shape"]["batch"] in batches and row.get("buffers", "hot") == "hot"]
 
 
+# Other implementations on a CPU: their names in result files, and as the heads of columns.
+CPU_PEERS = {"torchvision": "torchvision", "onnxruntime": "ONNX Runtime", "openvino": "OpenVINO"}
+
+
 def performance_table(path: Path) -> str:
-    """The default shapes of one result file of benchmarks/deform_conv2d.py."""
+    """The default shapes of one result file of benchmarks/deform_conv2d.py; a peer has a column if it took part."""
     document = json.loads(path.read_text())
+    shown = sorted(usual_rows(document), key=lambda row: row["threads"])
+    peers = [name for name in CPU_PEERS if any(fastest(row, name) for row in shown)]
     lines = []
-    for row in sorted(usual_rows(document), key=lambda row: row["threads"]):
-        ours, plain, *peers = (fastest(row, name) for name in ("dcn_d2", "conv", "torchvision", "onnxruntime"))
-        times = [plain, ours, quotient(ours, plain), *peers]
+    for row in shown:
+        ours, plain, *others = (fastest(row, name) for name in ("dcn_d2", "conv", *peers))
+        times = [plain, ours, quotient(ours, plain), *others]
         lines.append([layer(row["shape"]), row["pass"], str(row["threads"]), *numbers(*times)])
-    header = ["layer", "pass", "threads", "plain convolution", "dcn_d2", "price", "torchvision", "ONNX Runtime"]
+    header = ["layer", "pass", "threads", "plain convolution", "dcn_d2", "price", *(CPU_PEERS[name] for name in peers)]
     return f"{caption(path, document)}\n\n{table(header, lines)}"
 
 
@@ -214,6 +220,19 @@ def detector_table(path: Path) -> str:
     return f"{caption(path, document)}\n\n{table(header, lines)}"
 
 
+def runtimes_table(path: Path) -> str:
+    """The rows of benchmarks/runtimes.py: times, and how much faster runtimes are than PyTorch."""
+    document = json.loads(path.read_text())
+    names = {name: words for name, words in CPU_PEERS.items() if name != "torchvision"}
+    lines = []
+    for row in sorted(document["rows"], key=lambda row: row["threads"]):
+        ours, *others = (fastest(row, name) for name in ("dcn_d2", *names))
+        cells = numbers(ours, *(value for theirs in others for value in (theirs, quotient(ours, theirs))))
+        lines.append([row["pass"], str(row["threads"]), *cells])
+    header = ["part", "threads", "PyTorch", *(cell for name in names.values() for cell in (name, "factor"))]
+    return f"{caption(path, document)}\n\n{table(header, lines)}"
+
+
 def quotient(numerator: float | None, denominator: float | None) -> float | None:
     """Of two times; None if one of the two took no part."""
     return numerator / denominator if numerator and denominator else None
@@ -244,6 +263,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "memory": lambda results: tables(results, "deform_conv2d_memory_*.json", memory_table),
     "roi-pooling": lambda results: tables(results, "deform_roi_pool_*.json", roi_pool_table),
     "detector": lambda results: tables(results, "detector_*.json", detector_table),
+    "runtimes": lambda results: tables(results, "runtimes_*.json", runtimes_table),
 }
 SECTIONS: dict[str, Callable[[], str]] = {
     "gpu": gpu,

@@ -54,7 +54,7 @@ def test_readme_speed_comes_from_result_files(tmp_path: Path) -> None:
     (tmp_path / "deform_conv2d_cpu.json").write_text(json.dumps(document))
     text = readme.performance(tmp_path)
     assert "Some CPU, float32, torch 2.14.1, commit abc, 2026-01-02" in text
-    assert text.splitlines()[-1] == "| c3: 128 x 100 x 152 | forward | 1 | 2 | 3 | 1.5 | 24 |  |"
+    assert text.splitlines()[-1] == "| c3: 128 x 100 x 152 | forward | 1 | 2 | 3 | 1.5 | 24 |"
     assert text.count("| c3") == 1
 
 

@@ -33,18 +33,29 @@ def test_a_peer_that_raises_costs_only_its_own_numbers(
     assert text.count("  failed: torchvision\n") == 4
 
 
-def test_a_peer_that_cannot_be_made_ready_drops_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(peers, "onnx_runtime", failing(lambda *_: True, peers.onnx_runtime))
+RUNTIMES = pytest.mark.parametrize(
+    ("name", "maker"), [("onnxruntime", "onnx_runtime"), ("openvino", "openvino_runtime")]
+)
+
+
+@RUNTIMES
+def test_a_peer_that_cannot_be_made_ready_drops_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, maker: str
+) -> None:
+    monkeypatch.setattr(peers, maker, failing(lambda *_: True, getattr(peers, maker)))
     status, rows = measured(deform_conv2d, tmp_path, "--quick", stages=tiny_stages(deform_conv2d)[:1])
-    assert status == 0 and [set(row.get("failed", ())) for row in rows] == [{"onnxruntime"}] * 2
+    assert status == 0 and rows[0]["failed"] == {name: "RuntimeError: no kernel image"}
 
 
-def test_a_peer_whose_values_are_wrong_drops_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@RUNTIMES
+def test_a_peer_whose_values_are_wrong_drops_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, maker: str
+) -> None:
     wrong = spoilt(lambda: torch.ones(1, 32, 4, 5))
-    monkeypatch.setattr(peers, "onnx_runtime", lambda *_: lambda: [wrong().numpy()])
+    monkeypatch.setattr(peers, maker, lambda *_: lambda: [wrong().numpy()])
     status, rows = measured(deform_conv2d, tmp_path, "--quick", stages=tiny_stages(deform_conv2d)[:1])
-    assert status == 0 and re.match(r"its output differs from .* by \d", rows[0]["failed"]["onnxruntime"])
-    assert "onnxruntime" not in rows[0]["milliseconds"]
+    assert status == 0 and re.match(r"its output differs from .* by \d", rows[0]["failed"][name])
+    assert name not in rows[0]["milliseconds"]
 
 
 def test_who_raises_while_it_is_timed_drops_out(capsys: pytest.CaptureFixture[str]) -> None:

@@ -118,7 +118,7 @@ def test_every_goal_is_about_contestants_that_exist() -> None:
     layouts = [" NCHW", " NHWC", ""]
     known = {
         "deform_conv2d": [f"{name}{x}" for name in ("conv", "dcn_d2") for x in layouts]
-        + ["torchvision", "onnxruntime"],
+        + ["torchvision", "onnxruntime", "openvino"],
         "deform_roi_pool": [f"{name}{x}" for name in ("roi_align", "modulated") for x in layouts],
         "detector": [f"{name}{x}" for name in ("plain", "dcn_d2") for x in layouts],
     }

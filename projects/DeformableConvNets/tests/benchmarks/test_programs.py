@@ -150,7 +150,9 @@ def test_no_benchmark_imports_itself_through_another(project: Path) -> None:
     graphlib.TopologicalSorter(imports).prepare()  # raises CycleError
 
 
-@pytest.mark.parametrize("name", ["deform_conv2d", "deform_roi_pool", "detector", "profile_cuda", "training_precision"])
+@pytest.mark.parametrize(
+    "name", ["deform_conv2d", "deform_roi_pool", "detector", "profile_cuda", "runtimes", "training_precision"]
+)
 @pytest.mark.parametrize("how", ["module", "file"])
 def test_it_runs_as_a_module_and_as_a_file(project: Path, tmp_path: Path, name: str, how: str) -> None:
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}

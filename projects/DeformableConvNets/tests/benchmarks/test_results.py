@@ -140,7 +140,7 @@ def test_results_name_the_gpu_and_what_drives_it(
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91900)
     environment = origin.environment("cuda")
-    names = ("torch", "torchvision", "onnxruntime", "deformops", "triton")
+    names = ("torch", "torchvision", "onnxruntime", "openvino", "deformops", "triton")
     assert environment["versions"] == {name: f"{name}-1" for name in names}
     assert environment["gpu"].pop("driver") == "580.1"
     assert environment["gpu"] == {"capability": "9.0", "multiprocessors": 132, "cuda": "13.0", "cudnn": 91900}
