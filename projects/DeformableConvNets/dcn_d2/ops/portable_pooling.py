@@ -62,9 +62,9 @@ def deform_roi_pool(
             first, extent = start[:, axis, None, None], size[:, axis, None, None]
             bin_size = extent / bins
             middle = first + (index + 0.5) * bin_size + gamma * offset[:, axis] * extent
-            half = (_away_from_integers(bin_size, middle) if sampling_ratio == 0 else bin_size) / 2
-            reach = half.abs() + 1
+            reach = bin_size.abs() + 1
             used = sampled[:, :, None] & (middle >= -reach) & (middle <= length + reach)  # not if it is NaN
+            half = (_away_from_integers(bin_size, middle) if sampling_ratio == 0 else bin_size) / 2
             return _box(middle - half, middle + half, used)
 
         y0, y1 = edges(1, _numbers(out_h, input)[None, :, None], out_h, input.shape[2])
