@@ -121,7 +121,7 @@ def _load_package(archive: Archive) -> tuple[Description, Callable[..., Any]]:
     _check_machine(values, archive.path)
     # torch._inductor.aoti_load_package does the same, but first compiles a program to learn about the processor.
     with explained(archive.path):
-        package = torch._C._aoti.AOTIModelPackageLoader(archive.path, "model", False, 1, -1)  # type: ignore[attr-defined]
+        package = torch._C._aoti.AOTIModelPackageLoader(archive.path, "model", False, 1, -1)
     return description, lambda *tensors: package.run(list(tensors))
 
 

@@ -30,8 +30,8 @@ def write(
         inputs: examples, with which it is traced.
         description: goes into the file.
         path: of the file.
-        freeze: whether weights become constants, and are multiplied with the norms after them. A backbone of ResNet-50 was
-            5 % faster on one core. It rounds otherwise than the model; without it, results have the same bits, but
+        freeze: whether weights become constants, and are multiplied with the norms after them. A backbone of ResNet-50
+            was 5 % faster on one core. It rounds otherwise than the model; without it, results have the same bits, but
             for modulated convolutions.
     """
     with torch.no_grad(), without_expected_warnings():

@@ -1,5 +1,5 @@
 # Copyright (c) the dcn_d2 authors. SPDX-License-Identifier: Apache-2.0
-"""Files of TorchScript and torch.export run without Python code of dcn_d2, and files that it did not write are refused."""
+"""Files of TorchScript and torch.export run without Python code of dcn_d2; files of others are refused."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from dcn_d2.ops import _library
 
 from .running import assert_close, exported, inputs_of, run_module
 
-ROW = "cascade_mask_rcnn_R_50_FPN_1x_dconv_c3-c5"
+ROW = "faster_rcnn_R_50_FPN_1x_mdconv_c3-c5"
 # What a program does that has PyTorch, torchvision and the compiled library, but not the Python code of dcn_d2.
 PROGRAM = """
 import sys
