@@ -50,7 +50,12 @@ def write(
         compile: whether AOTInductor compiles it into a package. That needs a C++ compiler here, but not where it runs.
             The package is for this operating system, and for processors that have the instruction sets of this one.
             The environment variable ATEN_CPU_CAPABILITY chooses older ones: avx2, or default for none.
+
+    Raises:
+        ValueError: there is no C++ compiler to compile it with.
     """
+    if compile:
+        _check_compiler()
     with torch.no_grad(), without_expected_warnings(), write_atomically(path) as file:
         program = torch.export.export(module, inputs, dynamic_shapes=dynamic_shapes(description), strict=False)
         if compile:
@@ -59,6 +64,19 @@ def write(
             # They would lie in the file as a pickle, and are only noise.
             program.example_inputs = None
             torch.export.save(program, file, extra_files={EXTRA_FILE: description.to_json()})
+
+
+def _check_compiler() -> None:
+    from torch._inductor import config, cpp_builder, exc
+
+    try:
+        cpp_builder.get_cpp_compiler()
+    except exc.InvalidCxxCompiler as error:
+        tried = " or ".join(name for name in config.cpp.cxx if name)
+        raise ValueError(
+            f"AOTInductor needs a C++ compiler, and {tried} does not run. Install it, or name another one in the "
+            "environment variable CXX, or export without compiling; only this machine needs it"
+        ) from error
 
 
 def _compile(program: torch.export.ExportedProgram, description: Description, file: IO[bytes]) -> None:

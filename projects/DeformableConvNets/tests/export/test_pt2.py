@@ -8,6 +8,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import torch._inductor
 
 from dcn_d2.export.formats import open_session
 from dcn_d2.export.pt2 import Session
@@ -17,7 +18,7 @@ from .running import assert_same, exported, inputs_of
 TWO, ONE = [(100, 150), (128, 131)], [(70, 200)]
 
 
-# One of each kind, since an export takes seconds. Masks are below. test_torchscript.py has all rows, of the same module.
+# One of each kind, since an export takes seconds. Masks are below, and all rows in test_torchscript.py.
 @pytest.mark.parametrize("row", ["faster_rcnn_R_50_FPN_1x_mdpool", "cascade_rcnn_R_50_FPN_1x_dconv_c3-c5"])
 def test_rows_run_at_free_sizes_and_batches(row: str, tmp_path: Path) -> None:
     module = exported(row, tmp_path / "model.pt2")
@@ -39,6 +40,15 @@ def test_a_backbone_of_fixed_size_and_batch_refuses_others_and_holds_no_pickle(t
         assert not any(archive.getinfo(name).file_size for name in archive.namelist() if "sample_inputs" in name)
         configs = [archive.read(name) for name in archive.namelist() if name.endswith("_config.json")]
     assert configs and not any(b'"use_pickle": true' in config for config in configs)
+
+
+def test_compiling_without_a_compiler_is_refused(tmp_path: Path) -> None:
+    with (
+        torch._inductor.config.patch({"cpp.cxx": ("no-such-compiler",)}),
+        pytest.raises(ValueError, match="needs a C.. compiler, and no-such-compiler does not run"),
+    ):
+        exported("faster_rcnn_R_50_FPN_1x_dconv_c3-c5", tmp_path / "model.pt2", part="backbone", compile=True)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.slow
