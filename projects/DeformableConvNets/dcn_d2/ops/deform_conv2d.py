@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import reference
+from . import portable, reference
 from ._arguments import (
     IntPair,
     are_tensors,
@@ -25,13 +25,13 @@ from ._arguments import (
     pair,
 )
 from ._autograd import register_derivatives, register_second_derivatives
-from ._library import define_with_tf32, register_autocast, register_fake, register_fallback
+from ._library import define, register_autocast, register_fake, register_fallback
 
-define_with_tf32(
+define(
     "deform_conv2d(Tensor input, Tensor offset, Tensor weight, Tensor? bias=None, int[2] stride=1, "
     "int[2] padding=0, int[2] dilation=1, Tensor? mask=None) -> Tensor"
 )
-define_with_tf32(
+define(
     "deform_conv2d_backward(Tensor grad, Tensor input, Tensor offset, Tensor weight, Tensor? mask, int[2] stride, "
     "int[2] padding, int[2] dilation, bool need_input, bool need_offset, bool need_weight) "
     "-> (Tensor, Tensor, Tensor, Tensor)"
@@ -107,9 +107,12 @@ def deform_conv2d(
     """
     if not are_tensors((input, offset, weight), (bias, mask)):
         check_types("deform_conv2d", ("bias", "mask"), input=input, offset=offset, weight=weight, bias=bias, mask=mask)
-    return torch.ops.dcn_d2.deform_conv2d(
-        input, offset, weight, bias, pair(stride, "stride"), pair(padding, "padding"), pair(dilation, "dilation"), mask
-    )
+    geometry = pair(stride, "stride"), pair(padding, "padding"), pair(dilation, "dilation")
+    if portable.are_portable():
+        if portable.can_check():
+            check_operands(input, offset, weight, bias, *geometry, mask)
+        return portable.deform_conv2d(input, offset, weight, bias, *geometry, mask)
+    return torch.ops.dcn_d2.deform_conv2d(input, offset, weight, bias, *geometry, mask)
 
 
 def check_operands(

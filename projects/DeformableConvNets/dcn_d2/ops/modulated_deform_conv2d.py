@@ -9,17 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import reference
+from . import portable, reference
 from ._arguments import IntPair, are_tensors, check_types, in_strides_of, new_empty_in_format_of, pair
 from ._autograd import register_derivatives, register_second_derivatives
-from ._library import define_with_tf32, register_autocast, register_fake, register_without_kernel
+from ._library import define, register_autocast, register_fake, register_without_kernel
 from .deform_conv2d import check_operands
 
-define_with_tf32(
+define(
     "modulated_deform_conv2d(Tensor input, Tensor offset_and_mask, Tensor weight, Tensor? bias=None, "
     "int[2] stride=1, int[2] padding=0, int[2] dilation=1) -> Tensor"
 )
-define_with_tf32(
+define(
     "modulated_deform_conv2d_backward(Tensor grad, Tensor input, Tensor offset_and_mask, Tensor weight, "
     "int[2] stride, int[2] padding, int[2] dilation, bool need_input, bool need_offset, bool need_weight) "
     "-> (Tensor, Tensor, Tensor)"
@@ -75,15 +75,13 @@ def modulated_deform_conv2d(
         check_types(
             "modulated_deform_conv2d", ("bias",), input=input, offset_and_mask=offset_and_mask, weight=weight, bias=bias
         )
-    return torch.ops.dcn_d2.modulated_deform_conv2d(
-        input,
-        offset_and_mask,
-        weight,
-        bias,
-        pair(stride, "stride"),
-        pair(padding, "padding"),
-        pair(dilation, "dilation"),
-    )
+    geometry = pair(stride, "stride"), pair(padding, "padding"), pair(dilation, "dilation")
+    if portable.are_portable():
+        if portable.can_check():
+            _check(input, offset_and_mask, weight, bias, *geometry)
+        offset, mask = split_offset_and_mask(offset_and_mask)
+        return portable.deform_conv2d(input, offset, weight, bias, *geometry, mask)
+    return torch.ops.dcn_d2.modulated_deform_conv2d(input, offset_and_mask, weight, bias, *geometry)
 
 
 def split_offset_and_mask(offset_and_mask: Tensor) -> tuple[Tensor, Tensor]:
