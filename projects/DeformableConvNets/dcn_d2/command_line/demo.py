@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import argparse
 
-from .types import IMAGE_SOURCES, add_model_arguments, add_source_arguments, check_pairs, count, score
+from .types import IMAGE_SOURCES, add_model_arguments, add_source_arguments, check_model, check_pairs, count, score
 
 
 def parse_arguments(description: str | None, argv: list[str] | None = None) -> argparse.Namespace:
@@ -29,4 +29,5 @@ def parse_arguments(description: str | None, argv: list[str] | None = None) -> a
     add_source_arguments(parser)
     args = parser.parse_args(argv)
     check_pairs(parser, args)
+    check_model(parser, args)
     return args
