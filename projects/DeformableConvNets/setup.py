@@ -113,7 +113,7 @@ def extension() -> tuple[Extension, type[build_ext]]:
     """Returns the extension and the command that builds it."""
     # Relative, as setuptools demands. No file defines a Python module: dcn_d2.ops has torch load the library, so that
     # Python's headers (python3-dev) are not needed.
-    sources = sorted(glob("csrc/cpu/**/*.cpp", recursive=True))
+    sources = ["csrc/schemas.cpp", *sorted(glob("csrc/cpu/**/*.cpp", recursive=True))]
     headers = sorted(glob("csrc/**/*.h", recursive=True) + glob("csrc/**/*.cuh", recursive=True))
     cuda_home = find_cuda_home()
     if cuda_home:

@@ -48,7 +48,7 @@ flags+=(-fsanitize=address,undefined,float-cast-overflow -fno-sanitize-recover=a
 echo "==> compile with sanitizers"
 jobs=${MAX_JOBS:-$(env -u OMP_NUM_THREADS nproc 2>/dev/null || echo 1)}
 export FOLDER=$folder
-find csrc/cpu -name '*.cpp' -print0 | xargs -0 -P "$jobs" -I{} \
+find csrc/schemas.cpp csrc/cpu -name '*.cpp' -print0 | xargs -0 -P "$jobs" -I{} \
   bash -c 'source=$1 && shift && "$@" -c "$source" -o "$FOLDER/${source//\//-}.o"' _ {} "${compiler[@]}" "${flags[@]}"
 "${compiler[@]}" -shared -fsanitize=address,undefined "$folder"/*.o -o "$library" -L"$torch" -ltorch_cpu
 

@@ -17,7 +17,7 @@ import torch
 
 from ._arguments import check_layout
 
-LIBRARY = torch.library.Library("dcn_d2", "DEF")
+LIBRARY = torch.library.Library("dcn_d2", "FRAGMENT")  # the compiled library defines the namespace
 _warned: set[str] = set()
 loaded_kernels = ""  # the file that the kernels came from
 
@@ -25,10 +25,16 @@ loaded_kernels = ""  # the file that the kernels came from
 def _load_kernels() -> str:
     """Loads `dcn_d2._C` and notes its file in `loaded_kernels`. Returns "" or, where there is none, the reason.
 
+    Where the process has loaded the kernels already, by `torch.ops.load_library` or from C++, these are used: two
+    copies of the library would both define the operators, and stop the process.
+
     Raises:
         OSError: the library that DCN_LIBRARY names does not load. It was asked for, so nothing replaces it.
     """
     global loaded_kernels
+    if hasattr(torch.ops.dcn_d2, "deform_conv2d"):
+        loaded_kernels = "a file that was loaded before dcn_d2 was imported"
+        return ""
     if named := os.environ.get("DCN_LIBRARY"):
         try:
             torch.ops.load_library(named)
@@ -75,10 +81,35 @@ def has_kernel(name: str, key: str) -> bool:
     return torch._C._dispatch_has_kernel_for_dispatch_key(f"dcn_d2::{name}", key)
 
 
+def define(schema: str) -> None:
+    """Defines an operator, or compares the definition with that of the compiled library, which brings the kernels.
+
+    Raises:
+        ImportError: the compiled library has another definition or none, so it belongs to other Python code.
+    """
+    name = schema.partition("(")[0]
+    if missing_kernels:
+        LIBRARY.define(schema)
+    packet = getattr(torch.ops.dcn_d2, name, None)
+    expected, found = (
+        torch._C.parse_schema(f"dcn_d2::{schema}"),
+        None if packet is None else packet.default._schema,
+    )
+    if packet is None or found != expected:
+        raise ImportError(
+            f"the compiled library {loaded_kernels} was built from another version of dcn_d2: it defines "
+            f"{found or f'no operator {name}'}, but {expected} is needed. Build it again with `pip install "
+            "--no-build-isolation -e projects/DeformableConvNets`"
+        )
+    # The strides of results follow from those of operands. So compiled code must pass operands with the strides with
+    # which it was traced. That is also torch's default, and so it holds without Python, where nothing can set tags.
+    packet.default.tags.extend((torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides))
+
+
 def _define_query(name: str) -> None:
     """Defines an operator without arguments that tells something about the compiled library, "" where it cannot."""
-    LIBRARY.define(f"{name}() -> str")
-    if not has_kernel(name, "CompositeExplicitAutograd"):
+    define(f"{name}() -> str")
+    if missing_kernels:
         LIBRARY.impl(name, lambda: "", "CompositeExplicitAutograd")
 
 
@@ -88,32 +119,17 @@ _define_query("capability")
 _define_query("cuda_architectures")
 
 
-def define(schema: str) -> None:
-    """Defines an operator; the compiled library brings kernels for it."""
-    # The strides of results follow from those of operands. So compiled code must pass operands with the strides with
-    # which it was traced.
-    LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides))
+def _allows_tf32() -> bool:
+    """Whether torch may round float32 operands of convolutions to TF32."""
+    # torch.backends.cudnn.allow_tf32 is the older name of this setting. Reading it fails where the new one was set.
+    return torch.backends.cudnn.conv.fp32_precision == "tf32"  # type: ignore[attr-defined]
 
 
-def define_with_tf32(schema: str) -> None:
-    """Defines an operator whose CUDA kernel must be told whether it may round float32 operands to TF32.
-
-    C++ cannot read that setting through torch's stable ABI, so Python passes it: the kernel belongs to an operator of
-    the same name with an underscore before it, whose last argument is `allow_tf32`. It is what torch allows the
-    convolutions of cuDNN.
-    """
-    define(schema)
-    define("_" + schema.replace(") ->", ", bool allow_tf32=False) ->", 1))
-    name = schema.partition("(")[0]
-    kernel = getattr(torch.ops.dcn_d2, f"_{name}")
-
-    def call(*args: Any, **kwargs: Any) -> Any:
-        # torch.backends.cudnn.allow_tf32 is the older name of this setting. Reading it fails where the new one was set.
-        allowed = torch.backends.cudnn.conv.fp32_precision == "tf32"  # type: ignore[attr-defined]
-        return kernel(*args, **kwargs, allow_tf32=allowed)
-
-    if has_kernel(f"_{name}", "CUDA"):
-        LIBRARY.impl(name, call, "CUDA")
+# The CUDA kernels call this operator, as C++ cannot read the setting through torch's stable ABI. The compiled library
+# has a kernel of it that answers with torch's default. Calls without tensors come to the key BackendSelect first, so
+# this one is before it and replaces nothing.
+define("_allows_tf32() -> bool")
+LIBRARY.impl("_allows_tf32", _allows_tf32, "BackendSelect")
 
 
 def _with_all_arguments(name: str, function: Callable[..., Any]) -> Callable[..., Any]:

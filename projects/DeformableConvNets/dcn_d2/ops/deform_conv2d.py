@@ -25,13 +25,13 @@ from ._arguments import (
     pair,
 )
 from ._autograd import register_derivatives, register_second_derivatives
-from ._library import define_with_tf32, register_autocast, register_fake, register_fallback
+from ._library import define, register_autocast, register_fake, register_fallback
 
-define_with_tf32(
+define(
     "deform_conv2d(Tensor input, Tensor offset, Tensor weight, Tensor? bias=None, int[2] stride=1, "
     "int[2] padding=0, int[2] dilation=1, Tensor? mask=None) -> Tensor"
 )
-define_with_tf32(
+define(
     "deform_conv2d_backward(Tensor grad, Tensor input, Tensor offset, Tensor weight, Tensor? mask, int[2] stride, "
     "int[2] padding, int[2] dilation, bool need_input, bool need_offset, bool need_weight) "
     "-> (Tensor, Tensor, Tensor, Tensor)"

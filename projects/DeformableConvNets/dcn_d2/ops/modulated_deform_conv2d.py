@@ -12,14 +12,14 @@ from torch import Tensor
 from . import reference
 from ._arguments import IntPair, are_tensors, check_types, in_strides_of, new_empty_in_format_of, pair
 from ._autograd import register_derivatives, register_second_derivatives
-from ._library import define_with_tf32, register_autocast, register_fake, register_without_kernel
+from ._library import define, register_autocast, register_fake, register_without_kernel
 from .deform_conv2d import check_operands
 
-define_with_tf32(
+define(
     "modulated_deform_conv2d(Tensor input, Tensor offset_and_mask, Tensor weight, Tensor? bias=None, "
     "int[2] stride=1, int[2] padding=0, int[2] dilation=1) -> Tensor"
 )
-define_with_tf32(
+define(
     "modulated_deform_conv2d_backward(Tensor grad, Tensor input, Tensor offset_and_mask, Tensor weight, "
     "int[2] stride, int[2] padding, int[2] dilation, bool need_input, bool need_offset, bool need_weight) "
     "-> (Tensor, Tensor, Tensor)"

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from detectron2.config import CfgNode
 
+    from ..checkpoint import UntrainedError
     from ..engine import DCNPredictor
 
 _IMAGENET = "detectron2://ImageNetPretrained/"
@@ -78,8 +79,12 @@ def build_predictor(args: argparse.Namespace, cfg: CfgNode, program: str, **opti
     try:
         return DCNPredictor(cfg, **options)
     except UntrainedError as error:
-        advice = f". {_ADVICE}{_hint(args, cfg, program)}"
-        raise ValueError(f"{error.reason}{advice}") from error
+        raise explain_untrained(error, args, cfg, program) from error
+
+
+def explain_untrained(error: UntrainedError, args: argparse.Namespace, cfg: CfgNode, program: str) -> ValueError:
+    """Gives the error with the advice that fits the command line; arguments as in `check_weights`."""
+    return ValueError(f"{error.reason}. {_ADVICE}{_hint(args, cfg, program)}")
 
 
 def _hint(args: argparse.Namespace, cfg: CfgNode, program: str) -> str:

@@ -37,6 +37,7 @@ def configure(library_path: str) -> Iterator[Any]:
         for suffix in ("", "_backward"):
             compiled = COMPILED.get(name + suffix, name + suffix)
             library.define(str(schema_of(compiled)).removeprefix("dcn_d2::"))
+    library.define(str(schema_of("deform_conv2d")).removeprefix("dcn_d2::"))
     torch.ops.load_library(library_path)
     emulator = ctypes.CDLL(library_path)
 

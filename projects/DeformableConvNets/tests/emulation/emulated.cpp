@@ -12,6 +12,7 @@ STABLE_TORCH_LIBRARY_IMPL(dcn_d2_emulated, CPU, m) {
   m.impl("_deform_conv2d_backward", TORCH_BOX(&dcn::cuda::deform_conv2d_backward));
   m.impl("_modulated_deform_conv2d", TORCH_BOX(&dcn::cuda::modulated_deform_conv2d));
   m.impl("_modulated_deform_conv2d_backward", TORCH_BOX(&dcn::cuda::modulated_deform_conv2d_backward));
+  m.impl("deform_conv2d", dcn::cuda::with_tf32_setting<TORCH_BOX(&dcn::cuda::deform_conv2d)>);  // as on a GPU
   m.impl("deform_roi_pool", TORCH_BOX(&dcn::cuda::deform_roi_pool));
   m.impl("deform_roi_pool_backward", TORCH_BOX(&dcn::cuda::deform_roi_pool_backward));
   m.impl("deform_psroi_pool", TORCH_BOX(&dcn::cuda::deform_psroi_pool));

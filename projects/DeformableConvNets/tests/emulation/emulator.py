@@ -32,7 +32,7 @@ GRADIENTS = {
 }
 
 
-# The operators that CUDA kernels are compiled for, where those are not the public ones.
+# Emulated operators with one argument more than the public ones: whether TF32 is allowed. On a GPU, the kernels ask.
 COMPILED = {
     name + suffix: f"_{name}{suffix}"
     for name in ("deform_conv2d", "modulated_deform_conv2d")
@@ -41,7 +41,11 @@ COMPILED = {
 
 
 def schema_of(name: str) -> Any:
-    return getattr(torch.ops.dcn_d2, name).default._schema
+    """The schema of an emulated operator: the public one's, with `allow_tf32` where COMPILED says so."""
+    schema = getattr(torch.ops.dcn_d2, name.lstrip("_")).default._schema
+    if not name.startswith("_"):
+        return schema
+    return torch._C.parse_schema(str(schema).replace("::", "::_").replace(") ->", ", bool allow_tf32=False) ->", 1))
 
 
 def compile_library(library: Path, *flags: str) -> Path:

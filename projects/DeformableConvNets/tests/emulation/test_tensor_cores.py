@@ -102,6 +102,23 @@ def test_deform_conv2d(sample: ConvSample, schedule: int, arithmetic: str, confi
         assert error < tolerance, name
 
 
+def test_kernels_ask_whether_tf32_is_allowed(configure: Any) -> None:
+    """As torch's setting is at the time of the call."""
+    configure(ROUND_ROBIN)
+    operators, values = torch.ops.dcn_d2_emulated, conv_values(SAMPLES[0], torch.float32)
+    conv = torch.backends.cudnn.conv
+    before, found = conv.fp32_precision, {}  # type: ignore[attr-defined]
+    try:
+        for allowed in (True, False):
+            conv.fp32_precision = "tf32" if allowed else "ieee"  # type: ignore[attr-defined]
+            found[allowed] = call(operators, "deform_conv2d", values)
+            told = call(operators, "_deform_conv2d", values | {"allow_tf32": allowed})
+            assert torch.equal(found[allowed], told)
+    finally:
+        conv.fp32_precision = before  # type: ignore[attr-defined]
+    assert not torch.equal(found[True], found[False])
+
+
 @pytest.mark.parametrize(("dtype", "limit"), [(torch.bfloat16, 5e-3), (torch.float16, 7e-4)], ids=str)
 def test_packed_interpolation_costs_little_accuracy(dtype: torch.dtype, limit: float, configure: Any) -> None:
     """A 16-bit sample is rounded after each of its four terms. Over many channels these errors do not add up."""

@@ -9,12 +9,14 @@ from typing import Any
 import torch
 from detectron2.config import CfgNode
 from detectron2.modeling import build_model
-from detectron2.structures import ImageList, Instances
 from torch import Tensor, nn
 
 from dcn_d2 import model_zoo
+from dcn_d2.export.check import detect_eagerly
 
 from ..slim import SLIM
+
+__all__ = ["detect_eagerly", "images", "lively_model"]
 
 
 def lively_model(row: str, seed: int = 0, opts: Sequence[Any] = ()) -> tuple[CfgNode, Any]:
@@ -70,16 +72,3 @@ def _spread_scores(model: Any, cfg: CfgNode) -> None:
 def images(number: int, height: int, width: int, seed: int = 7) -> Tensor:
     """Images of noise, (N, 3, H, W) from 0 to 255."""
     return torch.rand(number, 3, height, width, generator=torch.Generator().manual_seed(seed)) * 255
-
-
-@torch.no_grad()
-def detect_eagerly(model: Any, canvases: Tensor, sizes: Sequence[tuple[int, int]]) -> list[Instances]:
-    """What Detectron2 detects in images at the top left of canvases, in pixels of the canvases, with masks in boxes."""
-    normalised = (canvases - model.pixel_mean) / model.pixel_std
-    for image, (height, width) in zip(normalised, sizes):
-        image[:, height:] = 0
-        image[:, :, width:] = 0
-    batch = ImageList(normalised, list(sizes))
-    features = model.backbone(normalised)
-    proposals, _ = model.proposal_generator(batch, features, None)
-    return model.roi_heads(batch, features, proposals, None)[0]

@@ -1,6 +1,7 @@
 # Copyright (c) the dcn_d2 authors. SPDX-License-Identifier: Apache-2.0
 """The library around the operators: what happens without it, and that it is built with threads."""
 
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -131,6 +132,62 @@ deform_conv2d(x, o, w, padding=1)
 print(len({int(t) for t in os.listdir("/proc/self/task")} - before))
 """
     assert int(run_python(code).split()[0]) >= 2
+
+
+# Loads the compiled library as a program without dcn_d2 does, and calls an operator.
+LOADED_ALONE = """
+import sys, torch
+torch.ops.load_library({library!r})
+x, o, w = torch.rand(1, 2, 5, 5), torch.randn(1, 18, 5, 5), torch.rand(2, 2, 3, 3)
+expected = torch.ops.dcn_d2.deform_conv2d(x, o, w, None, [1, 1], [1, 1])
+assert torch.ops.dcn_d2.capability() and torch.ops.dcn_d2._allows_tf32() and "dcn_d2" not in sys.modules
+"""
+
+
+def compiled_library() -> str:
+    spec = importlib.util.find_spec("dcn_d2._C")
+    assert spec is not None and spec.origin is not None
+    return spec.origin
+
+
+def test_operators_run_where_only_the_library_is_loaded_and_dcn_d2_may_be_imported_later() -> None:
+    """TorchScript files and AOTInductor packages need it so."""
+    code = LOADED_ALONE + (
+        """
+import dcn_d2.ops
+assert torch.equal(dcn_d2.ops.deform_conv2d(x, o, w, padding=1), expected)
+assert "before dcn_d2 was imported" in dcn_d2.ops._library.loaded_kernels
+leaf = x.clone().requires_grad_()
+dcn_d2.ops.deform_conv2d(leaf, o, w, padding=1).sum().backward()
+assert leaf.grad is not None
+for allowed in (True, False):
+    torch.backends.cudnn.allow_tf32 = allowed
+    assert torch.ops.dcn_d2._allows_tf32() == allowed
+"""
+    )
+    assert run_python(code.format(library=compiled_library()), PYTHONWARNINGS="error") == ""
+
+
+def test_a_second_copy_of_the_library_is_told_and_not_used(tmp_path: Path) -> None:
+    copy = shutil.copy(compiled_library(), tmp_path / "copy.so")
+    code = LOADED_ALONE.format(library=compiled_library()) + f"torch.ops.load_library({str(copy)!r})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode != 0 and "Tried to register an operator (dcn_d2::deform_conv2d" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("schema", "found"),
+    [("capability() -> int", r"dcn_d2::capability\(\) -> str"), ("none() -> int", "no operator none")],
+)
+def test_a_library_of_another_version_is_refused(schema: str, found: str) -> None:
+    with pytest.raises(ImportError, match=f"another version of dcn_d2: it defines {found}, but .* Build it again"):
+        _library.define(schema)
+
+
+def test_operators_tell_compilers_that_they_need_exact_strides() -> None:
+    names = [name for function in dcn_d2.ops.OPERATORS for name in (function.__name__, f"{function.__name__}_backward")]
+    for name in (*names, "batched_nms"):
+        assert torch.Tag.needs_exact_strides in getattr(torch.ops.dcn_d2, name).default.tags
 
 
 def test_operators_are_registered() -> None:

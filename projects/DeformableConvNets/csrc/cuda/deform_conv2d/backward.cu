@@ -156,7 +156,8 @@ std::tuple<Tensor, Tensor, Tensor> modulated_deform_conv2d_backward(Tensor grad,
 
 #if !defined(DCN_EMULATE)
 STABLE_TORCH_LIBRARY_IMPL(dcn_d2, CUDA, m) {
-  m.impl("_deform_conv2d_backward", TORCH_BOX(&dcn::cuda::deform_conv2d_backward));
-  m.impl("_modulated_deform_conv2d_backward", TORCH_BOX(&dcn::cuda::modulated_deform_conv2d_backward));
+  m.impl("deform_conv2d_backward", dcn::cuda::with_tf32_setting<TORCH_BOX(&dcn::cuda::deform_conv2d_backward)>);
+  m.impl("modulated_deform_conv2d_backward",
+         dcn::cuda::with_tf32_setting<TORCH_BOX(&dcn::cuda::modulated_deform_conv2d_backward)>);
 }
 #endif

@@ -81,7 +81,7 @@ Tensor modulated_deform_conv2d(Tensor input, Tensor offset_and_mask, Tensor weig
 
 #if !defined(DCN_EMULATE)
 STABLE_TORCH_LIBRARY_IMPL(dcn_d2, CUDA, m) {
-  m.impl("_deform_conv2d", TORCH_BOX(&dcn::cuda::deform_conv2d));
-  m.impl("_modulated_deform_conv2d", TORCH_BOX(&dcn::cuda::modulated_deform_conv2d));
+  m.impl("deform_conv2d", dcn::cuda::with_tf32_setting<TORCH_BOX(&dcn::cuda::deform_conv2d)>);
+  m.impl("modulated_deform_conv2d", dcn::cuda::with_tf32_setting<TORCH_BOX(&dcn::cuda::modulated_deform_conv2d)>);
 }
 #endif

@@ -6,6 +6,7 @@
 
 #include "cuda/deform_conv2d/plan.cuh"
 #include "cuda/deform_conv2d/tensor_cores/product.cuh"
+#include "cuda/deform_conv2d/tf32.cuh"
 #include "cuda/memory_format.cuh"
 
 namespace dcn::cuda {
