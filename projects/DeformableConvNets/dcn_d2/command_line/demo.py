@@ -13,7 +13,7 @@ def parse_arguments(description: str | None, argv: list[str] | None = None) -> a
     parser = argparse.ArgumentParser(
         description=description, epilog=IMAGE_SOURCES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    add_model_arguments(parser)
+    add_model_arguments(parser, exported=True)
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--dataset", help="a registered data set; the first of DATASETS.TEST by default")
     source.add_argument("--input", nargs="+", metavar="PATH", help="images, see below (another option ends the list)")

@@ -41,7 +41,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=DESCRIPTION, epilog=IMAGE_SOURCES + EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    add_model_arguments(parser)
+    add_model_arguments(parser, exported=True)
     parser.add_argument(
         "--input", nargs="+", default=[], metavar="PATH", help="images, see below (another option ends it)"
     )

@@ -57,13 +57,15 @@ def shard(text: str) -> tuple[int, int]:
     return int(number), int(total)
 
 
-def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the arguments that choose the model."""
-    parser.add_argument("--config-file", metavar="FILE", help="a YAML, or the name of a zoo's row")
+def add_model_arguments(parser: argparse.ArgumentParser, exported: bool = False) -> None:
+    """Adds the arguments that choose the model, which may be an `exported` one."""
+    text = "a YAML, or the name of a zoo's row"
+    parser.add_argument("--config-file", required=not exported, metavar="FILE", help=text)
     weights = parser.add_mutually_exclusive_group()
     weights.add_argument("--weights", metavar="FILE", help="checkpoint; MODEL.WEIGHTS of the config by default")
     weights.add_argument("--published", action="store_true", help="take the published weights of a row of the zoo")
-    add_exported_argument(parser, "an exported model, in place of --config-file and --weights")
+    if exported:
+        add_exported_argument(parser, "an exported model, in place of --config-file and --weights")
 
 
 def add_source_arguments(parser: argparse.ArgumentParser) -> None:

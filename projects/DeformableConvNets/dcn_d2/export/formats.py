@@ -17,8 +17,6 @@ from .description import Description
 
 # The suffix of each format's files. The module of a format has its name.
 SUFFIXES = {"onnx": ".onnx", "openvino": ".xml", "pt2": ".pt2", "torchscript": ".ts"}
-
-
 # The runtime of each format, and the package that it comes from.
 RUNTIMES = {
     "onnx": ("ONNX Runtime", "onnxruntime"),
@@ -97,7 +95,14 @@ def is_exported(path: str | os.PathLike[str]) -> bool:
 
 def files_of(path: str | os.PathLike[str]) -> list[Path]:
     """Gives the files that an exported model consists of: OpenVINO keeps the weights beside the graph."""
-    return [Path(path), *([Path(path).with_suffix(".bin")] if format_of(path) == "openvino" else [])]
+    from .openvino.weights import weights_of
+
+    return [Path(path), *([weights_of(Path(path))] if format_of(path) == "openvino" else [])]
+
+
+def is_of_torch(path: str | os.PathLike[str]) -> bool:
+    """Whether torch runs a file, with its own threads."""
+    return RUNTIMES[format_of(path)][1] == "torch"
 
 
 def runtime_of(path: str | os.PathLike[str]) -> str:

@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from detectron2.modeling.postprocessing import detector_postprocess
-from detectron2.structures import Boxes, Instances
+from detectron2.structures import Instances
 from torch import Tensor, nn
 
-from .formats import Session, open_session, runtime_of
+from .check import instances_of
+from .formats import Session, is_of_torch, open_session, runtime_of
 from .shapes import round_up
 
 Inputs = dict[str, Any]
@@ -135,7 +135,7 @@ class ExportedModel(nn.Module):
             arrays["output_size"] = np.array(_output_size(inputs[0]), np.int64)
         outputs = self._run(arrays)
         return [
-            self._instances({name: values[place] for name, values in outputs.items()}, size, _output_size(each))
+            instances_of(outputs, place, size, _output_size(each))
             for place, (size, each) in enumerate(zip(sizes, inputs))
         ]
 
@@ -149,40 +149,22 @@ class ExportedModel(nn.Module):
             )
         return image.expand(int(wanted), -1, -1)
 
-    def _instances(
-        self, outputs: dict[str, np.ndarray], size: tuple[int, int], output_size: tuple[int, int]
-    ) -> Instances:
-        """Gives the detections of one image, scaled from its `size` on the canvas to `output_size`."""
-        found = outputs["classes"] >= 0
-        pasted = self.description.masks == "pasted"
-        instances = Instances(output_size if pasted else size)
-        instances.pred_boxes = Boxes(_tensor(outputs["boxes"], found))
-        instances.scores = _tensor(outputs["scores"], found)
-        instances.pred_classes = _tensor(outputs["classes"], found)
-        if "masks" in outputs:
-            masks = _tensor(outputs["masks"], found)
-            instances.pred_masks = masks if pasted else masks[:, None]
-        return instances if pasted else detector_postprocess(instances, *output_size)
-
 
 def open_model(path: str | os.PathLike[str], threads: int = 0) -> ExportedModel:
     """Opens an exported detector.
 
     Args:
         path: of the file.
-        threads: how many the runtime uses; 0 takes as many as torch.
+        threads: how many the runtime uses; 0 takes as many as torch. Where torch is the runtime, 0 leaves it to each
+            thread that calls the model.
 
     Raises:
         ValueError, FileNotFoundError: the file is missing, of no known format, not dcn_d2's, or holds no detector.
     """
-    return ExportedModel(open_session(path, threads or torch.get_num_threads()), path, threads)
+    number = threads if threads or is_of_torch(path) else torch.get_num_threads()
+    return ExportedModel(open_session(path, number), path, threads)
 
 
 def _output_size(each: Inputs) -> tuple[int, int]:
     """(height, width) to which the results of an image are scaled."""
     return int(each.get("height", each["image"].shape[1])), int(each.get("width", each["image"].shape[2]))
-
-
-def _tensor(values: np.ndarray, found: np.ndarray) -> Tensor:
-    """A tensor of its own with the rows of the detections; it does not hold the memory of the others."""
-    return torch.from_numpy(values[found])

@@ -12,12 +12,9 @@ import torch
 from ..engine import DCNPredictor
 from ..engine.batching import Plan
 from .description import Description
-from .formats import format_of
+from .formats import is_of_torch
 from .model import ExportedModel, open_model
 from .settings import config_of
-
-# Their operators are torch's, and so are their threads.
-_TORCH_RUNTIMES = ("pt2", "torchscript")
 
 
 class ExportedPredictor(DCNPredictor):
@@ -77,7 +74,7 @@ class ExportedPredictor(DCNPredictor):
     def plan(self) -> Plan:
         """Says how many images run at once: what the arguments say, or what suits the runtime."""
         plan = super().plan()._replace(batch_size=self.batch_size or self.description.batch or 2)
-        if self.workers or format_of(self._weights) in _TORCH_RUNTIMES:
+        if self.workers or is_of_torch(self._weights):
             return plan
         return plan._replace(workers=1, threads=torch.get_num_threads())
 

@@ -64,7 +64,7 @@ def read_exported(args: Namespace, processes: int = 1) -> CfgNode:
         args: model, opts and config_file of the command line.
         processes: that share the threads of this machine.
     """
-    args.exported = open_model(args.model, max(1, torch.get_num_threads() // processes))
+    args.exported = open_model(args.model, max(1, torch.get_num_threads() // processes) if processes > 1 else 0)
     return config_of(args.exported.description, args.model, args.opts, args.config_file or "")
 
 

@@ -29,7 +29,7 @@ def read_config(args: argparse.Namespace) -> CfgNode:
     from ..engine import fit_to_machine, load_config
     from ..export.settings import read_exported
 
-    if args.model:
+    if getattr(args, "model", None):
         return read_exported(args)
     cfg = load_config(model_zoo.find_config_file(args.config_file), args.opts)
     if args.published:
@@ -73,7 +73,7 @@ def build_predictor(args: argparse.Namespace, cfg: CfgNode, program: str, **opti
     from ..engine import DCNPredictor
     from ..export.predictor import ExportedPredictor
 
-    if args.model:
+    if getattr(args, "model", None):
         return ExportedPredictor(args.exported, opts=args.opts, **options)
     check_weights(args, cfg, program)
     try:
