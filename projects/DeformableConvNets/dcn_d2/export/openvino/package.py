@@ -37,5 +37,7 @@ def import_openvino() -> Any:
         with without_telemetry():
             import openvino
     except ImportError as error:
-        raise ImportError(f"exported models in OpenVINO's format need openvino ({error}): pip install openvino") from error
+        raise ImportError(
+            f"exported models in OpenVINO's format need openvino ({error}): pip install openvino"
+        ) from error
     return openvino
