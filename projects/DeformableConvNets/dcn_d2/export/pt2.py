@@ -118,7 +118,7 @@ def _load_package(archive: Archive) -> tuple[Description, Callable[..., Any]]:
         raise ValueError(f"{archive.path} was not exported by dcn_d2: it does not describe itself") from error
     description = Description.from_json(text, archive.path)
     _check_machine(values, archive.path)
-    # torch._inductor.aoti_load_package loads it in the same way, but first compiles a program to learn about the processor.
+    # torch._inductor.aoti_load_package does the same, but first compiles a program to learn about the processor.
     with explained(archive.path):
         package = torch._C._aoti.AOTIModelPackageLoader(archive.path, "model", False, 1, -1)  # type: ignore[attr-defined]
     return description, lambda *tensors: package.run(list(tensors))
