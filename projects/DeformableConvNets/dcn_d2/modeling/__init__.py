@@ -13,7 +13,7 @@ from .backbone import (
 )
 from .flops import register_flop_handles
 from .mmdet import DCNRPN, FixedStatsBatchNorm2d, MaskHeadPerStage, MinimumIoUMatcher, fix_batch_norm_statistics
-from .poolers import ROI_POOLER_REGISTRY, DCNROIPooler, assign_levels, build_roi_pooler
+from .poolers import ROI_POOLER_REGISTRY, DCNROIPooler, assign_levels, build_roi_pooler, pool_rois
 from .roi_heads import DCNCascadeROIHeads, DCNROIHeads
 
 __all__ = [
@@ -32,6 +32,7 @@ __all__ = [
     "build_dcn_retinanet_resnet_fpn_backbone",
     "build_roi_pooler",
     "fix_batch_norm_statistics",
+    "pool_rois",
     "use_dcn_layers_in_detectron2",
 ]
 

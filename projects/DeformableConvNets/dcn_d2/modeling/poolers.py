@@ -4,10 +4,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from types import SimpleNamespace
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.layers import ShapeSpec
+from detectron2.layers import ROIAlign, ShapeSpec
 from detectron2.modeling.poolers import ROIPooler, assign_boxes_to_levels, convert_boxes_to_pooler_format
 from detectron2.structures import Boxes
 from detectron2.utils.registry import Registry
@@ -15,6 +16,8 @@ from torch import Tensor, nn
 
 from ..config import with_dcn_keys
 from ..layers import DeformPSRoIPool, DeformRoIPool, ModulatedDeformPSRoIPool, ModulatedDeformRoIPool
+from ..ops import deform_roi_pool
+from ..ops.portable import are_portable
 
 ROI_POOLER_REGISTRY = Registry("ROI_POOLER")
 ROI_POOLER_REGISTRY.__doc__ = """
@@ -75,20 +78,70 @@ class DCNROIPooler(ROIPooler):
         Returns:
             (R, C, output_size, output_size), where R is the number of all boxes, image by image.
         """
-        if not self.mmdet_levels or len(box_lists) == 0 or len(x) == 1:
-            return super().forward(x, box_lists)
+        if len(box_lists) == 0 or len(x) != len(self.level_poolers):
+            return super().forward(x, box_lists)  # an empty result, or an error
         return pool_rois(self, x, convert_boxes_to_pooler_format(box_lists))
 
-    def _mmdet_levels(self, box_lists: list[Boxes]) -> Tensor:
-        """Gives the index of each box's level, 0 for the finest: a tensor (R,).
+    def _mmdet_levels(self, areas: Tensor) -> Tensor:
+        """Gives the index of the level of boxes of these areas, 0 for the finest: a tensor (R,).
 
         MMDetection computes floor(log2(size / 56 + 1e-6)), and Detectron2 floor(4 + log2(size / 224 + 1e-8)) - 2. They
         differ for boxes a hair smaller than 112, 224 and 448 pixels.
         """
         finest = self.canonical_box_size / 2 ** (self.canonical_level - self.min_level)
-        sizes = torch.cat([boxes.area() for boxes in box_lists]).sqrt()
-        levels = torch.floor(torch.log2(sizes / finest + 1e-6))
+        levels = torch.floor(torch.log2(areas.sqrt() / finest + 1e-6))
         return levels.clamp(min=0, max=len(self.level_poolers) - 1).long()
+
+
+def pool_rois(pooler: ROIPooler, features: Sequence[Tensor], rois: Tensor) -> Tensor:
+    """Pools each RoI from the feature map of the level that its size belongs to.
+
+    It computes `pooler(features, boxes)` without lists of boxes. torch.export, torch.jit.trace and torch.onnx can
+    follow it for maps and batches of every size and for every number of RoIs, also none.
+
+    Args:
+        pooler: a `DCNROIPooler` or one of Detectron2's.
+        features: the feature map of each level, (N, C, H, W) tensors, finest first.
+        rois: (R, 5) of (batch index, x0, y0, x1, y1) in image pixels, in any order; for ROIAlignRotated (R, 6) of
+            (batch index, centre x, centre y, width, height, angle).
+
+    Returns:
+        (R, C, output_size, output_size).
+    """
+    if len(pooler.level_poolers) == 1:
+        return _pool_level(pooler.level_poolers[0], features[0], rois)
+    sizes = rois[:, 3:5] if rois.shape[1] == 6 else rois[:, 3:5] - rois[:, 1:3]
+    levels = _levels(pooler, sizes[:, 0] * sizes[:, 1])
+    pooled = features[0].new_zeros(rois.shape[0], features[0].shape[1], *pooler.output_size)
+    for level, (level_pooler, map_of_level) in enumerate(zip(pooler.level_poolers, features)):
+        (indices,) = (levels == level).nonzero(as_tuple=True)
+        # Also without indices: through this, the parameters of a level without RoIs get gradients, of zeros. In place:
+        # OpenVINO knows no other form of index_put.
+        pooled.index_put_((indices,), _pool_level(level_pooler, map_of_level, rois[indices]))
+    return pooled
+
+
+def _pool_level(pooler: nn.Module, features: Tensor, rois: Tensor) -> Tensor:
+    """Pools all RoIs from one map.
+
+    Detectron2's RoIAlign rounds RoIs to the dtype of the map. For a RoI of no area, it is NaN in OpenVINO. So for other
+    runtimes it is recorded as the operator that is RoIAlign without offsets.
+    """
+    if are_portable() and isinstance(pooler, ROIAlign) and pooler.aligned:
+        return deform_roi_pool(
+            features, rois, None, pooler.output_size, pooler.spatial_scale, max(pooler.sampling_ratio, 0)
+        )
+    return pooler(features, rois)
+
+
+def _levels(pooler: ROIPooler, areas: Tensor) -> Tensor:
+    """Gives the index of the level of boxes of these areas, 0 for the finest: a tensor (R,)."""
+    if isinstance(pooler, DCNROIPooler) and pooler.mmdet_levels:
+        return pooler._mmdet_levels(areas)
+    boxes = SimpleNamespace(area=lambda: areas)  # all that Detectron2's rule asks of boxes
+    return assign_boxes_to_levels(
+        [boxes], pooler.min_level, pooler.max_level, pooler.canonical_box_size, pooler.canonical_level
+    )
 
 
 def assign_levels(pooler: ROIPooler, box_lists: list[Boxes]) -> Tensor:
@@ -98,33 +151,7 @@ def assign_levels(pooler: ROIPooler, box_lists: list[Boxes]) -> Tensor:
         pooler: a `DCNROIPooler` or one of Detectron2's.
         box_lists: the boxes of each image.
     """
-    if isinstance(pooler, DCNROIPooler) and pooler.mmdet_levels:
-        return pooler._mmdet_levels(box_lists)
-    return assign_boxes_to_levels(
-        box_lists, pooler.min_level, pooler.max_level, pooler.canonical_box_size, pooler.canonical_level
-    )
-
-
-def pool_rois(pooler: ROIPooler, x: list[Tensor], rois: Tensor) -> Tensor:
-    """Pools RoIs with the poolers of a `ROIPooler`: what its `forward` does, without a list for each image.
-
-    Args:
-        pooler: a `DCNROIPooler` or one of Detectron2's.
-        x: the feature map of each level, (N, C, H, W) tensors, finest first.
-        rois: (R, 5), (batch index, x0, y0, x1, y1) in image pixels.
-
-    Returns:
-        (R, C, output_size, output_size).
-    """
-    if len(x) == 1:
-        return pooler.level_poolers[0](x[0], rois)
-    levels = assign_levels(pooler, [Boxes(rois[:, 1:])])
-    output = x[0].new_zeros((rois.shape[0], x[0].shape[1], *pooler.output_size))
-    for level, (level_pooler, features) in enumerate(zip(pooler.level_poolers, x)):
-        (indices,) = (levels == level).nonzero(as_tuple=True)
-        # Also without indices: through this, the parameters of a level without boxes get gradients, of zeros.
-        output.index_put_((indices,), level_pooler(features, rois[indices]))
-    return output
+    return _levels(pooler, torch.cat([boxes.area() for boxes in box_lists]))
 
 
 def build_roi_pooler(cfg: CfgNode, head: CfgNode, input_shape: Mapping[str, ShapeSpec]) -> ROIPooler:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import reference
+from . import portable_pooling, reference
 from ._arguments import (
     IntPair,
     are_tensors,
@@ -24,6 +24,7 @@ from ._arguments import (
     pair,
 )
 from ._roi_pool import define_roi_pool, register_roi_pool, rois_for
+from .portable import are_portable
 
 define_roi_pool(
     "deform_roi_pool",
@@ -101,7 +102,8 @@ def deform_roi_pool(
     """
     if not are_tensors((input, rois), (offset, mask)):
         check_types("deform_roi_pool", ("offset", "mask"), input=input, rois=rois, offset=offset, mask=mask)
-    return torch.ops.dcn_d2.deform_roi_pool(
+    pool = portable_pooling.deform_roi_pool if are_portable() else torch.ops.dcn_d2.deform_roi_pool
+    return pool(
         input,
         rois_for(input, rois),
         offset,
