@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from typing import NoReturn
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -25,19 +25,14 @@ def offset_branch(branch: nn.Conv2d, x: Tensor) -> Tensor:
 class DeformableLayer(nn.Module):
     """A layer whose input has a fixed number of channels."""
 
-    in_channels: int
+    if TYPE_CHECKING:  # torch.jit.script would read annotations of a class, which are only texts here
+        in_channels: int
 
     def _check_in_channels(self, x: Tensor) -> None:
         # The operators cannot check it: they take twice the channels for two conv groups, and pool any number of them.
         if x.dim() == 4 and x.shape[1] != self.in_channels:
-            raise RuntimeError(
-                f"{type(self).__name__}: the input must have in_channels={self.in_channels} channels, got "
-                f"{x.shape[1]} (shape {list(x.shape)})"
-            )
-
-    def __prepare_scriptable__(self) -> NoReturn:  # torch.jit.script calls it first, also for parts of a model
-        raise RuntimeError(
-            f"{type(self).__name__} cannot be compiled by torch.jit.script. Use torch.export.export, torch.compile or "
-            "torch.jit.trace. Scripted functions may call the operators of dcn_d2, such as dcn_d2.ops.deform_conv2d, "
-            "but not its layers."
-        )
+            given = f"the input must have in_channels={self.in_channels} channels, got {x.shape[1]}"
+            if torch.jit.is_scripting():
+                raise RuntimeError(given)
+            else:  # names of types and lists in a text are nothing for TorchScript
+                raise RuntimeError(f"{type(self).__name__}: {given} (shape {list(x.shape)})")

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -27,9 +27,10 @@ class _DeformConvBase(DeformableLayer):
     Its constructor is that of `ModulatedDeformConv`.
     """
 
-    norm: nn.Module | None
-    activation: Callable[[Tensor], Tensor] | None
-    bias: nn.Parameter | None
+    if TYPE_CHECKING:  # see DeformableLayer
+        norm: nn.Module | None
+        activation: Callable[[Tensor], Tensor] | None
+        bias: nn.Parameter | None
 
     def __init__(
         self,
@@ -71,10 +72,14 @@ class _DeformConvBase(DeformableLayer):
         # The operator infers the number of deform groups from the offsets. Only the layer knows how many it should be.
         channels = channels_per_tap * self.deformable_groups * self.kernel_size[0] * self.kernel_size[1]
         if tensor.shape[1] != channels:
-            raise RuntimeError(
-                f"{type(self).__name__}: {name} must have {channels} channels for deformable_groups="
-                f"{self.deformable_groups} and kernel_size={self.kernel_size}, got {tensor.shape[1]}"
+            message = (
+                f"{name} must have {channels} channels for deformable_groups={self.deformable_groups} and "
+                f"kernel_size={self.kernel_size}, got {tensor.shape[1]}"
             )
+            if torch.jit.is_scripting():
+                raise RuntimeError(message)
+            else:
+                raise RuntimeError(f"{type(self).__name__}: {message}")
 
     def _convolve(self, x: Tensor, offset: Tensor, mask: Tensor | None = None) -> Tensor:
         self._check_in_channels(x)
@@ -130,7 +135,7 @@ class DeformConv(_DeformConvBase):
         deformable_groups: the input channels are divided into this many groups, each with offsets of its own.
         bias: must be False. The argument exists because Detectron2's class has it.
         norm: a module applied to the output.
-        activation: a function applied after the norm.
+        activation: a function applied after the norm; for torch.jit.script a module, such as nn.ReLU().
 
     Example:
         >>> import torch
@@ -218,12 +223,19 @@ class ModulatedDeformConv(_DeformConvBase):
         """
         if mask is not None:
             return self._convolve(x, offset, mask)
+        return self._convolve_by_branch(x, offset)
+
+    def _convolve_by_branch(self, x: Tensor, offset_and_mask: Tensor) -> Tensor:
         self._check_in_channels(x)
-        self._check_channels("offset (the branch's output, as there is no mask)", offset, 3)
-        if torch.jit.is_tracing() or torch.compiler.is_exporting():
+        self._check_channels("offset (the branch's output, as there is no mask)", offset_and_mask, 3)
+        if torch.jit.is_scripting():  # the question below is nothing for TorchScript
+            pass
+        elif torch.jit.is_tracing() or torch.compiler.is_exporting():
             # Other runtimes know this operator, and not the one below.
-            return self._convolve(x, *split_offset_and_mask(offset))
-        out = modulated_deform_conv2d(x, offset, self.weight, self.bias, self.stride, self.padding, self.dilation)
+            return self._convolve(x, *split_offset_and_mask(offset_and_mask))
+        out = modulated_deform_conv2d(
+            x, offset_and_mask, self.weight, self.bias, self.stride, self.padding, self.dilation
+        )
         return self._finish(x, out)
 
 
@@ -248,6 +260,8 @@ class DeformConvPack(DeformConv):
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
         """Convolves (N, in_channels, H, W) `x` at positions that it predicts from `x`."""
         self._check_in_channels(x)  # before the branch fails for the same reason
+        if torch.jit.is_scripting():
+            return self._convolve(x, self.conv_offset(x))
         return self._convolve(x, offset_branch(self.conv_offset, x))
 
 
@@ -273,4 +287,6 @@ class ModulatedDeformConvPack(ModulatedDeformConv):
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
         """Convolves (N, in_channels, H, W) `x` at positions and with factors that it predicts from `x`."""
         self._check_in_channels(x)  # before the branch fails for the same reason
-        return super().forward(x, offset_branch(self.conv_offset, x))
+        if torch.jit.is_scripting():
+            return self._convolve_by_branch(x, self.conv_offset(x))
+        return self._convolve_by_branch(x, offset_branch(self.conv_offset, x))

@@ -8,9 +8,6 @@ from torch import Tensor
 from ..ops import deform_psroi_pool
 from .deform_roi_pool import PoolWithOffsetBranch
 
-# DCNv1 and v2 use this number, and so do the published models.
-SAMPLES_PER_PART = 4
-
 
 class DeformPSRoIPool(PoolWithOffsetBranch):
     """Deformable RoI pooling as the authors of DCNv1 computed it, with offsets from the undeformed pooling.
@@ -39,13 +36,16 @@ class DeformPSRoIPool(PoolWithOffsetBranch):
     """
 
     def _pool(self, x: Tensor, rois: Tensor, offset: Tensor | None, mask: Tensor | None) -> Tensor:
+        samples = self.sampling_ratio
+        if samples == 0:
+            samples = 4  # as in DCNv1 and v2, and so in the published models
         return deform_psroi_pool(
             x,
             rois,
             offset,
             self.output_size,
             self.spatial_scale,
-            sample_per_part=self.sampling_ratio or SAMPLES_PER_PART,
+            sample_per_part=samples,
             trans_std=self.gamma,
             mask=mask,
         )

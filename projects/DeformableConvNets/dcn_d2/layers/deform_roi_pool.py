@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 from torch import Tensor, nn
 
 from ..ops import deform_roi_pool
@@ -26,7 +24,8 @@ class PoolWithOffsetBranch(DeformableLayer):
     layer of each branch starts with zeros. A subclass says which operator pools. Arguments as for `DeformRoIPool`.
     """
 
-    modulated: ClassVar[bool] = False
+    modulated = False
+    __constants__ = ("modulated",)  # so that torch.jit.script leaves out the branch that is not there
 
     def __init__(
         self,
@@ -75,8 +74,11 @@ class PoolWithOffsetBranch(DeformableLayer):
         """
         self._check_in_channels(x)
         plain = self._pool(x, rois, None, None).flatten(1)
-        offset = self.offset_fc(plain).unflatten(1, (2, *self.output_size))  # x before y
-        mask = self.mask_fc(plain).unflatten(1, (1, *self.output_size)) if self.modulated else None
+        out_h, out_w = self.output_size
+        offset = self.offset_fc(plain).unflatten(1, [2, out_h, out_w])  # x before y
+        mask: Tensor | None = None
+        if self.modulated:
+            mask = self.mask_fc(plain).unflatten(1, [1, out_h, out_w])
         # Autocast pools float32 maps in half precision. Detectron2's `ROIPooler` collects the results of all levels in
         # a tensor of the maps' dtype, so each must have that dtype.
         return self._pool(x, rois, offset, mask).to(x.dtype)

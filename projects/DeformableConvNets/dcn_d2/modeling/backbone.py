@@ -91,6 +91,8 @@ class DeformBottleneckBlock(CNNBlockBase):
 
         Runs the offset branch, conv2 and its norm.
         """
+        if torch.jit.is_scripting():
+            return self.conv2(x, self.conv2_offset(x))
         return self.conv2(x, offset_branch(self.conv2_offset, x))
 
 

@@ -182,11 +182,6 @@ def test_twice_the_channels_are_not_two_conv_groups(layer_class: type[nn.Module]
             layer(torch.cat([x, x], dim=1), torch.cat([offset, mask], dim=1))
 
 
-def test_scripting_is_refused_in_words() -> None:
-    with pytest.raises(RuntimeError, match=r"^DeformConvPack cannot be compiled by torch.jit.script. Use torch.export"):
-        torch.jit.script(nn.Sequential(nn.Conv2d(3, 4, 1), DeformConvPack(4, 4, 3)))
-
-
 def test_arguments_that_do_not_fit_are_refused() -> None:
     with pytest.raises(ValueError, match="out_channels must be a multiple of groups, got 4 and 3"):
         DeformConv(6, 4, kernel_size=3, groups=3)

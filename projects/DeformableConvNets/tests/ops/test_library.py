@@ -1,7 +1,6 @@
 # Copyright (c) the dcn_d2 authors. SPDX-License-Identifier: Apache-2.0
 """The library around the operators: what happens without it, and that it is built with threads."""
 
-import importlib.util
 import os
 import shutil
 import subprocess
@@ -13,6 +12,8 @@ import torch
 
 import dcn_d2.ops
 from dcn_d2.ops import _library
+
+from ..torchscript import compiled_library
 
 pytestmark = pytest.mark.unsanitized
 
@@ -142,12 +143,6 @@ x, o, w = torch.rand(1, 2, 5, 5), torch.randn(1, 18, 5, 5), torch.rand(2, 2, 3, 
 expected = torch.ops.dcn_d2.deform_conv2d(x, o, w, None, [1, 1], [1, 1])
 assert torch.ops.dcn_d2.capability() and torch.ops.dcn_d2._allows_tf32() and "dcn_d2" not in sys.modules
 """
-
-
-def compiled_library() -> str:
-    spec = importlib.util.find_spec("dcn_d2._C")
-    assert spec is not None and spec.origin is not None
-    return spec.origin
 
 
 def test_operators_run_where_only_the_library_is_loaded_and_dcn_d2_may_be_imported_later() -> None:
