@@ -104,7 +104,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error(
             "--published chooses the weights: leave out --resume and MODEL.WEIGHTS (PUBLISHED.WEIGHTS may be set)"
         )
-    if not (args.config_file or args.opts or args.check_data or args.model):
+    if not (args.config_file or args.opts or args.check_data or args.model is not None):
         parser.error("--config-file FILE is needed (--help has examples)")
     check_exported_evaluation(parser, args)
     check_check_data_arguments(parser, args)

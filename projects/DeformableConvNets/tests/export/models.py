@@ -29,6 +29,11 @@ def lively_model(row: str, seed: int = 0, opts: Sequence[Any] = ()) -> tuple[Cfg
     """
     cfg = model_zoo.get_config(row)
     cfg.merge_from_list([*SLIM, *opts])
+    return cfg, build_lively(cfg, seed)
+
+
+def build_lively(cfg: CfgNode, seed: int = 0) -> Any:
+    """Does what `lively_model` does, for a config."""
     torch.manual_seed(seed)
     model = build_model(cfg).eval()
     with torch.no_grad():
@@ -43,7 +48,7 @@ def lively_model(row: str, seed: int = 0, opts: Sequence[Any] = ()) -> tuple[Cfg
                 parameter.mul_(30)
         _fit_norms(model)
         _spread_scores(model, cfg)
-    return cfg, model
+    return model
 
 
 def _fit_norms(model: Any) -> None:
