@@ -21,7 +21,7 @@ from .torch_files import EXTRA_FILE, Archive, TorchSession, explained, without_e
 
 
 def write(
-    module: nn.Module, inputs: tuple[Tensor, ...], description: Description, path: Path, freeze: bool = True
+    module: nn.Module, inputs: tuple[Tensor, ...], description: Description, path: Path, freeze: bool = False
 ) -> None:
     """Traces a module and writes the trace, which takes all sizes and batches, also where `description` fixes them.
 
@@ -30,8 +30,9 @@ def write(
         inputs: examples, with which it is traced.
         description: goes into the file.
         path: of the file.
-        freeze: whether weights become constants, and are multiplied with the norms after them. That is faster, and
-            rounds otherwise.
+        freeze: whether weights become constants, and are multiplied with the norms after them. A backbone of ResNet-50 was
+            5 % faster on one core. It rounds otherwise than the model; without it, results have the same bits, but
+            for modulated convolutions.
     """
     with torch.no_grad(), without_expected_warnings():
         # torch's own check runs the module once more with the same inputs, which proves little.

@@ -9,6 +9,7 @@ from .deform_conv2d import deform_conv2d
 from .deform_psroi_pool import deform_psroi_pool
 from .deform_roi_pool import deform_roi_pool
 from .modulated_deform_conv2d import modulated_deform_conv2d, split_offset_and_mask
+from .portable import portable_operators
 
 __all__ = [
     "batched_nms",
@@ -16,6 +17,7 @@ __all__ = [
     "deform_psroi_pool",
     "deform_roi_pool",
     "modulated_deform_conv2d",
+    "portable_operators",
     "split_offset_and_mask",
 ]
 

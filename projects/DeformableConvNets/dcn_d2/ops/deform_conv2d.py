@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import reference
+from . import portable, reference
 from ._arguments import (
     IntPair,
     are_tensors,
@@ -107,9 +107,12 @@ def deform_conv2d(
     """
     if not are_tensors((input, offset, weight), (bias, mask)):
         check_types("deform_conv2d", ("bias", "mask"), input=input, offset=offset, weight=weight, bias=bias, mask=mask)
-    return torch.ops.dcn_d2.deform_conv2d(
-        input, offset, weight, bias, pair(stride, "stride"), pair(padding, "padding"), pair(dilation, "dilation"), mask
-    )
+    geometry = pair(stride, "stride"), pair(padding, "padding"), pair(dilation, "dilation")
+    if portable.are_portable():
+        if portable.can_check():
+            check_operands(input, offset, weight, bias, *geometry, mask)
+        return portable.deform_conv2d(input, offset, weight, bias, *geometry, mask)
+    return torch.ops.dcn_d2.deform_conv2d(input, offset, weight, bias, *geometry, mask)
 
 
 def check_operands(

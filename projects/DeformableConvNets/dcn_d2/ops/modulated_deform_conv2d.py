@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import reference
+from . import portable, reference
 from ._arguments import IntPair, are_tensors, check_types, in_strides_of, new_empty_in_format_of, pair
 from ._autograd import register_derivatives, register_second_derivatives
 from ._library import define, register_autocast, register_fake, register_without_kernel
@@ -75,15 +75,13 @@ def modulated_deform_conv2d(
         check_types(
             "modulated_deform_conv2d", ("bias",), input=input, offset_and_mask=offset_and_mask, weight=weight, bias=bias
         )
-    return torch.ops.dcn_d2.modulated_deform_conv2d(
-        input,
-        offset_and_mask,
-        weight,
-        bias,
-        pair(stride, "stride"),
-        pair(padding, "padding"),
-        pair(dilation, "dilation"),
-    )
+    geometry = pair(stride, "stride"), pair(padding, "padding"), pair(dilation, "dilation")
+    if portable.are_portable():
+        if portable.can_check():
+            _check(input, offset_and_mask, weight, bias, *geometry)
+        offset, mask = split_offset_and_mask(offset_and_mask)
+        return portable.deform_conv2d(input, offset, weight, bias, *geometry, mask)
+    return torch.ops.dcn_d2.modulated_deform_conv2d(input, offset_and_mask, weight, bias, *geometry)
 
 
 def split_offset_and_mask(offset_and_mask: Tensor) -> tuple[Tensor, Tensor]:

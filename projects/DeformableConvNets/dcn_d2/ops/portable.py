@@ -3,11 +3,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from typing import Any
 
 import torch
+from torch import Tensor
 
 _switched_on: ContextVar[bool] = ContextVar("portable_operators", default=False)
 
@@ -29,4 +32,92 @@ def portable_operators() -> Iterator[None]:
 
 def are_portable() -> bool:
     """Whether the operators are to be recorded as those that other runtimes know."""
-    return _switched_on.get() or torch.onnx.is_in_onnx_export()
+    # That an ONNX export goes on is asked only where something is recorded: the answer takes 4 us.
+    return _switched_on.get() or (
+        (torch.jit.is_tracing() or torch.compiler.is_exporting()) and torch.onnx.is_in_onnx_export()
+    )
+
+
+def can_check() -> bool:
+    """Whether operands can be checked by `_arguments.check`: not while torch.jit.trace or Dynamo records the checks."""
+    return not (torch.jit.is_tracing() or torch.compiler.is_dynamo_compiling())
+
+
+def deform_conv2d(
+    input: Tensor,
+    offset: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    mask: Tensor | None,
+) -> Tensor:
+    """Calls `torchvision::deform_conv2d` with operands that `dcn_d2.ops.deform_conv2d` would take.
+
+    Raises:
+        ImportError: torchvision, which has the operator, is missing.
+    """
+    try:
+        import torchvision.ops  # noqa: F401  # loads the operator
+    except ImportError as error:
+        raise ImportError(
+            f"within portable_operators() and torch.onnx.export, deform_conv2d is torchvision's operator, but "
+            f"torchvision cannot be imported: {error}. Install it: pip install torchvision"
+        ) from error
+    if torch.jit.is_tracing() and torch.onnx.is_in_onnx_export():
+        _teach_tracing_exporter()
+    groups = input.shape[1] // weight.shape[1]
+    deform_groups = offset.shape[1] // (2 * weight.shape[2] * weight.shape[3])
+    use_mask = mask is not None
+    if mask is None:  # torchvision's operator takes no None, and compares the batch
+        mask = input.new_zeros(input.shape[0], 1)
+    return torch.ops.torchvision.deform_conv2d(
+        input,
+        weight,
+        offset,
+        mask,
+        weight.new_zeros(weight.shape[0]) if bias is None else bias,
+        *stride,
+        *padding,
+        *dilation,
+        int(groups),  # while torch.jit.trace records, sizes are tensors, but no exporter takes a number that is one
+        int(deform_groups),
+        use_mask,
+    )
+
+
+@functools.cache
+def _teach_tracing_exporter() -> None:
+    """Tells `torch.onnx.export(dynamo=False)` what torchvision's operator is in ONNX. The other exporter knows it."""
+    from torch.onnx.symbolic_helper import parse_args
+
+    @parse_args(*"vvvvv", *"iiiiiiiii")
+    def translate(
+        g: Any,
+        input: Any,
+        weight: Any,
+        offset: Any,
+        mask: Any,
+        bias: Any,
+        stride_h: int,
+        stride_w: int,
+        pad_h: int,
+        pad_w: int,
+        dilation_h: int,
+        dilation_w: int,
+        groups: int,
+        deform_groups: int,
+        use_mask: int,
+    ) -> Any:
+        return g.op(
+            "DeformConv",
+            *(input, weight, offset, bias, *([mask] if use_mask else [])),
+            dilations_i=[dilation_h, dilation_w],
+            group_i=groups,
+            offset_group_i=deform_groups,
+            pads_i=[pad_h, pad_w, pad_h, pad_w],
+            strides_i=[stride_h, stride_w],
+        )
+
+    torch.onnx.register_custom_op_symbolic("torchvision::deform_conv2d", translate, 19)

@@ -71,7 +71,7 @@ def deform_roi_pool(
         x0, x1 = edges(0, _numbers(out_w, input)[None, None, :], out_w, input.shape[3])
         images = rois[:, :1, None].expand(-1, out_h, out_w)
         boxes = torch.stack([images, x0, y0, x1, y1], -1).reshape(-1, 5)
-        pooled = _as_map(_roi_align(input, boxes, (1, 1), 1.0, sampling_ratio), 1, output_size)
+        pooled = _as_map(_roi_align(input, boxes, (1, 1), 1.0, sampling_ratio).flatten(1), 1, output_size)
     return (pooled if mask is None else pooled * mask).to(dtype)
 
 
@@ -90,7 +90,7 @@ def deform_psroi_pool(
     """Computes `dcn_d2.ops.deform_psroi_pool`, which says what the arguments are.
 
     A bin whose samples all lie on the map is a bin of RoIAlign. At the border the two have different rules, so the
-    samples of bins that the border cuts are read one by one.
+    samples of RoIs that have bins which it cuts are read one by one.
     """
     dtype = input.dtype
     input, rois, offset, mask = map(_float_of_half, (input, rois, offset, mask))
@@ -102,8 +102,9 @@ def deform_psroi_pool(
     columns = torch.arange(out_w, device=input.device).expand(out_h, out_w)
     moves = input.new_zeros(1, 1, 2, 1, 1)
     if offset is not None:
-        of_bins = offset.flatten(2)[:, :, (rows * part_h // out_h * part_w + columns * part_w // out_w).flatten()]
-        moves = of_bins.reshape(-1, classes, 2, out_h, out_w) * trans_std
+        # -1 comes first: for it, torch's older exporter to ONNX divides by the other sizes, and R may be zero.
+        of_parts = offset.reshape(-1, classes, 2, part_h * part_w)
+        moves = of_parts[:, :, :, rows * part_h // out_h * part_w + columns * part_w // out_w] * trans_std
     y = _psroi_axis(rois[:, 2::2], spatial_scale, rows, out_h, moves[:, :, 1], input.shape[2], sample_per_part)
     x = _psroi_axis(rois[:, 1::2], spatial_scale, columns, out_w, moves[:, :, 0], input.shape[3], sample_per_part)
 
@@ -116,30 +117,32 @@ def deform_psroi_pool(
         channels, size = _static(input.shape[1]) // parts, input.shape[2:]
         input = input.reshape(-1, classes, channels, group_size**2, *size).permute(0, 3, 1, 2, 4, 5)
         input = input.reshape(-1, channels, *size)
-    images = images.reshape(-1, 1)
+    images = images.reshape(-1, classes * out_h * out_w, 1)
 
-    whole, empty = y.whole & x.whole, (y.kept == 0) | (x.kept == 0)
-    boxes = torch.cat([images, *_interleaved(_box(x.begin, x.end, whole), _box(y.begin, y.end, whole))], 1)
-    pooled = _roi_align(input, boxes, (1, 1), 1.0, sample_per_part)
-    (cut,) = (~(whole | empty))[:, 0].nonzero(as_tuple=True)
-    pooled.index_put_((cut,), _mean_of_samples(input, images[cut], y.take(cut), x.take(cut)))
-    pooled = _as_map(pooled, classes, output_size)
+    whole = y.whole & x.whole
+    boxes = torch.cat([images, *_interleaved(_box(x.begin, x.end, whole), _box(y.begin, y.end, whole))], 2)
+    bins = _roi_align(input, boxes.reshape(-1, 5), (1, 1), 1.0, sample_per_part)
+    bins = bins.reshape(-1, classes * out_h * out_w, _static(input.shape[1]))
+    # Not the numbers of the bins: torch's newer exporter to ONNX would limit how many there are to more than 64 bits.
+    (cut,) = ((~whole & (y.kept * x.kept > 0)).to(bins.dtype).sum((1, 2)) > 0).nonzero(as_tuple=True)
+    bins.index_put_((cut,), _mean_of_samples(input, images[cut], y.take(cut), x.take(cut)))
+    pooled = _as_map(bins, classes, output_size)
     return (pooled if mask is None else pooled * mask).to(dtype)
 
 
 class _Axis(NamedTuple):
-    """Where B bins sample on one axis."""
+    """Where the B bins of each of R RoIs sample on one axis."""
 
-    begin: Tensor  # (B, 1), half a sample before the first
-    end: Tensor  # (B, 1), half a sample after the last
-    positions: Tensor  # (B, samples)
-    inside: Tensor  # (B, samples), which samples lie on the map, as numbers
-    kept: Tensor  # (B, 1), how many do
-    whole: Tensor  # (B, 1), whether all do
+    begin: Tensor  # (R, B, 1), half a sample before the first
+    end: Tensor  # (R, B, 1), half a sample after the last
+    positions: Tensor  # (R, B, samples)
+    inside: Tensor  # (R, B, samples), which samples lie on the map, as numbers
+    kept: Tensor  # (R, B, 1), how many do
+    whole: Tensor  # (R, B, 1), whether all do
 
-    def take(self, index: Tensor) -> _Axis:
-        """The same of the bins of these numbers."""
-        return _Axis(*(value[index] for value in self))
+    def take(self, rois: Tensor) -> _Axis:
+        """The same for the RoIs of these numbers."""
+        return _Axis(*(value[rois] for value in self))
 
 
 def _psroi_axis(
@@ -162,35 +165,37 @@ def _psroi_axis(
     finite = _is_finite(size)
     size = size.clamp(min=0.1)
     first = index * (size / bins) + start + moves * size  # in the order of the kernels: a sum decides what is inside
-    finite, spacing, first = (
-        value.expand(first.shape).reshape(-1, 1) for value in (finite, size / bins / samples, first)
-    )
+    shape = -1, moves.shape[1] * index.shape[0] * index.shape[1], 1
+    spacing = (size / bins / samples).expand(first.shape).reshape(shape)
+    finite, first = finite.expand(first.shape).reshape(shape), first.reshape(shape)
     positions = first + _numbers(samples, first) * spacing
     inside = (positions >= -0.5) & (positions <= length - 0.5) & finite
     on_map = inside.to(first.dtype)
-    half = spacing / 2
+    last = samples - 1
     return _Axis(
-        first - half,
-        positions[:, -1:] + half,
+        first - spacing / 2,
+        positions.narrow(2, last, 1) + spacing / 2,
         positions,
         on_map,
-        on_map.sum(1, keepdim=True),
-        inside[:, :1] & inside[:, -1:],
+        on_map.sum(2, keepdim=True),
+        inside.narrow(2, 0, 1) & inside.narrow(2, last, 1),
     )
 
 
 def _mean_of_samples(input: Tensor, images: Tensor, y: _Axis, x: _Axis) -> Tensor:
-    """Averages the samples of each of B bins that lie on the map, of which there is one at least: (B, C, 1, 1)."""
-    samples = y.positions.shape[1]
+    """Averages the samples of (R, B, 1) bins that lie on the map: (R, B, C)."""
+    bins, samples, channels = (_static(size) for size in (*y.positions.shape[1:], input.shape[1]))
     half = (x.end - x.begin) / (2 * samples)
-    weight = y.inside / (y.kept * x.kept)
+    rows = _box(y.begin, y.end, y.kept > 0)
+    weight = y.inside / (y.kept * x.kept).clamp(min=1)
     total: Any = 0
-    for column in range(_static(samples)):  # one of them at a time: all together take so many times the memory
-        position = x.positions[:, column, None]
-        boxes = torch.cat([images, *_interleaved(_box(position - half, position + half), _box(y.begin, y.end))], 1)
-        values = _roi_align(input, boxes, (_static(samples), 1), 1.0, 1)
-        total = total + torch.matmul(values[:, :, :, 0], (weight * x.inside[:, column, None])[:, :, None])
-    return total[..., None]
+    for column in range(samples):  # one of them at a time: all together take so many times the memory
+        position, inside = (value.narrow(2, column, 1) for value in (x.positions, x.inside))
+        columns = _box(position - half, position + half, inside > 0)
+        boxes = torch.cat([images, *_interleaved(columns, rows)], 2).reshape(-1, 5)
+        values = _roi_align(input, boxes, (samples, 1), 1.0, 1).reshape(-1, bins, channels, samples)
+        total = total + torch.matmul(values, (weight * inside).unsqueeze(3))
+    return total.squeeze(3)
 
 
 def _interleaved(x: tuple[Tensor, Tensor], y: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
@@ -198,12 +203,9 @@ def _interleaved(x: tuple[Tensor, Tensor], y: tuple[Tensor, Tensor]) -> tuple[Te
     return x[0], y[0], x[1], y[1]
 
 
-def _box(begin: Tensor, end: Tensor, used: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def _box(begin: Tensor, end: Tensor, used: Tensor) -> tuple[Tensor, Tensor]:
     """Gives where boxes begin and end as RoIAlign of scale 1 takes it; those that are not used go outside the map."""
-    begin, end = begin + 0.5, end + 0.5
-    if used is None:
-        return begin, end
-    return torch.where(used, begin, _OUTSIDE), torch.where(used, end, _OUTSIDE + 1)
+    return torch.where(used, begin + 0.5, _OUTSIDE), torch.where(used, end + 0.5, _OUTSIDE + 1)
 
 
 def _away_from_integers(bin_size: Tensor, middle: Tensor) -> Tensor:
@@ -217,8 +219,8 @@ def _away_from_integers(bin_size: Tensor, middle: Tensor) -> Tensor:
 
 
 def _as_map(bins: Tensor, classes: int, output_size: Sequence[int]) -> Tensor:
-    """Gives (R * classes * out_h * out_w, C, 1, 1) bins as (R, classes * C, out_h, out_w)."""
-    channels = _static(bins.shape[1])
+    """Gives the C channels of every bin of every class, RoI by RoI, as (R, classes * C, out_h, out_w)."""
+    channels = _static(bins.shape[-1])
     bins = bins.reshape(-1, classes, output_size[0] * output_size[1], channels).transpose(2, 3)
     return bins.reshape(-1, classes * channels, *output_size)
 
