@@ -23,7 +23,7 @@ from ..engine.tiny import tiny_config
 from .models import build_lively
 
 SUFFIXES = {"torchscript": ".ts", "pt2": ".pt2", "onnx": ".onnx", "openvino": ".xml"}
-SIZES = [(96, 128), (128, 96), (96, 128), (80, 80)]  # (height, width): landscape, portrait, square
+SIZES = [(96, 128), (128, 96), (80, 80)]  # (height, width): landscape, portrait, square
 
 
 class Detector:

@@ -72,10 +72,10 @@ def test_a_loaded_file_gives_what_the_predictor_gives(format: str, detector: Det
     assert list(predictor.stream(iter([None]), return_errors=True))[0].args[0].startswith("image 0 of those given")
 
 
-@pytest.mark.parametrize("format", SUFFIXES)
+@pytest.mark.parametrize("format", ["torchscript", "onnx", "openvino"])  # .pt2 runs as TorchScript does
 def test_workers_share_a_session(format: str, detector: Detector) -> None:
     predictor = export.load(detector.export(format), workers=3, batch_size=1)
-    files = [str(path) for path in detector.images] * 3
+    files = [str(path) for path in detector.images] * 2
     for pair in zip(predictor(files), detector.predictor(files), strict=True):
         assert check_alike(*pair) > 10
 
@@ -87,7 +87,7 @@ def test_plans_suit_the_runtime(detector: Detector, monkeypatch: pytest.MonkeyPa
     assert runtime.plan() == (2, 1, 4)
     runtime.workers, runtime.batch_size = 2, 3
     assert runtime.plan() == (3, 2, 2)
-    assert export.load(detector.export(batch=3)).plan().batch_size == 3
+    assert export.load(detector.export(batch=3, size=(96, 96))).plan().batch_size == 3
 
 
 def test_copies_open_the_file_when_they_need_it(
@@ -111,29 +111,29 @@ def test_a_copy_notices_that_the_file_is_another(detector: Detector, tmp_path: P
     path = tmp_path / "model.ts"
     path.write_bytes(detector.export().read_bytes())
     data = pickle.dumps(export.load(path))
-    path.write_bytes(detector.export(batch=3).read_bytes())
+    path.write_bytes(detector.export(batch=3, size=(96, 96)).read_bytes())
     with pytest.raises(ValueError, match=r"model\.ts holds another model than when the predictor was pickled"):
         _ = pickle.loads(data).model
 
 
 def test_images_fit_into_a_fixed_size(detector: Detector) -> None:
-    predictor = export.load(detector.export(size=(96, 96), batch=2))
+    predictor = export.load(detector.export(batch=3, size=(96, 96)))
     files = [str(path) for path in detector.images]
     shapes = [tuple(predictor._prepare(file)["image"].shape[1:]) for file in files]
-    assert shapes == [(72, 96), (96, 72), (72, 96), (96, 96)]
+    assert shapes == [(72, 96), (96, 72), (96, 96)]
     found = predictor(files)
     assert [each["instances"].image_size for each in found] == SIZES and all(len(each["instances"]) for each in found)
     # The model in torch, with the same key, finds the same.
     cfg = load_config(str(detector.config_file), ["INPUT.CANVAS_TEST", "(96, 96)"])
     same = type(detector.predictor)(cfg, batch_size=1, workers=1)
-    square = files[3]
+    square = files[2]
     assert check_alike(predictor(square), same(square))
 
 
 def test_values_of_the_config_may_change_unless_the_graph_has_fixed_them(detector: Detector) -> None:
     path = detector.export()
     predictor = export.load(path, opts=["INPUT.MIN_SIZE_TEST", 64, "MODEL.DEVICE", "cpu"])
-    assert predictor._prepare(str(detector.images[3]))["image"].shape == (3, 64, 64)
+    assert predictor._prepare(str(detector.images[2]))["image"].shape == (3, 64, 64)
     for key, value in (("MODEL.ROI_HEADS.SCORE_THRESH_TEST", 0.5), ("INPUT.FORMAT", "RGB"), ("MODEL.DEVICE", "cuda")):
         with pytest.raises(ValueError, match=f"{key} is fixed in the exported model .*model.ts: export it again"):
             export.load(path, opts=[key, value])
@@ -232,7 +232,7 @@ def test_predict_writes_what_the_checkpoint_gives(detector: Detector, tmp_path: 
     given = ["--config-file", detector.config_file, "--weights", detector.weights]
     expected, _ = predictions(tmp_path / "eager", *given, *images)
     found, settings = predictions(tmp_path / "exported", "--model", detector.export(), *images)
-    assert len(found) == len(expected) > 40
+    assert len(found) == len(expected) > 30
     for ours, theirs in zip(
         *(sorted(each, key=lambda d: (d["image_id"], -round(d["score"], 4))) for each in (found, expected))
     ):
@@ -243,7 +243,13 @@ def test_predict_writes_what_the_checkpoint_gives(detector: Detector, tmp_path: 
     # Another file is another command.
     with pytest.raises(SystemExit, match=r"weights_sha256|another command"):
         predict.run(
-            ["--model", str(detector.export(batch=3)), *map(str, images), "--output", str(tmp_path / "exported")]
+            [
+                "--model",
+                str(detector.export(batch=3, size=(96, 96))),
+                *map(str, images),
+                "--output",
+                str(tmp_path / "exported"),
+            ]
         )
 
 
