@@ -32,7 +32,7 @@ def export_from_command_line(args: argparse.Namespace) -> Exported:
 
     cfg = read_config(args)
     check_weights(args, cfg, "export.py")
-    options: dict[str, Any] = {"aot": True} if args.aot else {}
+    options: dict[str, Any] = {"compile": True} if args.aot else {}
     try:
         return export(
             cfg,

@@ -133,7 +133,8 @@ def _copy(model: nn.Module) -> Any:
 
 def exportable(model: Any, request: Request) -> tuple[nn.Module, list[str]]:
     """Makes the module that is exported, and the names of its results. With another dtype it changes the model."""
-    dtype = getattr(torch, request.dtype)
+    # OpenVINO's writer makes halves of float32 weights itself.
+    dtype = torch.float32 if request.format == "openvino" else getattr(torch, request.dtype)
     if request.part == "backbone":
         backbone = ExportableBackbone(model, dtype).eval()
         return backbone, backbone.names

@@ -9,8 +9,8 @@ from typing import Any
 import cv2
 import numpy as np
 from detectron2.config import CfgNode
-from detectron2.data import transforms as T
 
+from ..config import with_dcn_keys
 from ..data.images import pixels_of
 from ..data.nuclei import SCALE, SOURCE_DIR, SPLITS
 from ..data.transforms import build_augmentation
@@ -83,14 +83,11 @@ def batches_of(pixels: np.ndarray, cfg: CfgNode, description: Description) -> li
 
 def resize(pixels: np.ndarray, cfg: CfgNode, size: tuple[int, int] | None) -> np.ndarray:
     """Resizes an image as a prediction does; with a `size` (height, width), so that it also fits in there."""
+    cfg = with_dcn_keys(cfg).clone()
+    cfg.defrost()
+    cfg.INPUT.CANVAS_TEST = size or ()
     (augmentation,) = build_augmentation(cfg, is_train=False)
-    resized = augmentation.get_transform(pixels).apply_image(pixels)
-    height, width = resized.shape[:2]
-    if size is None or (height <= size[0] and width <= size[1]):
-        return resized
-    factor = min(size[0] / height, size[1] / width)
-    smaller = max(int(height * factor), 1), max(int(width * factor), 1)
-    return T.ResizeTransform(*pixels.shape[:2], *smaller).apply_image(pixels)
+    return augmentation.get_transform(pixels).apply_image(pixels)
 
 
 def _canvases(images: list[np.ndarray], description: Description) -> np.ndarray:

@@ -23,7 +23,7 @@ def test_defaults_leave_detectron2_as_it_is() -> None:
     cfg, plain = get_cfg(), get_cfg()
     add_dcn_config(cfg)
     assert cfg.MODEL.DCN.NORM_EVAL is False
-    assert cfg.INPUT.RESIZE_WITH == "PIL"
+    assert cfg.INPUT.RESIZE_WITH == "PIL" and cfg.INPUT.CANVAS_TEST == ()
     assert cfg.SOLVER.REFERENCE_IMS_PER_BATCH == 0
     assert cfg.SOLVER.OFFSET_LR_FACTOR == 1.0
     assert cfg.SOLVER.ACCUMULATE_BATCHES == 1 and not cfg.SOLVER.EMA.ENABLED
@@ -35,6 +35,7 @@ def test_defaults_leave_detectron2_as_it_is() -> None:
         cfg.TEST["REPORT"],
         cfg.MODEL["DCN"],
         cfg.INPUT["RESIZE_WITH"],
+        cfg.INPUT["CANVAS_TEST"],
         cfg.SOLVER["REFERENCE_IMS_PER_BATCH"],
         cfg.SOLVER["OFFSET_LR_FACTOR"],
         cfg.TEST["COCO_EVAL"],

@@ -9,6 +9,7 @@ from detectron2.data import transforms as T
 from detectron2.data.detection_utils import build_augmentation as build_detectron2_augmentation
 from PIL import Image
 
+from dcn_d2.config import check_config
 from dcn_d2.data.transforms import OpenCVResizeShortestEdge, OpenCVResizeTransform, build_augmentation
 from dcn_d2.engine import DCNPredictor, DCNTrainer
 
@@ -156,3 +157,38 @@ def test_predictor_resizes_with_what_the_key_names(library: str) -> None:
     }[library]()
     assert torch.equal(seen[0]["image"], torch.from_numpy(expected.astype(np.float32).transpose(2, 0, 1)))
     assert (seen[0]["height"], seen[0]["width"]) == (48, 64)
+
+
+@pytest.mark.parametrize("library", ["PIL", "cv2"])
+@pytest.mark.parametrize(
+    ("shape", "least", "expected"),
+    [
+        ((48, 64), 24, (24, 32)),  # fits, at the config's scale
+        ((48, 64), 60, (30, 40)),
+        ((64, 48), 60, (36, 27)),
+        ((100, 10), 0, (36, 4)),  # MIN_SIZE_TEST 0 leaves the size alone, but it has to fit
+        ((20, 30), 0, (20, 30)),
+    ],
+)
+def test_images_for_tests_fit_into_the_canvas(
+    library: str, shape: tuple[int, int], least: int, expected: tuple[int, int]
+) -> None:
+    cfg = config(RESIZE_WITH=library, MIN_SIZE_TEST=least, CANVAS_TEST=(36, 40))
+    pixels = image(*shape)
+    (augmentation,) = build_augmentation(cfg, is_train=False)
+    resized = augmentation.get_transform(pixels).apply_image(pixels)
+    assert resized.shape == (*expected, 3)
+    if library == "cv2":
+        np.testing.assert_array_equal(resized, cv2.resize(pixels, expected[::-1], interpolation=cv2.INTER_LINEAR))
+    elif expected != shape:
+        smaller = Image.fromarray(pixels).resize(expected[::-1], Image.Resampling.BILINEAR)
+        np.testing.assert_array_equal(resized, np.asarray(smaller))
+    trained = build_augmentation(cfg, is_train=True)
+    assert not any(hasattr(each, "height") for each in trained), "training is as without it"
+
+
+@pytest.mark.parametrize("canvas", [(0, 5), (5,), "large", (4.0, 4)])
+def test_a_canvas_is_a_size_or_nothing(canvas: object) -> None:
+    cfg = config(CANVAS_TEST=canvas)
+    with pytest.raises(ValueError, match=r"INPUT.CANVAS_TEST must be \(height, width\), whole numbers from 1 to 65536"):
+        check_config(cfg)

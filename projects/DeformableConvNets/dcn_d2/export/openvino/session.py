@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -38,10 +39,13 @@ class Session:
         if threads:
             settings["INFERENCE_NUM_THREADS"] = threads
         self._compiled = core.compile_model(model, device, settings)
+        self._requests = threading.local()  # a request runs for one thread at a time
 
     def run(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Runs the graph: from inputs by name to outputs by name, as `description` has them."""
-        results = self._compiled(dict(inputs))
+        if not hasattr(self._requests, "own"):
+            self._requests.own = self._compiled.create_infer_request()
+        results = self._requests.own.infer(dict(inputs))
         return {tensor.name: results[tensor.name] for tensor in self.description.outputs}
 
 
