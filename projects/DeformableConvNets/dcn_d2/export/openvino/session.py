@@ -48,6 +48,22 @@ class Session:
         results = self._requests.own.infer(dict(inputs))
         return {tensor.name: results[tensor.name] for tensor in self.description.outputs}
 
+    def _check(self, port: Any, inputs: Mapping[str, np.ndarray]) -> None:
+        """Refuses an array that does not fit: OpenVINO converts a wrong dtype, silently."""
+        name, dtype, shape = port.any_name, port.element_type.to_dtype(), port.partial_shape
+        if name not in inputs:
+            raise ValueError(f"{self.path.name} takes {name}, and got {', '.join(inputs) or 'nothing'}")
+        array = inputs[name]
+        fits = len(array.shape) == len(shape) and all(
+            size.is_dynamic or size.get_length() == n for size, n in zip(shape, array.shape)
+        )
+        if array.dtype != dtype or not fits:
+            sizes = ", ".join("any" if size.is_dynamic else str(size) for size in shape)
+            raise ValueError(
+                f"{self.path.name} takes {name} of {np.dtype(dtype)} ({sizes}), got {array.dtype} "
+                f"({', '.join(map(str, array.shape))})"
+            )
+
 
 def _read(core: Any, path: Path) -> Any:
     """Reads a graph and its weights.
