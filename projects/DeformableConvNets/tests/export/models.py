@@ -23,7 +23,9 @@ def lively_model(row: str, seed: int = 0, opts: Sequence[Any] = ()) -> tuple[Cfg
     """Builds a narrow model of a row of the zoo, with weights that give many different detections.
 
     Offsets and masks of deformable layers differ from place to place. Norms get the statistics of what they see, so
-    that values neither vanish nor grow from layer to layer; rounding would grow with them.
+    that values neither vanish nor grow from layer to layer. Offsets depend little on what they see, and blocks add
+    little to their shortcuts: otherwise, differences of rounding grow with each of 101 layers, up to other detections.
+    Feature maps in float32 then differ from those in float64 by about 3e-6 of the largest value.
     """
     cfg = model_zoo.get_config(row)
     cfg.merge_from_list([*SLIM, *opts])
@@ -37,9 +39,9 @@ def build_lively(cfg: CfgNode, seed: int = 0) -> Any:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "offset" in name or "mask_fc" in name:
-                parameter.normal_(0, 0.02 if parameter.dim() > 1 else 0.5)
+                parameter.normal_(0, 0.2 / parameter[0].numel() ** 0.5 if parameter.dim() > 1 else 0.5)
             elif ".conv3.norm.weight" in name:
-                parameter.fill_(0.3)
+                parameter.fill_(0.1)
             elif name.endswith(("bbox_pred.weight", "anchor_deltas.weight")):
                 parameter.mul_(10)
             elif name.endswith("objectness_logits.weight"):
