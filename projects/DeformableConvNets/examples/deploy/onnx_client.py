@@ -142,7 +142,7 @@ def _weights(pixels: int, start: float, end: float, cells: int) -> np.ndarray:
 
 
 def records(found: dict[str, np.ndarray], class_names: list[str], confidence: float) -> list[dict[str, Any]]:
-    """Gives detections as objects for JSON; masks are COCO's run lengths: how many pixels 0, then 1, column by column."""
+    """Gives detections as objects for JSON; masks are COCO's run lengths, column by column."""
     listed = []
     for number in np.flatnonzero(found["scores"] >= confidence):
         index = int(found["classes"][number])
