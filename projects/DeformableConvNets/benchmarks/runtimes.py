@@ -63,23 +63,22 @@ class Part:
     def __init__(self, name: str, predictor: DCNPredictor, image: torch.Tensor, folder: Path) -> None:
         self.name, self.cfg, self.model = name, predictor.cfg, predictor.model
         self.image, self.folder = image, folder
-        size = tuple(image.shape[-2:])
-        self.arrays = {"images": image[None].float().numpy(), "image_sizes": np.array([size], np.int64)}
+        self.size = (image.shape[-2], image.shape[-1])
+        self.arrays = {"images": image[None].float().numpy(), "image_sizes": np.array([self.size], np.int64)}
 
     def export(self, failed: Failures) -> dict[str, Path]:
         """Writes a file for each runtime; notes in `failed` for which that is not possible."""
         files: dict[str, Path] = {}
-        size = tuple(self.image.shape[-2:])
         for runtime, file_format in RUNTIMES.items():
             path = self.folder / f"{self.name}{SUFFIXES[file_format]}"
-            write = partial(export, model=self.model, part=self.name, size=size, batch=1, check=False)
+            write = partial(export, model=self.model, part=self.name, size=self.size, batch=1, check=False)
             if attempt(failed, runtime, write, self.cfg, path):
                 files[runtime] = path
         return files
 
     def eager(self) -> Arrays:
         """What the model gives in PyTorch."""
-        height, width = self.image.shape[-2:]
+        height, width = self.size
         inputs = [{"image": self.image, "height": height, "width": width}]
         with torch.no_grad():
             if self.name == "backbone":
