@@ -48,6 +48,8 @@ def build_lively(cfg: CfgNode, seed: int = 0) -> Any:
                 parameter.mul_(30)
         _fit_norms(model)
         _spread_scores(model, cfg)
+        if cfg.MODEL.MASK_ON:
+            _fill_masks(model)
     return model
 
 
@@ -74,6 +76,18 @@ def _spread_scores(model: Any, cfg: CfgNode) -> None:
         detect_eagerly(model, images(1, 128, 160), [(128, 160)])
         hook.remove()
         predictor.cls_score.weight.mul_(3 / seen[0].std().clamp(min=1e-6))
+
+
+def _fill_masks(model: Any) -> None:
+    """Gives logits of masks a standard deviation of 1 around 2: masks with holes, and few pixels at the threshold."""
+    for module in model.roi_heads.mask_head.modules():
+        if isinstance(getattr(module, "predictor", None), nn.Conv2d):
+            seen: list[Tensor] = []
+            hook = module.predictor.register_forward_hook(lambda *arguments, seen=seen: seen.append(arguments[2]))
+            detect_eagerly(model, images(1, 128, 160), [(128, 160)])
+            hook.remove()
+            module.predictor.weight.div_(seen[0].std().clamp(min=1e-6))
+            module.predictor.bias.fill_(2.0)
 
 
 def images(number: int, height: int, width: int, seed: int = 7) -> Tensor:
