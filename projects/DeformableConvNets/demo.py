@@ -5,7 +5,7 @@
 For every image two pictures are written: NAME_detections.png, with classes, scores and masks, beside the ground truth
 where the data set has one, and NAME_sampling.png: for the centres of the most confident detections, the locations that
 the last three deformable layers of each backbone stage sample, from the stage of the FPN level that the detection was
-pooled from upwards.
+pooled from upwards. Of an exported model (--model) there are only the first: it does not show its layers.
 
 Of images with the same name in different folders the later ones get a number, NAME_2. Only pictures that an earlier run
 wrote are replaced. An image that cannot be read is left out and named at the end; the exit code is 1 then.
@@ -199,7 +199,7 @@ def draw_image(
         folder.path_of(f"{stem}_{kind}.png")
     image_bgr = sample["pixels"] if "pixels" in sample else read_image(sample["file_name"])
     check_image_size(sample, image_bgr)
-    with record_sampling(predictor.model) as record:
+    with record_sampling(predictor.model) as record:  # of an exported model there is nothing to record
         found = predictor(sample.get("pixels", sample["file_name"]))["instances"].to("cpu")
     found = found[found.scores >= args.confidence]
     image = display_image(image_bgr, args.stretch_contrast)
@@ -210,6 +210,8 @@ def draw_image(
         columns.insert(0, [draw_truth(large, sample, names.truth)])
         titles.insert(0, f"ground truth: {len(sample['annotations'])}")
     print(f"wrote {folder.write(f'{stem}_detections.png', compose(columns, titles))}")
+    if args.model:
+        return
     columns = draw_sampling(image, predictor, record, found, args.points) if record.layers else []
     scores = sorted(found.scores.tolist(), reverse=True)
     titles = [f"sampling for the detection of {score:.1%}" for score, column in zip(scores, columns) if column]
@@ -239,9 +241,11 @@ def prepare(args: argparse.Namespace) -> tuple[list[dict[str, Any]], PictureFold
 
     cfg = read_config(args)
     samples = list_images(args, cfg)
-    read = [*(sample["file_name"] for sample in samples), args.config_file, cfg.MODEL.WEIGHTS]
+    read = [*(sample["file_name"] for sample in samples), args.config_file or "", cfg.MODEL.WEIGHTS]
     folder = PictureFolder(args.output, read)
     predictor = build_predictor(args, cfg, "demo.py")
+    if args.model:
+        print("no sampling to draw: an exported model does not show its layers; --config-file and --weights do")
     return samples, folder, predictor, find_names(args, predictor)
 
 

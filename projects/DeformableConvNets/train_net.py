@@ -42,10 +42,11 @@ def read_job(args: argparse.Namespace) -> CfgNode:
     from dcn_d2.engine import DCNTrainer, folder, load_config
     from dcn_d2.engine.checks import check_weights_exist
     from dcn_d2.engine.own_data import use_own_data
+    from dcn_d2.export.settings import read_exported
     from dcn_d2.model_zoo import find_config_file
 
     args.config_file = find_config_file(args.config_file)
-    cfg = load_config(args.config_file, args.opts)
+    cfg = read_exported(args, args.num_gpus) if args.model else load_config(args.config_file, args.opts)
     if args.published:
         check_published(args.config_file, cfg)
         use_published_weights(cfg, "--published", args.config_file)
@@ -53,6 +54,8 @@ def read_job(args: argparse.Namespace) -> CfgNode:
         folder.check_unlocked(cfg.OUTPUT_DIR)
         folder.check_start(cfg, args.resume, args.overwrite)
     args.notes = use_own_data(args, cfg)
+    if args.model:
+        args.notes.append(f"evaluating {args.exported}")
     DCNTrainer.check(cfg, train=not args.eval_only)
     if not args.eval_only:
         folder.check_writable(cfg.OUTPUT_DIR)
@@ -134,20 +137,28 @@ def train(args: argparse.Namespace, cfg: CfgNode, mark: Mark | None = None) -> A
         unlock_folder(cfg.OUTPUT_DIR)
 
 
+def load_model(args: argparse.Namespace, cfg: CfgNode) -> Any:
+    """Builds the model of a config, and loads the weights that are evaluated."""
+    from dcn_d2.checkpoint import DCNCheckpointer
+    from dcn_d2.engine import DCNTrainer
+    from dcn_d2.engine.class_names import class_names_of
+
+    model = DCNTrainer.build_model(cfg)
+    checkpointer = DCNCheckpointer(model, save_dir=cfg.OUTPUT_DIR, class_names=class_names_of(cfg))
+    checkpointer.load_trained(cfg.MODEL.WEIGHTS, resume=args.resume)
+    return model
+
+
 def evaluate(args: argparse.Namespace, cfg: CfgNode) -> Any:
     """Evaluates in one process of the job; returns the results in the main process."""
     from detectron2.evaluation import verify_results
     from detectron2.utils import comm
 
-    from dcn_d2.checkpoint import DCNCheckpointer
     from dcn_d2.engine import DCNTrainer, setup
-    from dcn_d2.engine.class_names import class_names_of
     from dcn_d2.report import record_evaluation
 
     cfg = setup(args, cfg)
-    model = DCNTrainer.build_model(cfg)
-    checkpointer = DCNCheckpointer(model, save_dir=cfg.OUTPUT_DIR, class_names=class_names_of(cfg))
-    checkpointer.load_trained(cfg.MODEL.WEIGHTS, resume=args.resume)
+    model = args.exported if args.model else load_model(args, cfg)
     results = DCNTrainer.test(cfg, model)
     record_evaluation(cfg, results)
     if comm.is_main_process():

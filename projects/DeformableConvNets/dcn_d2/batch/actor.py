@@ -14,6 +14,8 @@ from PIL import Image
 
 from .. import model_zoo
 from ..engine import DCNPredictor, load_config
+from ..export.formats import is_exported
+from ..export.predictor import ExportedPredictor
 from .columns import COLUMNS, make_columns
 from .frames import column_names, find_images, is_series, put_together
 
@@ -35,7 +37,8 @@ class DetectorActor:
     they are. A copy in another process reads the weights again, from the same place.
 
     Args:
-        model: a row of the zoo, the path of a config file, or a config.
+        model: a row of the zoo, the path of a config file, a config, or the path of an exported model, which has its
+            weights.
         weights: of the model, as MODEL.WEIGHTS. By default the config's; for a row of the zoo, the published ones.
         opts: KEY VALUE pairs that change the config.
         columns: the new columns, in this order. By default all that the model gives.
@@ -72,22 +75,31 @@ class DetectorActor:
             raise ValueError(f'array_order is {array_order!r}; it must be "RGB" or "BGR"')
         if not 0 <= score_threshold <= 1:
             raise ValueError(f"score_threshold is {score_threshold!r}; it must be from 0 to 1")
-        cfg = _config(model, weights, opts, device)
+        self._source: Any
+        self._arguments: dict[str, Any] = {"batch_size": batch_size, "workers": workers}
+        self._kind: type[DCNPredictor] = DCNPredictor
+        self._predictor: DCNPredictor | None = None
+        if not isinstance(model, CfgNode) and is_exported(model):
+            if weights is not None or untrained or device not in (None, "cpu"):
+                raise ValueError(f"{model} is an exported model, on the CPU: leave out weights, device and untrained")
+            self._kind, self._source = ExportedPredictor, os.path.abspath(model)
+            self._arguments["opts"] = list(opts)
+            cfg = self.predictor.cfg
+        else:
+            cfg = self._source = _config(model, weights, opts, device)
+            self._arguments["untrained"] = untrained
         self.columns = _check_columns(columns, cfg)
         if not raise_errors and "error" not in self.columns:
             raise ValueError('columns lacks "error", which says why an image could not be read; or set raise_errors')
         self.image_column, self.array_order, self.keep = image_column, array_order, keep
         self.score_threshold, self.raise_errors = score_threshold, raise_errors
-        self._arguments: dict[str, Any] = {"untrained": untrained, "batch_size": batch_size, "workers": workers}
-        self._cfg = cfg
-        # Built here, so that what cannot work ends the job before it begins.
-        self._predictor: DCNPredictor | None = DCNPredictor(cfg, **self._arguments)
+        self.predictor  # noqa: B018  built here, so that what cannot work ends the job before it begins
 
     @property
     def predictor(self) -> DCNPredictor:
         """What finds the objects. In another process it is built for the device there, when it is first needed."""
         if self._predictor is None:
-            self._predictor = DCNPredictor(self._cfg, **self._arguments)
+            self._predictor = self._kind(self._source, **self._arguments)
         return self._predictor
 
     @property

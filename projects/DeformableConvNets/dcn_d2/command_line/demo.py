@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import argparse
 
-from .types import IMAGE_SOURCES, add_model_arguments, add_source_arguments, check_pairs, count, score
+from .types import IMAGE_SOURCES, add_model_arguments, add_source_arguments, check_model, check_pairs, count, score
 
 
 def parse_arguments(description: str | None, argv: list[str] | None = None) -> argparse.Namespace:
@@ -13,7 +13,7 @@ def parse_arguments(description: str | None, argv: list[str] | None = None) -> a
     parser = argparse.ArgumentParser(
         description=description, epilog=IMAGE_SOURCES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    add_model_arguments(parser)
+    add_model_arguments(parser, exported=True)
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--dataset", help="a registered data set; the first of DATASETS.TEST by default")
     source.add_argument("--input", nargs="+", metavar="PATH", help="images, see below (another option ends the list)")
@@ -29,4 +29,5 @@ def parse_arguments(description: str | None, argv: list[str] | None = None) -> a
     add_source_arguments(parser)
     args = parser.parse_args(argv)
     check_pairs(parser, args)
+    check_model(parser, args)
     return args

@@ -5,7 +5,16 @@ from __future__ import annotations
 
 import argparse
 
-from .types import IMAGE_SOURCES, add_model_arguments, add_source_arguments, check_pairs, count, score, shard
+from .types import (
+    IMAGE_SOURCES,
+    add_model_arguments,
+    add_source_arguments,
+    check_model,
+    check_pairs,
+    count,
+    score,
+    shard,
+)
 
 DESCRIPTION = """Predicts many images, and writes the detections.
 
@@ -32,7 +41,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=DESCRIPTION, epilog=IMAGE_SOURCES + EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    add_model_arguments(parser, required=False)
+    add_model_arguments(parser, exported=True)
     parser.add_argument(
         "--input", nargs="+", default=[], metavar="PATH", help="images, see below (another option ends it)"
     )
@@ -74,8 +83,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         if args.overwrite or args.shard != (1, 1) or args.pictures or args.video:
             parser.error("--merge only writes results again: leave out --overwrite, --shard, --pictures and --video")
         return args
-    if not args.config_file:
-        parser.error("--config-file FILE is needed (--help has examples)")
+    check_model(parser, args)
     if not args.input:
         parser.error("--input PATH is needed: a folder, files, a list, a video (--help shows all kinds)")
     return args

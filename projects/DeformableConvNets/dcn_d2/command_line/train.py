@@ -8,6 +8,7 @@ import sys
 
 from .check_data import add_check_data_arguments, check_check_data_arguments
 from .cluster import add_cluster_arguments, check_cluster
+from .exported import add_exported_argument, check_exported_evaluation
 from .own_data import add_own_data_arguments, check_own_data_arguments
 from .types import check_opts
 
@@ -26,6 +27,8 @@ examples:
     train_net.py --resume --num-gpus 8 --config-file ...
   evaluate a model:
     train_net.py --eval-only --config-file ... MODEL.WEIGHTS output/model_final.pth
+  evaluate an exported model, on the data that its config names:
+    train_net.py --eval-only --model model.onnx
   evaluate the published weights of a row and compare with the published AP:
     train_net.py --published --num-gpus 8 --config-file configs/faster_rcnn_R_50_FPN_1x_mdconv_c3-c5.yaml
   the same without a network, with a copy of the published file:
@@ -77,6 +80,7 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="URL",
         help="address at which the processes meet; the default finds a free port on a single machine",
     )
+    add_exported_argument(parser, "with --eval-only: an exported model to evaluate in place of MODEL.WEIGHTS")
     add_own_data_arguments(parser)
     add_check_data_arguments(parser)
     add_cluster_arguments(parser)
@@ -100,8 +104,9 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error(
             "--published chooses the weights: leave out --resume and MODEL.WEIGHTS (PUBLISHED.WEIGHTS may be set)"
         )
-    if not (args.config_file or args.opts or args.check_data):
+    if not (args.config_file or args.opts or args.check_data or args.model is not None):
         parser.error("--config-file FILE is needed (--help has examples)")
+    check_exported_evaluation(parser, args)
     check_check_data_arguments(parser, args)
     args.eval_only |= args.published
     check_own_data_arguments(parser, args)

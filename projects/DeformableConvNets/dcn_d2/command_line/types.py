@@ -8,6 +8,8 @@ import os
 import re
 from collections.abc import Callable
 
+from .exported import add_exported_argument, check_exported
+
 IMAGE_SOURCES = """
 what --input takes, in any mixture:
   a.jpg "my image.png"         image files
@@ -55,12 +57,15 @@ def shard(text: str) -> tuple[int, int]:
     return int(number), int(total)
 
 
-def add_model_arguments(parser: argparse.ArgumentParser, required: bool = True) -> None:
-    """Adds the arguments that choose the model."""
-    parser.add_argument("--config-file", required=required, metavar="FILE", help="a YAML, or the name of a zoo's row")
+def add_model_arguments(parser: argparse.ArgumentParser, exported: bool = False) -> None:
+    """Adds the arguments that choose the model, which may be an `exported` one."""
+    text = "a YAML, or the name of a zoo's row"
+    parser.add_argument("--config-file", required=not exported, metavar="FILE", help=text)
     weights = parser.add_mutually_exclusive_group()
     weights.add_argument("--weights", metavar="FILE", help="checkpoint; MODEL.WEIGHTS of the config by default")
     weights.add_argument("--published", action="store_true", help="take the published weights of a row of the zoo")
+    if exported:
+        add_exported_argument(parser, "an exported model, in place of --config-file and --weights")
 
 
 def add_source_arguments(parser: argparse.ArgumentParser) -> None:
@@ -77,6 +82,13 @@ def check_pairs(parser: argparse.ArgumentParser, args: argparse.Namespace) -> No
     if keys:
         args.input, args.opts = words[: keys[0]], words[keys[0] :] + args.opts
     check_opts(parser, args.opts)
+
+
+def check_model(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Ends the program with a message if the arguments name no model, or more than one."""
+    check_exported(parser, args, "config_file", "weights", "published")
+    if not (args.config_file or args.model):
+        parser.error("--config-file FILE or --model FILE is needed")
 
 
 def check_opts(parser: argparse.ArgumentParser, opts: list[str]) -> None:

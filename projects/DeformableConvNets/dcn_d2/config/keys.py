@@ -17,6 +17,7 @@ def add_dcn_keys(cfg: CN) -> None:
     _add_own_data_keys(cfg)
     _add_long_run_keys(cfg)
     _add_tracking_keys(cfg)
+    _add_export_keys(cfg)
 
 
 def with_dcn_keys(cfg: CN) -> CN:
@@ -207,3 +208,10 @@ def _add_tracking_keys(cfg: CN) -> None:
 
     # Whether train_net.py writes OUTPUT_DIR/report.html when training is done.
     _add(cfg.TEST, "REPORT", True)
+
+
+def _add_export_keys(cfg: CN) -> None:
+    """Keys of exported models."""
+    # In evaluation and prediction, images are also made to fit into (height, width): the scale is the smaller one of
+    # that and of MIN_SIZE_TEST and MAX_SIZE_TEST. () sets no limit. Exported models with a fixed size set it.
+    _add(cfg.INPUT, "CANVAS_TEST", ())

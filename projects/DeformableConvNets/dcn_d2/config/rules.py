@@ -161,6 +161,14 @@ def several(rule_of_one: Rule, *, length: int | None = None, least: int = 0) -> 
     return rule
 
 
+def canvas(value: Any) -> str | None:
+    """The size of a canvas, (height, width), or () for none."""
+    sides = value if isinstance(value, (list, tuple)) else [value]
+    if len(sides) in (0, 2) and all(type(side) is int and 1 <= side <= WIDEST for side in sides):
+        return None
+    return f"must be (height, width), whole numbers from 1 to {WIDEST}, or () for no limit"
+
+
 def either(rule_of_one: Rule, value_of_none: str) -> Rule:
     """What `rule_of_one` allows, or None; `value_of_none` says in the message what None means."""
 

@@ -8,6 +8,7 @@ import numpy as np
 from detectron2.config import CfgNode
 from detectron2.data import transforms as T
 from detectron2.data.detection_utils import build_augmentation as build_detectron2_augmentation
+from PIL import Image
 
 from ..config import with_dcn_keys
 
@@ -75,17 +76,50 @@ def with_opencv(augmentation: T.Augmentation) -> T.Augmentation:
     )
 
 
+class FitCanvas(T.Augmentation):
+    """Resizes as another augmentation does, and to a smaller size where the image would not fit into a canvas.
+
+    Args:
+        resize: the other augmentation.
+        height, width: of the canvas.
+        transform: resizes an image that does not fit.
+    """
+
+    def __init__(
+        self, resize: T.Augmentation, height: int, width: int, transform: type[T.ResizeTransform] = T.ResizeTransform
+    ) -> None:
+        super().__init__()
+        self._init({"resize": resize, "height": height, "width": width, "transform": transform})
+
+    def get_transform(self, image: np.ndarray) -> T.Transform:
+        """Gives the other augmentation's transform, or the one with which the image just fits."""
+        chosen = self.resize.get_transform(image)
+        h, w = image.shape[:2]
+        new_h, new_w = (chosen.new_h, chosen.new_w) if isinstance(chosen, T.ResizeTransform) else (h, w)
+        if new_h <= self.height and new_w <= self.width:
+            return chosen
+        factor = min(self.height / h, self.width / w)
+        sides = int(h * factor + 0.5), int(w * factor + 0.5)
+        return self.transform(h, w, *sides, Image.Resampling.BILINEAR)
+
+
 def build_augmentation(cfg: CfgNode, is_train: bool) -> list[T.Augmentation]:
     """Builds what Detectron2's function of this name builds, resizing with what INPUT.RESIZE_WITH names.
 
-    Cropping, where the config has it for training, comes first, as in Detectron2's `DatasetMapper`.
+    Cropping, where the config has it for training, comes first, as in Detectron2's `DatasetMapper`. Other images also
+    fit into INPUT.CANVAS_TEST.
     """
     cfg = with_dcn_keys(cfg)
     augmentations = build_detectron2_augmentation(cfg, is_train)
     if is_train and cfg.INPUT.CROP.ENABLED:
         augmentations.insert(0, T.RandomCrop(cfg.INPUT.CROP.TYPE, cfg.INPUT.CROP.SIZE))
-    if cfg.INPUT.RESIZE_WITH == "PIL":
-        return augmentations
-    if cfg.INPUT.RESIZE_WITH != "cv2":
+    if cfg.INPUT.RESIZE_WITH not in ("PIL", "cv2"):
         raise ValueError(f'INPUT.RESIZE_WITH must be "PIL" or "cv2", got {cfg.INPUT.RESIZE_WITH!r}')
-    return [with_opencv(augmentation) for augmentation in augmentations]
+    with_cv2 = cfg.INPUT.RESIZE_WITH == "cv2"
+    if with_cv2:
+        augmentations = [with_opencv(augmentation) for augmentation in augmentations]
+    if is_train or not cfg.INPUT.CANVAS_TEST:
+        return augmentations
+    transform = OpenCVResizeTransform if with_cv2 else T.ResizeTransform
+    height, width = cfg.INPUT.CANVAS_TEST
+    return [FitCanvas(augmentation, height, width, transform) for augmentation in augmentations]

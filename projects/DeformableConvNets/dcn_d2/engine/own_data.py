@@ -165,7 +165,8 @@ def _names_without_training_data(args: Namespace, cfg: CfgNode, test: Sequence[O
             "--test-json alone is for --eval-only, or with the config.yaml of a run on your own data: training needs "
             "--train-json and --train-images"
         )
-    if names := list(peek_class_names(cfg.MODEL.WEIGHTS) or class_names_of(cfg)):
+    weights = "" if getattr(args, "model", None) else cfg.MODEL.WEIGHTS  # the config of an exported model says them
+    if names := list(peek_class_names(weights) or class_names_of(cfg)):
         return names
     things = read_needs(cfg, train=False).things
     names = check_same_classes(test)

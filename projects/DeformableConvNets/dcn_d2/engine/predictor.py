@@ -106,7 +106,7 @@ class DCNPredictor(DefaultPredictor):
         """Without the model, as long as its weights are those that were loaded; else with the model as it is."""
         state = self.__dict__.copy()
         if self._model is not None and self._is_as_loaded():
-            self._digest = state["_digest"] = self._digest or digest(self._model)
+            self._digest = state["_digest"] = self._digest or self._identify()
             state |= {"_model": None, "_weights": absolute(self._weights)}
         return state
 
@@ -118,6 +118,10 @@ class DCNPredictor(DefaultPredictor):
 
     def _is_as_loaded(self) -> bool:
         return isinstance(self._model, nn.Module) and fingerprint(self._model) == self._loaded
+
+    def _identify(self) -> str:
+        """Tells the model that was loaded from others."""
+        return digest(self.model)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> DCNPredictor:
         """A copy with a model of its own, which is not read again."""

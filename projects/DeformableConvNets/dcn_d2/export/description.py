@@ -46,6 +46,7 @@ class Description:
         masks: "boxes": probabilities within each box; "pasted": truth values in the image; "none": no masks.
         detections_per_image: the number of detections of each image, filled up with class -1.
         min_size_test, max_size_test: lengths of the sides to which an image is resized, as INPUT.MIN_SIZE_TEST says.
+        resize_with: "PIL" or "cv2", as INPUT.RESIZE_WITH says.
         inputs, outputs: the tensors, in their order.
         config: the text of the config.
     """
@@ -71,6 +72,7 @@ class Description:
     config: str
     dcn_d2_version: str
     format_version: int = FORMAT_VERSION
+    resize_with: str = "PIL"
 
     def to_json(self) -> str:
         """Gives it as text, which `from_json` reads."""

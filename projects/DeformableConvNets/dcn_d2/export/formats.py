@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,6 +17,13 @@ from .description import Description
 
 # The suffix of each format's files. The module of a format has its name.
 SUFFIXES = {"onnx": ".onnx", "openvino": ".xml", "pt2": ".pt2", "torchscript": ".ts"}
+# The runtime of each format, and the package that it comes from.
+RUNTIMES = {
+    "onnx": ("ONNX Runtime", "onnxruntime"),
+    "openvino": ("OpenVINO", "openvino"),
+    "pt2": ("torch.export", "torch"),
+    "torchscript": ("TorchScript", "torch"),
+}
 
 
 class Session(Protocol):
@@ -78,6 +86,29 @@ def format_of(path: str | os.PathLike[str]) -> str:
             return name
     known_suffixes = ", ".join(f"{suffix} ({name})" for name, suffix in SUFFIXES.items())
     raise ValueError(f"{os.fspath(path)} has the suffix {suffix!r}; exported models have {known_suffixes}")
+
+
+def is_exported(path: str | os.PathLike[str]) -> bool:
+    """Whether a file has the suffix of an exported model."""
+    return Path(path).suffix in SUFFIXES.values()
+
+
+def files_of(path: str | os.PathLike[str]) -> list[Path]:
+    """Gives the files that an exported model consists of: OpenVINO keeps the weights beside the graph."""
+    from .openvino.weights import weights_of
+
+    return [Path(path), *([weights_of(Path(path))] if format_of(path) == "openvino" else [])]
+
+
+def is_of_torch(path: str | os.PathLike[str]) -> bool:
+    """Whether torch runs a file, with its own threads."""
+    return RUNTIMES[format_of(path)][1] == "torch"
+
+
+def runtime_of(path: str | os.PathLike[str]) -> str:
+    """Gives the name of the runtime of a file, and its version."""
+    name, package = RUNTIMES[format_of(path)]
+    return f"{name} {importlib.metadata.version(package)}"
 
 
 def open_session(path: str | os.PathLike[str], threads: int = 0) -> Session:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -65,12 +66,14 @@ def _run_cascade(heads: Any, maps: list[Tensor], proposals: Tensor, image_sizes:
             proposals = clip(boxes[:, :, 0], image_sizes[:, None])
         logits, boxes = _run_head(head, predictor, pool(heads.box_pooler, maps, proposals), proposals)
         all_logits.append(logits)
-    stages = len(all_logits)
     if getattr(heads, "average_logits", False):
-        scores = (sum(all_logits) / stages).softmax(dim=-1)
-    else:
-        scores = sum(logits.softmax(dim=-1) for logits in all_logits) * (1.0 / stages)  # type: ignore[assignment]
-    return boxes, scores, predictor
+        return boxes, _average(all_logits).softmax(dim=-1), predictor
+    return boxes, _average([logits.softmax(dim=-1) for logits in all_logits]), predictor
+
+
+def _average(tensors: list[Tensor]) -> Tensor:
+    """Adds first to last, as Detectron2 does."""
+    return functools.reduce(torch.add, tensors) / len(tensors)
 
 
 def find_masks(heads: Any, features: Mapping[str, Tensor], boxes: Tensor, classes: Tensor) -> Tensor:

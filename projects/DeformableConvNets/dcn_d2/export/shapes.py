@@ -61,3 +61,8 @@ def dynamic_shapes(description: Description) -> tuple[dict[int, Any], ...]:
             units = torch.export.Dim(f"{name}_units", min=2, max=LARGEST_SIDE)
             images[axis] = description.size_divisibility * units if description.size_divisibility > 1 else units
     return images, free, *([{}] if description.masks == "pasted" else [])
+
+
+def round_up(length: int, unit: int) -> int:
+    """Gives the smallest multiple of a unit that is not below a length; a unit of 0 or 1 changes nothing."""
+    return -(-length // unit) * unit if unit > 1 else length

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from detectron2.config import CfgNode
 
+    from ..checkpoint import UntrainedError
     from ..engine import DCNPredictor
 
 _IMAGENET = "detectron2://ImageNetPretrained/"
@@ -20,12 +21,16 @@ def read_config(args: argparse.Namespace) -> CfgNode:
     """Builds the config from the command line; a config for the GPU runs on the CPU where there is no GPU.
 
     Args:
-        args: config_file (a file, or the name of a row of the zoo), weights, published, opts.
+        args: config_file (a file, or the name of a row of the zoo), weights, published, opts. Or an exported model, and
+            opts: it is opened as `args.exported`.
     """
     from .. import model_zoo
     from ..config.published import use_published_weights
     from ..engine import fit_to_machine, load_config
+    from ..export.settings import read_exported
 
+    if getattr(args, "model", None):
+        return read_exported(args)
     cfg = load_config(model_zoo.find_config_file(args.config_file), args.opts)
     if args.published:
         use_published_weights(cfg, "--published", args.config_file)
@@ -58,16 +63,28 @@ def check_weights(args: argparse.Namespace, cfg: CfgNode, program: str) -> None:
 
 
 def build_predictor(args: argparse.Namespace, cfg: CfgNode, program: str, **options: Any) -> DCNPredictor:
-    """Builds the model and loads its weights; `options` are the predictor's, the rest is as in `check_weights`."""
+    """Builds the model and loads its weights, or takes the exported one that `read_config` has opened.
+
+    Args:
+        args, cfg, program: as in `check_weights`.
+        options: the predictor's.
+    """
     from ..checkpoint import UntrainedError
     from ..engine import DCNPredictor
+    from ..export.predictor import ExportedPredictor
 
+    if getattr(args, "model", None):
+        return ExportedPredictor(args.exported, opts=args.opts, **options)
     check_weights(args, cfg, program)
     try:
         return DCNPredictor(cfg, **options)
     except UntrainedError as error:
-        advice = f". {_ADVICE}{_hint(args, cfg, program)}"
-        raise ValueError(f"{error.reason}{advice}") from error
+        raise explain_untrained(error, args, cfg, program) from error
+
+
+def explain_untrained(error: UntrainedError, args: argparse.Namespace, cfg: CfgNode, program: str) -> ValueError:
+    """Gives the error with the advice that fits the command line; arguments as in `check_weights`."""
+    return ValueError(f"{error.reason}. {_ADVICE}{_hint(args, cfg, program)}")
 
 
 def _hint(args: argparse.Namespace, cfg: CfgNode, program: str) -> str:

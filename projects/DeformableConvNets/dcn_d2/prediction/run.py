@@ -17,6 +17,7 @@ from .. import __version__
 from ..checkpoint.files import sha256_of
 from ..data.findings import show
 from ..engine.stopping import SignalCounter
+from ..export.formats import files_of
 from ..outputs import PictureFolder
 from .loop import Painter, predict_all
 from .merge import describe_error, merge
@@ -68,6 +69,7 @@ def make_settings(args: argparse.Namespace, cfg: CfgNode, sources: Sources, cate
     for item in sources.items:
         listing.update(os.fsencode(f"{item.path}\0{item.image_id!r}\n"))
     weights = cfg.MODEL.WEIGHTS
+    files = [path for path in (files_of(args.model) if args.model else [weights]) if os.path.isfile(path)]
     return {
         "dcn_d2": __version__,
         "inputs": len(sources.items),
@@ -76,8 +78,8 @@ def make_settings(args: argparse.Namespace, cfg: CfgNode, sources: Sources, cate
         "frames": args.frames,
         "score_threshold": args.score_threshold,
         "pictures": args.confidence if args.pictures else False,
-        "weights": weights if not os.path.isfile(weights) else "",
-        "weights_sha256": sha256_of(weights) if os.path.isfile(weights) else "",
+        "weights": "" if files else weights,
+        "weights_sha256": " ".join(map(sha256_of, files)),
         "categories": [{"id": key, "name": name} for key, name in zip(*categories)],
         "config": {key: str(value) for key, value in _flatten(cfg) if not key.startswith(_NO_MATTER)},
     }

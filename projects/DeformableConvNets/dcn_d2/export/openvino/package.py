@@ -1,0 +1,43 @@
+# Copyright (c) the dcn_d2 authors. SPDX-License-Identifier: Apache-2.0
+"""Imports OpenVINO, which is optional, and keeps it from sending statistics."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+
+@contextmanager
+def without_telemetry() -> Iterator[None]:
+    """Keeps OpenVINO from sending statistics about its use.
+
+    It sends some when it is imported and when it converts a model, and asks nobody, unless it runs in continuous
+    integration. So that is what it is told. Later calls of it in the same process send nothing either.
+    """
+    before = os.environ.get("CI")
+    os.environ["CI"] = "true"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["CI"]
+        else:
+            os.environ["CI"] = before
+
+
+def import_openvino() -> Any:
+    """Imports OpenVINO.
+
+    Raises:
+        ImportError: it is not installed.
+    """
+    try:
+        with without_telemetry():
+            import openvino
+    except ImportError as error:
+        raise ImportError(
+            f"exported models in OpenVINO's format need openvino ({error}): pip install openvino"
+        ) from error
+    return openvino

@@ -1,0 +1,77 @@
+#!/usr/bin/env python3
+# Copyright (c) the dcn_d2 authors. SPDX-License-Identifier: Apache-2.0
+"""Writes a trained detector into a file of another runtime; dcn_d2/command_line/export.py has the arguments.
+
+PyTorch and Detectron2 are imported in the functions, so that --help and mistyped arguments answer at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+import warnings
+from typing import TYPE_CHECKING, Any
+
+from dcn_d2.command_line.export import parse_arguments
+from dcn_d2.quiet import silence_detectron2_warnings
+
+if TYPE_CHECKING:
+    from dcn_d2.export import Exported
+
+silence_detectron2_warnings()
+
+
+def export_from_command_line(args: argparse.Namespace) -> Exported:
+    """Builds the model that the command line names, and exports it."""
+    from pathlib import Path
+
+    from dcn_d2.checkpoint import UntrainedError
+    from dcn_d2.export import export
+    from dcn_d2.prediction.model import check_weights, explain_untrained, read_config
+
+    cfg = read_config(args)
+    check_weights(args, cfg, "export.py")
+    options: dict[str, Any] = {"compile": True} if args.aot else {}
+    try:
+        return export(
+            cfg,
+            args.output,
+            format=args.format,
+            part=args.part,
+            size=tuple(args.size) if args.size else None,
+            batch=args.batch,
+            dtype=args.dtype,
+            masks=args.masks,
+            check=not args.no_check,
+            image=args.image,
+            row=Path(args.config_file).stem,
+            overwrite=args.overwrite,
+            **options,
+        )
+    except UntrainedError as error:
+        raise explain_untrained(error, args, cfg, "export.py") from error
+
+
+def run(argv: list[str] | None = None) -> int:
+    """Runs the command line, and gives the exit code; a mistake ends in one line."""
+    args = parse_arguments(argv)
+    try:
+        from dcn_d2.engine import MISTAKES, one_line
+        from dcn_d2.export.summary import summarise
+
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of tracing: what they fear, the comparison would show
+                exported = export_from_command_line(args)
+        except (*MISTAKES, RuntimeError) as error:
+            sys.exit(f"export.py: {one_line(error)}")
+        print("\n".join(summarise(exported)))
+        return 0
+    except KeyboardInterrupt:
+        print("export.py: interrupted; no file was written", file=sys.stderr)
+        return 128 + signal.SIGINT
+
+
+if __name__ == "__main__":
+    sys.exit(run())

@@ -1,0 +1,80 @@
+# Copyright (c) the dcn_d2 authors. SPDX-License-Identifier: Apache-2.0
+"""Files of torch.export give the model's detections at all sizes and batches, also when AOTInductor compiled them."""
+
+from __future__ import annotations
+
+import shutil
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from dcn_d2 import model_zoo
+from dcn_d2.export.formats import open_session
+from dcn_d2.export.pt2 import Session
+
+from .running import assert_same, exported, inputs_of
+
+TWO, ONE = [(100, 150), (128, 131)], [(70, 200)]
+# One of each kind; an export takes about 6 seconds.
+ROWS = [
+    "faster_rcnn_R_50_FPN_1x_mdconv_c3-c5_group4",
+    "faster_rcnn_R_50_FPN_1x_mdpool",
+    "cascade_mask_rcnn_R_50_FPN_1x_dconv_c3-c5",
+]
+
+
+@pytest.mark.parametrize(
+    "row", [pytest.param(row, marks=() if row in ROWS else pytest.mark.slow) for row in model_zoo.list_models()]
+)
+def test_every_row_runs_at_free_sizes_and_batches(row: str, tmp_path: Path) -> None:
+    module = exported(row, tmp_path / "model.pt2")
+    assert_same(tmp_path / "model.pt2", module, inputs_of(TWO), inputs_of(ONE))
+
+
+def test_pasted_masks_have_the_size_that_is_asked_for(tmp_path: Path) -> None:
+    module = exported("mask_rcnn_R_50_FPN_1x_mdconv_c3-c5", tmp_path / "model.pt2", masks="pasted")
+    assert_same(tmp_path / "model.pt2", module, inputs_of(TWO, pasted=True), inputs_of(ONE, pasted=True))
+
+
+def test_a_backbone_of_fixed_size_and_batch_refuses_others(tmp_path: Path) -> None:
+    row, path = "faster_rcnn_R_50_FPN_1x_dconv_c3-c5", tmp_path / "model.pt2"
+    module = exported(row, path, part="backbone", size=(96, 128), batch=1, dtype="bfloat16")
+    assert_same(path, module, inputs_of([(90, 120)]))
+    with pytest.raises((AssertionError, RuntimeError), match="128"):
+        open_session(path).run(inputs_of(ONE))
+
+
+def test_the_file_holds_no_pickle(tmp_path: Path) -> None:
+    exported("faster_rcnn_R_50_FPN_1x_dconv_c3-c5", tmp_path / "model.pt2", part="backbone")
+    with zipfile.ZipFile(tmp_path / "model.pt2") as archive:
+        assert not any(
+            archive.read(name).startswith((b"\x80", b"PK")) for name in archive.namelist() if "sample" in name
+        )
+        configs = [archive.read(name) for name in archive.namelist() if name.endswith("_config.json")]
+    assert configs and not any(b'"use_pickle": true' in config for config in configs)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="AOTInductor needs a C++ compiler")
+def test_a_compiled_backbone_runs_at_free_sizes_and_batches(tmp_path: Path) -> None:
+    path = tmp_path / "model.pt2"
+    module = exported("faster_rcnn_R_50_FPN_1x_mdconv_c3-c5", path, part="backbone", compile=True)
+    assert Session(path).compiled
+    assert_same(path, module, inputs_of(TWO), inputs_of(ONE), inputs_of([(64, 64)] * 3))
+    for changed, message in (
+        ((b'"AOTI_MACHINE": "', b'"AOTI_MACHINE": "z'), "was compiled for z"),
+        ((b'"AOTI_CPU_ISA": "', b'"AOTI_CPU_ISA": "AMX_TILE '), "processors with AMX_TILE"),
+    ):
+        copy_with(path, tmp_path / "other.pt2", changed)
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(ValueError, match=message):
+            patch.setitem(Session.__init__.__globals__["_INSTRUCTION_SETS"], "AMX_TILE", lambda: False)
+            Session(tmp_path / "other.pt2")
+
+
+def copy_with(source: Path, target: Path, changed: tuple[bytes, bytes]) -> None:
+    """Copies an archive, and changes its metadata."""
+    with zipfile.ZipFile(source) as old, zipfile.ZipFile(target, "w") as new:
+        for info in old.infolist():
+            content = old.read(info)
+            new.writestr(info, content.replace(*changed) if info.filename.endswith("_metadata.json") else content)
