@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 PROJECT = Path(__file__).resolve().parent.parent
-PACKAGES = ("torch", "torchvision", "onnxruntime", "deformops", "triton")
+PACKAGES = ("torch", "torchvision", "onnxruntime", "openvino", "deformops", "triton")
 
 
 def environment(device: str) -> dict[str, Any]:

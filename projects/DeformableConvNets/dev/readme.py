@@ -214,6 +214,31 @@ def detector_table(path: Path) -> str:
     return f"{caption(path, document)}\n\n{table(header, lines)}"
 
 
+def export_table(results: Path) -> str:
+    """How much exported rows differ from their models, by the result file of benchmarks/export_rows.py."""
+    path = results / "export.json"
+    if not path.exists():
+        return ""
+    document = json.loads(path.read_text())
+    lines = []
+    for row in document["rows"]:
+        cells = [f"`{row['row']}`"]
+        for found in row["formats"].values():
+            cells += export_cells(found) if found else ["failed", "", "", ""]
+        lines.append(cells)
+    formats = [name for name in document["rows"][0]["formats"]]
+    titles = {"onnx": "ONNX", "openvino": "OpenVINO", "torchscript": "TorchScript"}
+    columns = ("matched", "boxes, px", "scores", "mask pixels")
+    header = ["row", *(f"{titles.get(name, name)}: {column}" for name in formats for column in columns)]
+    return f"{origin(document, '')} ([{path.name}]({LINKS}/{path.name})):\n\n{table(header, lines)}"
+
+
+def export_cells(found: dict[str, Any]) -> list[str]:
+    """One format's part of a row of the table of exports."""
+    mask = f"{found['mask']:.4%}" if "mask" in found else ""
+    return [f"{found['matched']} of {found['expected']}", f"{found['box']:.1e}", f"{found['score']:.1e}", mask]
+
+
 def quotient(numerator: float | None, denominator: float | None) -> float | None:
     """Of two times; None if one of the two took no part."""
     return numerator / denominator if numerator and denominator else None
@@ -246,6 +271,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "detector": lambda results: tables(results, "detector_*.json", detector_table),
 }
 SECTIONS: dict[str, Callable[[], str]] = {
+    "export": functools.partial(export_table, RESULTS),
     "gpu": gpu,
     "headline": headline,
     "speed": speed,

@@ -26,7 +26,7 @@ PROJECT = Path(__file__).resolve().parent.parent
 ROOT = PROJECT.parent.parent
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 # Programs of ours whose --help lists their options; setup.py's is that of setuptools.
-OURS = re.compile(r"(dcn_d2|benchmarks|tests|dev)[./]\w|(train_net|predict|demo)\.py$")
+OURS = re.compile(r"(dcn_d2|benchmarks|tests|dev)[./]\w|(train_net|predict|demo|export)\.py$")
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,8 @@ class Tolerance:
     Attributes:
         box: of coordinates, in pixels.
         score: of scores.
-        mask: share of the pixels of masks.
+        mask: share of the pixels of masks in the size of the image. Of the pixels inside of masks it may be ten times
+            as much.
         unmatched: share of detections without a partner: rounding decides which of two overlapping boxes is kept.
         feature: of a feature map, as a share of its values (root mean squares).
         near: partners differ by less than so many times `box` and `score`. With 1, what differs more is unmatched.
@@ -39,6 +40,8 @@ TOLERANCES = {
     "float16": Tolerance(box=2.0, score=2e-2, mask=5e-2, unmatched=0.1, feature=1e-2),
     "bfloat16": Tolerance(box=8.0, score=1e-1, mask=2e-1, unmatched=0.3, feature=1e-1),
 }
+# So many pixels of masks may differ however small the masks are.
+_FEW = 5
 
 
 @dataclass
@@ -52,8 +55,9 @@ class Comparison:
         matched: how many of the two are the same object: same class, box and score close.
         at_limit: how many others have a score so close to the lowest one that rounding decides whether they are given.
         box, score: largest differences of matched ones.
-        mask_pixels: pixels of the masks of matched ones.
-        differing_pixels: how many of them are in one mask of two only.
+        image_pixels: pixels of the masks of matched ones, in the size of the image.
+        mask_pixels: how many of them are inside of a mask.
+        differing_pixels: how many of them are inside of one mask of two only.
         features: largest difference of a feature map, as a share of its values (root mean squares).
         threshold: lowest score of the detections, where it was lowered to have more of them.
     """
@@ -65,6 +69,7 @@ class Comparison:
     at_limit: int = 0
     box: float = 0.0
     score: float = 0.0
+    image_pixels: int = 0
     mask_pixels: int = 0
     differing_pixels: int = 0
     features: float | None = None
@@ -72,8 +77,13 @@ class Comparison:
 
     @property
     def mask(self) -> float:
-        """The share of differing pixels of masks."""
-        return self.differing_pixels / max(self.mask_pixels, 1)
+        """The share of differing pixels of masks, in the size of the image."""
+        return self.differing_pixels / max(self.image_pixels, 1)
+
+    @property
+    def mask_inside(self) -> float:
+        """The share of differing pixels among those inside of a mask; 0 for a few pixels, of small masks."""
+        return self.differing_pixels / self.mask_pixels if self.differing_pixels > _FEW else 0.0
 
     def add(self, expected: Instances, found: Instances, limit: float, tolerance: Tolerance) -> None:
         """Compares the detections of an image.
@@ -98,6 +108,7 @@ class Comparison:
         self.box = max(self.box, largest(one.pred_boxes.tensor - other.pred_boxes.tensor))
         self.score = max(self.score, largest(one.scores - other.scores))
         if expected.has("pred_masks"):
+            self.image_pixels += one.pred_masks.numel()
             self.mask_pixels += int((one.pred_masks | other.pred_masks).sum())
             self.differing_pixels += int((one.pred_masks ^ other.pred_masks).sum())
 
@@ -117,6 +128,7 @@ class Comparison:
             ("boxes", self.box, tolerance.box, " px"),
             ("scores", self.score, tolerance.score, ""),
             ("the share of differing mask pixels", self.mask, tolerance.mask, ""),
+            ("the share of differing pixels inside of masks", self.mask_inside, 10 * tolerance.mask, ""),
             ("feature maps", self.features or 0.0, tolerance.feature, " of their values"),
         ):
             if not value <= most:  # NaN too
@@ -126,7 +138,7 @@ class Comparison:
     def __str__(self) -> str:
         if self.features is not None:
             return f"{self.runs} runs; the feature maps differ by at most {self.features:.1e} of their values (RMS)"
-        masks = f", {self.mask:.2%} of {self.mask_pixels} mask pixels" if self.mask_pixels else ""
+        masks = f", {self.differing_pixels} of {self.mask_pixels} pixels inside of masks" if self.mask_pixels else ""
         lowered = "" if self.threshold is None else f" with scores above {self.threshold:.2g}"
         limit = f" ({self.at_limit} at the lowest score differ)" if self.at_limit else ""
         return (

@@ -40,7 +40,7 @@ def config_of(
     """
     if key := find_fixed_key(opts):
         raise ConfigError(f"{key} is fixed in the exported model {os.fspath(path)}: export it again to change it")
-    own = _read(description, path, () if config_file else opts)
+    own = _read(description, path, () if config_file else opts, check=not config_file)
     cfg = load_config(config_file, opts) if config_file else own
     if config_file:
         _check_fits(cfg, own, description, config_file, path)
@@ -73,12 +73,12 @@ def gives_masks(description: Description) -> bool:
     return any(output.name == "masks" for output in description.outputs)
 
 
-def _read(description: Description, path: str | os.PathLike[str], opts: Sequence[Any]) -> CfgNode:
-    """Reads the text of the config as a file is read: as data."""
+def _read(description: Description, path: str | os.PathLike[str], opts: Sequence[Any], check: bool) -> CfgNode:
+    """Reads the text of the config as a file is read: as data. With `check` its data sets are registered."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, f"config in {Path(path).name}")
         file.write_text(description.config)
-        return load_config(str(file), opts)
+        return load_config(str(file), opts, check)
 
 
 def _check_fits(

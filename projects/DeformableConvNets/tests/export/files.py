@@ -44,7 +44,7 @@ class Detector:
             folder / name for name in ("config.yaml", "model.pth", "annotations.json")
         )
         cfg = self._config()
-        torch.save({"model": build_lively(cfg).state_dict()}, self.weights)
+        torch.save({"model": build_lively(cfg, seed=1).state_dict()}, self.weights)
         self.images = [self._image(number, *size) for number, size in enumerate(SIZES)]
         self.annotations.write_text("{}")
         self.config_file.write_text(cfg.dump())
