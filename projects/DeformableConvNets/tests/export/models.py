@@ -12,7 +12,7 @@ from detectron2.modeling import build_model
 from torch import Tensor, nn
 
 from dcn_d2 import model_zoo
-from dcn_d2.export.check import detect_eagerly
+from dcn_d2.export.check import detect_eagerly, score_threshold
 
 from ..slim import SLIM
 
@@ -84,7 +84,8 @@ def _fill_masks(model: Any) -> None:
         if isinstance(getattr(module, "predictor", None), nn.Conv2d):
             seen: list[Tensor] = []
             hook = module.predictor.register_forward_hook(lambda *arguments, seen=seen: seen.append(arguments[2]))
-            detect_eagerly(model, images(1, 128, 160), [(128, 160)])
+            with score_threshold(model, 0.0):
+                detect_eagerly(model, images(1, 128, 160), [(128, 160)])
             hook.remove()
             module.predictor.weight.div_(seen[0].std().clamp(min=1e-6))
             module.predictor.bias.fill_(2.0)

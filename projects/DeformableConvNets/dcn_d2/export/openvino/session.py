@@ -42,7 +42,13 @@ class Session:
         self._requests = threading.local()  # a request runs for one thread at a time
 
     def run(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Runs the graph: from inputs by name to outputs by name, as `description` has them."""
+        """Runs the graph: from inputs by name to outputs by name, as `description` has them.
+
+        Raises:
+            ValueError: an input is missing, or has another dtype or shape than the graph's.
+        """
+        for port in self._compiled.inputs:
+            self._check(port, inputs)
         if not hasattr(self._requests, "own"):
             self._requests.own = self._compiled.create_infer_request()
         results = self._requests.own.infer(dict(inputs))
