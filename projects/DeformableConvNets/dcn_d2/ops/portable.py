@@ -22,6 +22,18 @@ def portable_operators() -> Iterator[None]:
     A model that is traced or exported within it does not need dcn_d2 where it runs. Deformable convolution becomes
     `torchvision::deform_conv2d`. The RoI poolings become gathers and sums of PyTorch. Values are the same up to
     rounding, but PyTorch computes them more slowly. `torch.onnx.export` switches it on by itself.
+
+    It needs torchvision, holds for the thread that enters it, and is about new recordings: a model that has been
+    scripted by `torch.jit.script` keeps the operators of dcn_d2.
+
+    Example:
+        >>> import torch
+        >>> from dcn_d2.layers import DeformConvPack
+        >>> from dcn_d2.ops import portable_operators
+        >>> with portable_operators():
+        ...     program = torch.export.export(DeformConvPack(4, 8, 3), (torch.rand(1, 4, 5, 6),))
+        >>> [str(node.target) for node in program.graph.nodes if "deform" in str(node.target)]
+        ['torchvision.deform_conv2d.default']
     """
     token = _switched_on.set(True)
     try:

@@ -26,9 +26,9 @@ _OPERATORS = {
     "HardSigmoid HardSwish Hardmax InstanceNormalization IsInf LayerNormalization LeakyRelu Log LogSoftmax LRN "
     "LpNormalization LpPool MatMul MaxPool MeanVarianceNormalization Pow PRelu Reciprocal Resize Round Selu Sigmoid "
     "Sin Sinh Softmax Softplus Softsign Sqrt Tan Tanh ThresholdedRelu",
-    _NUMBERS: "Abs Add ArgMax ArgMin Clip DepthToSpace Div Equal Greater GreaterOrEqual IsNaN Less LessOrEqual Max Mean Min "
-    "Mod Mul Neg Pad Range ReduceL1 ReduceL2 ReduceLogSum ReduceLogSumExp ReduceMax ReduceMean ReduceMin ReduceProd "
-    "ReduceSum ReduceSumSquare Relu ScatterElements ScatterND Shrink Sign SpaceToDepth Sub Sum TopK",
+    _NUMBERS: "Abs Add ArgMax ArgMin Clip DepthToSpace Div Equal Greater GreaterOrEqual IsNaN Less LessOrEqual Max "
+    "Mean Min Mod Mul Neg Pad Range ReduceL1 ReduceL2 ReduceLogSum ReduceLogSumExp ReduceMax ReduceMean ReduceMin "
+    "ReduceProd ReduceSum ReduceSumSquare Relu ScatterElements ScatterND Shrink Sign SpaceToDepth Sub Sum TopK",
     "BOOL": "And Not Or Xor",
     f"{_NUMBERS} BOOL": "Cast Concat Constant ConstantOfShape Expand EyeLike Flatten Gather GatherElements GatherND "
     "Identity If Loop NonZero OneHot Reshape ReverseSequence Shape Size Slice Split Squeeze Tile Transpose Trilu "
@@ -99,7 +99,7 @@ def _read(onnx: Any, graph: Any) -> _Graph:
         constants[value.name] = value
     for node in graph.node:
         if node.op_type == "Constant":
-            constants[node.output[0]] = onnx.helper.get_node_attr_value(node, node.attribute[0].name)
+            constants[node.output[0]] = onnx.helper.get_attribute_value(node.attribute[0])
     return _Graph(list(graph.node), types, shapes, constants)
 
 
@@ -140,8 +140,10 @@ def _check_deform_conv(graph: _Graph, node: Any) -> Iterator[str]:
 def _check_top_k(graph: _Graph, node: Any) -> Iterator[str]:
     (onnx,) = load("onnx")
     number = graph.constants.get(node.input[1])
-    if hasattr(number, "dims"):
+    if isinstance(number, onnx.TensorProto):
         number = onnx.numpy_helper.to_array(number).item()
+    elif isinstance(number, list):
+        (number,) = number
     if number is not None and number >= MOST_OF_TOP_K:
         yield f"K of TopK must be less than {MOST_OF_TOP_K}, and is {number}"
     if not _attributes(node).get("sorted", 1):

@@ -1,5 +1,5 @@
 # Copyright (c) the dcn_d2 authors. SPDX-License-Identifier: Apache-2.0
-"""Operators of dcn_d2 as operators of ONNX."""
+"""Operators of dcn_d2 as operators of ONNX: those that `portable_operators` does not replace."""
 
 from __future__ import annotations
 
@@ -16,7 +16,9 @@ _MANY = 2**31 - 1
 
 def translations() -> dict[Any, Callable[..., Any]]:
     """Gives the functions with which `torch.onnx.export` translates operators, its `custom_translation_table`."""
-    from onnxscript import opset19 as op
+    from onnxscript import opset19
+
+    op: Any = opset19  # its annotations refuse its own results
 
     def batched_nms(boxes: Any, scores: Any, iou_threshold: float) -> Any:
         """NonMaxSuppression lists the boxes that are kept; ScatterND marks them. TensorRT scatters no truth values."""
@@ -33,33 +35,4 @@ def translations() -> dict[Any, Callable[..., Any]]:
         ones = op.Expand(op.Constant(value_ints=[1]), op.Shape(places, end=1))
         return op.Cast(op.ScatterND(zeros, places, ones), to=9)
 
-    def deform_conv2d(
-        x: Any,
-        offset: Any,
-        weight: Any,
-        bias: Any = None,
-        stride: Any = (1, 1),
-        padding: Any = (0, 0),
-        dilation: Any = (1, 1),
-        mask: Any = None,
-    ) -> Any:
-        channels, taps = weight.shape[1], weight.shape[2] * weight.shape[3]
-        if bias is None:  # TensorRT takes no mask without a bias
-            bias = op.CastLike(op.Constant(value_floats=[0.0] * weight.shape[0]), weight)
-        return op.DeformConv(
-            x,
-            weight,
-            offset,
-            bias,
-            mask,
-            strides=[*stride],
-            pads=[*padding, *padding],
-            dilations=[*dilation],
-            group=x.shape[1] // channels,
-            offset_group=offset.shape[1] // (2 * taps),
-        )
-
-    return {
-        torch.ops.dcn_d2.batched_nms.default: batched_nms,
-        torch.ops.dcn_d2.deform_conv2d.default: deform_conv2d,
-    }
+    return {torch.ops.dcn_d2.batched_nms.default: batched_nms}

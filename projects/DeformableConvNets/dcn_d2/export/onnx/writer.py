@@ -1,11 +1,11 @@
 # Copyright (c) the dcn_d2 authors. SPDX-License-Identifier: Apache-2.0
 """Writes ONNX files of standard operators.
 
-The opset is 19. It is the first with DeformConv, and the last whose RoiAlign ONNX Runtime (tried 1.32) computes: that of
-opset 22 is not implemented there. TensorRT 10.1, the first with DeformConv, reads opsets up to 20.
+The opset is 19. It is the first with DeformConv, so all runtimes that have DeformConv know it. ONNX Runtime (tried
+1.32) has no RoiAlign of opset 22. TensorRT 10.1, the first with DeformConv, reads opsets up to 20.
 
-The exporter is the one of PyTorch on `torch.export`. The older one, on TorchScript, ends at opset 20, is deprecated, and
-writes sizes that were computed in Python while tracing as constants, without a word. This one refuses them.
+The exporter is the one of PyTorch on `torch.export`. The older one, on TorchScript, is deprecated, and writes sizes
+that were computed in Python while tracing as constants, without a word. This one refuses them.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from ... import __version__
 from ...files import write_atomically
-from ...ops.portable import portable_operators
+from ...ops import portable_operators
 from ..description import KEY, Description, TensorInfo
 from ..shapes import dynamic_shapes
 from .packages import load
@@ -34,6 +34,7 @@ from .translations import translations
 OPSET = 19
 # A file of protobuf ends at 2 GiB. The graph beside the weights is some MB.
 LARGEST = 2**31 - 2**26
+MOST_ZEROS = 4096
 
 
 def write(
@@ -142,7 +143,7 @@ def _simplify(model: Any) -> Any:
     from onnxscript.optimizer import fold_constants
 
     common.InlinePass()(model)
-    fold_constants(model)
+    fold_constants(model, should_fold=_is_small)
     steps = [
         common.RemoveUnusedNodesPass(),
         common.RemoveUnusedFunctionsPass(),
@@ -154,6 +155,14 @@ def _simplify(model: Any) -> Any:
         common.ClearMetadataAndDocStringPass(),
     ]
     return onnx_ir.to_proto(passes.Sequential(*steps)(model).model)
+
+
+def _is_small(node: Any) -> bool | None:
+    """Also computes ConstantOfShape, such as zeros for a bias, unless they would fill the file. Others: as always."""
+    if node.op_type != "ConstantOfShape":
+        return None
+    shape = node.inputs[0].const_value
+    return shape is not None and bool(shape.numpy().prod() <= MOST_ZEROS)
 
 
 def _describe(model: Any, description: Description) -> None:
