@@ -23,7 +23,9 @@ MASK_ROW = "mask_rcnn_R_50_FPN_1x_mdconv_c3-c5"
 TOLERANCE = TOLERANCES["float32"]
 
 
-@pytest.mark.parametrize("row", model_zoo.list_models())
+@pytest.mark.parametrize(
+    "row", [pytest.param(row, marks=pytest.mark.slow if "101" in row else ()) for row in model_zoo.list_models()]
+)
 def test_every_row_runs_at_free_sizes_and_batches(row: str, tmp_path: Path) -> None:
     module = exported(row, tmp_path / "model.xml")
     assert_same(tmp_path / "model.xml", module, inputs_of(TWO), inputs_of(ONE), inputs_of(SMALL), tolerance=TOLERANCE)
