@@ -4,9 +4,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 from .build import Exported
 from .description import Description
+from .formats import SUFFIXES
+from .onnx.tensorrt import find_tensorrt_problems
 
 
 def summarise(exported: Exported) -> list[str]:
@@ -20,7 +23,18 @@ def summarise(exported: Exported) -> list[str]:
         lines.append("not compared with the model: --no-check")
     else:
         lines.append(f"compared with the model: {exported.comparison}")
+    if exported.path.suffix == SUFFIXES["onnx"]:
+        lines += judge_by_tensorrt(exported.path)
     return lines
+
+
+def judge_by_tensorrt(path: Path) -> Iterator[str]:
+    """Says whether TensorRT's importer takes an ONNX file, by its rules: it is not run."""
+    problems = find_tensorrt_problems(path)
+    if not problems:
+        yield "by the rules of its importer, TensorRT 10.1 takes the file (not run here)"
+    for problem in problems:
+        yield f"TensorRT 10.1 would refuse it: {problem}"
 
 
 def demands(description: Description) -> Iterator[str]:
