@@ -160,3 +160,7 @@ def check_config(cfg: CfgNode, request: Request) -> None:
     ):
         if value < 1:
             raise ValueError(f"{key} is {value}; a graph has a fixed number of boxes, which must be at least 1")
+    if cfg.TEST.AUG.ENABLED:
+        raise ValueError(
+            "TEST.AUG.ENABLED is True: test-time augmentation is not part of a graph; add TEST.AUG.ENABLED False"
+        )

@@ -273,6 +273,7 @@ def set_keypoints(model: Any) -> None:
     ("change", "message"),
     [
         (
+        (["TEST.AUG.ENABLED", True], {}, "TEST.AUG.ENABLED is True: test-time augmentation"),
             change_class(ScoresOfAnotherKind, "roi_heads", "box_predictor"),
             "box predictor ScoresOfAnotherKind cannot be exported: its predict_probs differ from those of FastRCNN",
         ),
