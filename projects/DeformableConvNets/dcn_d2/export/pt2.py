@@ -73,8 +73,8 @@ def _check_compiler() -> None:
         config.cpp, "march"
     ):  # PyTorch 2.10 and 2.11 have no such setting
         raise ValueError(
-            f"PyTorch {torch.__version__} compiles for all that this processor has, and a package would crash on others. "
-            "Export with a later version, or without compiling"
+            f"PyTorch {torch.__version__} compiles for all that this processor has, and a package would crash on "
+            "others. Export with a later version, or without compiling"
         )
     try:
         cpp_builder.get_cpp_compiler()
