@@ -78,6 +78,8 @@ def check_request(request: Request) -> Request:
     for name, value, known in (("part", request.part, PARTS), ("masks", request.masks, MASKS)):
         if value not in known:
             raise ValueError(f"{name} is {value!r}; it may be {', '.join(known)}")
+    if request.part == "backbone" and request.masks != "boxes":
+        raise ValueError(f"masks is {request.masks!r}, but a backbone has no masks: leave it out")
     _check_dtype(request)
     _check_numbers(request)
     _check_packages(request.format)

@@ -239,6 +239,7 @@ def test_an_old_onnxruntime_was_refused_only_after_the_export(tmp_path: Path, mo
         ("a.ts", {"format": "tflite"}, "format is 'tflite'; it may be onnx, openvino, pt2, torchscript"),
         ("a.ts", {"part": "neck"}, "part is 'neck'; it may be detector, backbone"),
         ("a.ts", {"masks": "polygons"}, "masks is 'polygons'; it may be boxes, pasted, none"),
+        ("a.ts", {"part": "backbone", "masks": "pasted"}, "masks is 'pasted', but a backbone has no masks"),
         ("a.ts", {"dtype": "int8"}, "dtype is 'int8'; with torchscript it may be float32, float16, bfloat16"),
         ("a.onnx", {"dtype": "bfloat16"}, "with onnx it may be float32, float16: ONNX's DeformConv has no bfloat16"),
         ("a.xml", {"dtype": "bfloat16"}, "with openvino it may be float32, float16: OpenVINO keeps"),
