@@ -10,8 +10,11 @@ from __future__ import annotations
 import argparse
 import signal
 import sys
+import threading
 import warnings
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from dcn_d2.command_line.export import parse_arguments
 from dcn_d2.quiet import silence_detectron2_warnings
@@ -53,24 +56,44 @@ def export_from_command_line(args: argparse.Namespace) -> Exported:
         raise explain_untrained(error, args, cfg, "export.py") from error
 
 
+class _EndedError(BaseException):
+    """SIGTERM, as a scheduler or a container sends it. It ends the script as Ctrl-C does: no half file stays."""
+
+
+@contextmanager
+def _raising_at_sigterm() -> Iterator[None]:
+    def end(number: int, frame: Any) -> NoReturn:
+        raise _EndedError
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def run(argv: list[str] | None = None) -> int:
     """Runs the command line, and gives the exit code; a mistake ends in one line."""
     args = parse_arguments(argv)
     try:
-        from dcn_d2.engine import MISTAKES, one_line
-        from dcn_d2.export.summary import summarise
+        with _raising_at_sigterm():
+            from dcn_d2.engine import MISTAKES, one_line
+            from dcn_d2.export.summary import summarise
 
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # of tracing: what they fear, the comparison would show
-                exported = export_from_command_line(args)
-        except (*MISTAKES, RuntimeError) as error:
-            sys.exit(f"export.py: {one_line(error)}")
-        print("\n".join(summarise(exported)))
-        return 0
-    except KeyboardInterrupt:
+            try:
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")  # of tracing: what they fear, the comparison would show
+                    exported = export_from_command_line(args)
+            except (*MISTAKES, RuntimeError, MemoryError) as error:
+                sys.exit(f"export.py: {one_line(error)}")
+            print("\n".join(summarise(exported)))
+            return 0
+    except (KeyboardInterrupt, _EndedError) as error:
         print("export.py: interrupted; no file was written", file=sys.stderr)
-        return 128 + signal.SIGINT
+        return 128 + (signal.SIGTERM if isinstance(error, _EndedError) else signal.SIGINT)
 
 
 if __name__ == "__main__":

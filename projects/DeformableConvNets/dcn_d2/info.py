@@ -25,7 +25,7 @@ from . import __version__
 
 try:
     from . import ops
-except OSError as error:  # the library that DCN_LIBRARY names does not load
+except (OSError, ImportError) as error:  # the library that DCN_LIBRARY names does not load, or an older one was built
     if __name__ != "__main__":
         raise
     sys.exit(f"dcn_d2.info: {error}")

@@ -63,6 +63,16 @@ def test_a_library_that_does_not_load_is_told_in_one_line(tmp_path: Path) -> Non
     assert said.startswith(f"dcn_d2.info: the library {tmp_path}/none.so that DCN_LIBRARY names does not load")
 
 
+def test_an_older_library_is_told_in_one_line() -> None:
+    library = Path(torch.__file__).parent / "lib" / "libtorch.so"  # loads, and has no operators of dcn_d2
+    environment = os.environ | {"DCN_LIBRARY": str(library)}
+    command = [sys.executable, "-m", "dcn_d2.info"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stdout == ""
+    (said,) = done.stderr.splitlines()
+    assert said.startswith(f"dcn_d2.info: the compiled library {library} was built from another version of dcn_d2")
+
+
 def test_the_file_of_the_kernels_is_named(capsys: pytest.CaptureFixture[str]) -> None:
     named = line(capsys, "kernels").removeprefix("compiled, in ")
     assert Path(named).is_file()

@@ -26,7 +26,7 @@ from .compare import Comparison
 from .description import Description, TensorInfo
 from .detector import ExportableBackbone, ExportableDetector
 from .formats import format_module
-from .request import Request, check_config, check_request
+from .request import Request, check_config, check_free, check_request
 from .samples import open_image
 from .shapes import BATCH, HEIGHT, WIDTH, example_inputs, input_tensors
 from .supported import check_model
@@ -108,7 +108,7 @@ def export(
     module, names = exportable(_copy(model), request)
     request, notes = _fit_size(request, reference)
     description = _describe(cfg, request, reference, module, row, class_names or cfg.DATASETS.get("CLASS_NAMES", ()))
-    with tempfile.TemporaryDirectory(prefix=f".{request.path.name}.", dir=request.path.parent) as folder:
+    with tempfile.TemporaryDirectory(prefix=f".{request.path.name[-200:]}.", dir=request.path.parent) as folder:
         file = Path(folder, request.path.name)
         _write(module, description, file, request)
         comparison = None
@@ -122,7 +122,7 @@ def export(
                 return again / request.path.name
 
             comparison = check_equal(file, cfg, reference, module, description, pixels, write_again)
-        files = _move(file, request.path)
+        files = _move(file, request.path, request.overwrite)
     return Exported(request.path, files, description, comparison, tuple(notes))
 
 
@@ -212,11 +212,12 @@ def _write(module: nn.Module, description: Description, path: Path, request: Req
         format_module(request.format).write(module, example_inputs(description), description, path, **request.options)
 
 
-def _move(file: Path, path: Path) -> dict[Path, int]:
+def _move(file: Path, path: Path, overwrite: bool) -> dict[Path, int]:
     """Moves a file, and what was written beside it, to its place; gives the files and their sizes."""
-    files = {}
-    for part in sorted(each for each in file.parent.iterdir() if each.is_file()):
-        target = path.with_name(part.name)
+    parts = {path.with_name(part.name): part for part in sorted(file.parent.iterdir()) if part.is_file()}
+    check_free(parts, overwrite)  # another program may have written them meanwhile
+    if len(parts) > 1:
+        path.unlink(missing_ok=True)  # so that there is never a graph with another one's weights
+    for target, part in parts.items():
         os.replace(part, target)
-        files[target] = target.stat().st_size
-    return files
+    return {target: target.stat().st_size for target in parts}

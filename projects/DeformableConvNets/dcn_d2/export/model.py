@@ -161,6 +161,8 @@ def open_model(path: str | os.PathLike[str], threads: int = 0) -> ExportedModel:
     Raises:
         ValueError, FileNotFoundError: the file is missing, of no known format, not dcn_d2's, or holds no detector.
     """
+    if threads < 0:
+        raise ValueError(f"threads is {threads}; it must be 0, as many as torch has, or more")
     number = threads if threads or is_of_torch(path) else torch.get_num_threads()
     return ExportedModel(open_session(path, number), path, threads)
 

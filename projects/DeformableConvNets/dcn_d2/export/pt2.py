@@ -52,7 +52,7 @@ def write(
             The environment variable ATEN_CPU_CAPABILITY chooses older ones: avx2, or default for none.
 
     Raises:
-        ValueError: there is no C++ compiler to compile it with.
+        ValueError: there is no C++ compiler to compile it with, or PyTorch is too old to choose processors.
     """
     if compile:
         _check_compiler()
@@ -69,6 +69,13 @@ def write(
 def _check_compiler() -> None:
     from torch._inductor import config, cpp_builder, exc
 
+    if platform.machine() == "x86_64" and not hasattr(
+        config.cpp, "march"
+    ):  # PyTorch 2.10 and 2.11 have no such setting
+        raise ValueError(
+            f"PyTorch {torch.__version__} compiles for all that this processor has, and a package would crash on "
+            "others. Export with a later version, or without compiling"
+        )
     try:
         cpp_builder.get_cpp_compiler()
     except exc.InvalidCxxCompiler as error:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -14,7 +14,8 @@ from typing import Any
 from detectron2.config import CfgNode
 
 from .detector import MASKS
-from .formats import SUFFIXES, format_module, format_of
+from .formats import SUFFIXES, files_of, format_module, format_of
+from .onnx import packages as onnx_packages
 
 PARTS = ("detector", "backbone")
 SMALLEST_SIDE = 32
@@ -77,6 +78,8 @@ def check_request(request: Request) -> Request:
     for name, value, known in (("part", request.part, PARTS), ("masks", request.masks, MASKS)):
         if value not in known:
             raise ValueError(f"{name} is {value!r}; it may be {', '.join(known)}")
+    if request.part == "backbone" and request.masks != "boxes":
+        raise ValueError(f"masks is {request.masks!r}, but a backbone has no masks: leave it out")
     _check_dtype(request)
     _check_numbers(request)
     _check_packages(request.format)
@@ -102,9 +105,13 @@ def _check_numbers(request: Request) -> None:
 
 
 def _check_packages(format: str) -> None:
-    missing = [name for name in PACKAGES.get(format, ()) if find_spec(name) is None]
+    # A folder of this name on the path, such as one of exported files, is also found, but has no file.
+    found = {name: find_spec(name) for name in PACKAGES.get(format, ())}
+    missing = [name for name, spec in found.items() if spec is None or spec.origin is None]
     if missing:
         raise ImportError(f"the format {format} needs {', '.join(missing)}: pip install {' '.join(missing)}")
+    if format == "onnx":
+        onnx_packages.load(*found)  # refuses those that are too old
 
 
 def _check_options(request: Request) -> None:
@@ -125,8 +132,14 @@ def _check_output(request: Request) -> None:
         raise PermissionError(f"the folder {folder} may not be written to")
     if request.path.is_dir():
         raise IsADirectoryError(f"{request.path} is a folder; a file for the exported model was expected")
-    if os.path.lexists(request.path) and not request.overwrite:
-        raise FileExistsError(f"{request.path} exists: --overwrite (overwrite=True) replaces it")
+    check_free(files_of(request.path), request.overwrite)
+
+
+def check_free(files: Iterable[Path], overwrite: bool) -> None:
+    """Refuses files that are there, unless they may be replaced."""
+    for file in files:
+        if os.path.lexists(file) and not overwrite:
+            raise FileExistsError(f"{file} exists: --overwrite (overwrite=True) replaces it")
 
 
 def check_config(cfg: CfgNode, request: Request) -> None:
@@ -151,6 +164,10 @@ def check_config(cfg: CfgNode, request: Request) -> None:
         raise ValueError(f"MODEL.KEYPOINT_ON is True: keypoint heads cannot be exported{USE_BACKBONE}")
     if model.ROI_BOX_HEAD.USE_SIGMOID_CE:
         raise ValueError(f"MODEL.ROI_BOX_HEAD.USE_SIGMOID_CE is True: such scores cannot be exported{USE_BACKBONE}")
+    if cfg.TEST.AUG.ENABLED:
+        raise ValueError(
+            "TEST.AUG.ENABLED is True: test-time augmentation is not part of a graph; add TEST.AUG.ENABLED False"
+        )
     if request.masks == "pasted" and not model.MASK_ON:
         raise ValueError("masks is 'pasted', but MODEL.MASK_ON is False: the model has no masks")
     for key, value in (

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -77,6 +78,26 @@ def test_mistakes_end_in_one_line(folder: Path, tmp_path: Path) -> None:
     assert "no weights are given: --weights FILE" in stopped(without)
     row = ["--config-file", "faster_rcnn_R_50_FPN_1x_mdconv_c3-c5", "--output", str(tmp_path / "a.ts")]
     assert "export.py --config-file faster_rcnn_R_50_FPN_1x_mdconv_c3-c5 --published" in stopped(row)
+    assert not list(tmp_path.iterdir())
+
+
+def test_sigterm_left_half_a_file(folder: Path, tmp_path: Path) -> None:
+    code = """
+import os, signal, sys
+import export
+from dcn_d2.export import torchscript
+
+def stop(module, inputs, description, path):
+    path.write_text("half of it")
+    os.kill(os.getpid(), signal.SIGTERM)
+
+torchscript.write = stop
+sys.exit(export.run(sys.argv[1:]))
+"""
+    words = arguments(folder, "--output", tmp_path / "a.ts")
+    done = subprocess.run([sys.executable, "-c", code, *words], cwd=PROJECT, capture_output=True, text=True)
+    assert done.returncode == 128 + signal.SIGTERM
+    assert done.stderr.endswith("export.py: interrupted; no file was written\n")
     assert not list(tmp_path.iterdir())
 
 

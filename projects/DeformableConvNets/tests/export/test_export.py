@@ -18,6 +18,7 @@ from dcn_d2.engine.pickling import digest
 from dcn_d2.export import DifferentResultError, build, check, export, torchscript
 from dcn_d2.export.detector import ExportableDetector
 from dcn_d2.export.formats import open_session
+from dcn_d2.export.request import PACKAGES, Request, check_request
 from dcn_d2.export.supported import check_model
 
 from .models import lively_model
@@ -193,6 +194,54 @@ def test_a_file_that_is_there_is_only_replaced_if_asked(lively: Lively, tmp_path
     assert exported.comparison is None and open_session(path).description.part == "backbone"
 
 
+def test_openvino_replaced_a_file_of_the_name_of_its_weights(lively: Lively, tmp_path: Path) -> None:
+    pytest.importorskip("openvino")
+    cfg, model = lively
+    (tmp_path / "a.bin").write_text("mine")
+    with pytest.raises(FileExistsError, match="a.bin exists: --overwrite"):
+        export(cfg, tmp_path / "a.xml", model=model)
+    assert (tmp_path / "a.bin").read_text() == "mine"
+
+
+def test_a_file_that_another_program_wrote_meanwhile_was_replaced(
+    lively: Lively, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cfg, model = lively
+
+    def write_slowly(module: Any, inputs: Any, description: Any, path: Path) -> None:
+        path.write_text("mine")
+        (tmp_path / "a.ts").write_text("theirs")
+
+    monkeypatch.setattr(torchscript, "write", write_slowly)
+    with pytest.raises(FileExistsError, match="a.ts exists"):
+        export(cfg, tmp_path / "a.ts", model=model, check=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.ts"]
+    assert (tmp_path / "a.ts").read_text() == "theirs"
+
+
+def test_a_name_as_long_as_the_system_allows(lively: Lively, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cfg, model = lively
+    path = tmp_path / f"{'a' * 252}.ts"
+    monkeypatch.setattr(torchscript, "write", lambda module, inputs, description, path: path.write_text("model"))
+    assert export(cfg, path, model=model, check=False).path.read_text() == "model"
+
+
+def test_a_folder_named_onnx_was_taken_for_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "folder_of_models").mkdir()
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setitem(PACKAGES, "pt2", ("folder_of_models",))
+    with pytest.raises(ImportError, match="pt2 needs folder_of_models: pip install folder_of_models"):
+        check_request(Request(tmp_path / "a.pt2"))
+
+
+def test_an_old_onnxruntime_was_refused_only_after_the_export(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for package in PACKAGES["onnx"]:
+        pytest.importorskip(package)
+    monkeypatch.setattr("onnxruntime.__version__", "1.24.4")
+    with pytest.raises(ImportError, match=r'1\.24\.4 is installed: pip install "onnxruntime>=1\.25"'):
+        check_request(Request(tmp_path / "a.onnx"))
+
+
 @pytest.mark.parametrize(
     ("path", "arguments", "message"),
     [
@@ -201,6 +250,7 @@ def test_a_file_that_is_there_is_only_replaced_if_asked(lively: Lively, tmp_path
         ("a.ts", {"format": "tflite"}, "format is 'tflite'; it may be onnx, openvino, pt2, torchscript"),
         ("a.ts", {"part": "neck"}, "part is 'neck'; it may be detector, backbone"),
         ("a.ts", {"masks": "polygons"}, "masks is 'polygons'; it may be boxes, pasted, none"),
+        ("a.ts", {"part": "backbone", "masks": "pasted"}, "masks is 'pasted', but a backbone has no masks"),
         ("a.ts", {"dtype": "int8"}, "dtype is 'int8'; with torchscript it may be float32, float16, bfloat16"),
         ("a.onnx", {"dtype": "bfloat16"}, "with onnx it may be float32, float16: ONNX's DeformConv has no bfloat16"),
         ("a.xml", {"dtype": "bfloat16"}, "with openvino it may be float32, float16: OpenVINO keeps"),
@@ -235,6 +285,7 @@ def test_what_cannot_work_is_refused_before_anything_is_built(
         (["MODEL.LOAD_PROPOSALS", True], {}, "MODEL.LOAD_PROPOSALS is True"),
         (["MODEL.ROI_BOX_HEAD.USE_SIGMOID_CE", True], {}, "MODEL.ROI_BOX_HEAD.USE_SIGMOID_CE is True"),
         (["MODEL.MASK_ON", False], {"masks": "pasted"}, "MODEL.MASK_ON is False: the model has no masks"),
+        (["TEST.AUG.ENABLED", True], {}, "TEST.AUG.ENABLED is True: test-time augmentation"),
         (["TEST.DETECTIONS_PER_IMAGE", -1], {}, "TEST.DETECTIONS_PER_IMAGE is -1; a graph has a fixed number"),
     ],
 )

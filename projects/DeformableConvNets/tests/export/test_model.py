@@ -15,7 +15,7 @@ from detectron2.modeling.postprocessing import detector_postprocess
 from detectron2.structures import Instances
 
 from dcn_d2.export.detector import ExportableDetector
-from dcn_d2.export.model import ExportedModel
+from dcn_d2.export.model import ExportedModel, open_model
 
 from .models import detect_eagerly, lively_model
 from .sessions import TorchSession, describe
@@ -151,6 +151,11 @@ def test_images_may_be_bytes_and_need_no_output_size(lively: tuple[Any, Any]) ->
     model, _ = exported(lively)
     image = inputs(SIZES[2:3])[0]["image"]
     check_equal(model([{"image": image.byte()}])[0], model(inputs(SIZES[2:3]))[0])
+
+
+def test_a_negative_number_of_threads_was_an_error_of_the_runtime() -> None:
+    with pytest.raises(ValueError, match="threads is -1"):
+        open_model("model.onnx", threads=-1)
 
 
 def test_several_threads_call_it_at_once(lively: tuple[Any, Any]) -> None:

@@ -105,6 +105,20 @@ def test_an_interruption_leaves_no_mixed_pair(call: int, copy: Path, monkeypatch
     open_session(copy)
 
 
+def test_a_full_disk_was_an_iostream_error(copy: Path) -> None:
+    resource = pytest.importorskip("resource", reason="this system has no limits of the sizes of files")
+    model = import_openvino().Core().read_model(copy)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+    try:
+        with pytest.raises(OSError, match=r"model\.xml could not be written; is the disk full\?"):
+            writer._save(model, copy, half=False)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert sorted(path.name for path in copy.parent.iterdir()) == ["model.bin", "model.xml"]
+    open_session(copy)
+
+
 def test_nothing_is_sent(tmp_path: Path) -> None:
     """OpenVINO creates a number for a user of whom it sends statistics, in their home."""
     environment = {name: value for name, value in os.environ.items() if name not in ("CI", "TF_BUILD", "JENKINS_URL")}

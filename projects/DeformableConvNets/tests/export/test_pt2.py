@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import platform
 import shutil
 import zipfile
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch._inductor
 
+from dcn_d2.export import pt2
 from dcn_d2.export.formats import open_session
 from dcn_d2.export.pt2 import Session
 
@@ -49,6 +51,13 @@ def test_compiling_without_a_compiler_is_refused(tmp_path: Path) -> None:
     ):
         exported("faster_rcnn_R_50_FPN_1x_dconv_c3-c5", tmp_path / "model.pt2", part="backbone", compile=True)
     assert not list(tmp_path.iterdir())
+
+
+def test_compiling_with_torch_2_10_was_an_attribute_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(platform, "machine", lambda: "x86_64")
+    monkeypatch.setattr(pt2, "hasattr", lambda thing, name: name != "march", raising=False)
+    with pytest.raises(ValueError, match="Export with a later version, or without compiling"):
+        pt2._check_compiler()
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import importlib
+import re
 from typing import Any
 
 # Package to the least version that does what is needed here. ONNX Runtime has DeformConv from 1.25.0 on.
@@ -22,7 +23,7 @@ def load(*names: str) -> list[Any]:
         try:
             module = importlib.import_module(name)
         except ImportError as error:
-            raise ImportError(f"ONNX files need {name}: {pip}") from error
+            raise ImportError(f"ONNX files need {name}, which cannot be imported ({error}): {pip}") from error
         if _numbers(module.__version__) < _numbers(LEAST[name]):
             raise ImportError(
                 f"ONNX files need {name} {LEAST[name]} or later, and {module.__version__} is installed: {pip}"
@@ -32,4 +33,4 @@ def load(*names: str) -> list[Any]:
 
 
 def _numbers(version: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in version.split(".")[:2])
+    return tuple(int(part) for part in re.findall(r"\d+", version)[:2])

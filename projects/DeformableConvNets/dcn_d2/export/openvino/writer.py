@@ -78,7 +78,10 @@ def _save(model: Any, path: Path, half: bool) -> None:
     model.set_rt_info(_UNKNOWN_DIGEST, [KEY_OF_WEIGHTS])
     with tempfile.TemporaryDirectory(prefix=f".{path.name[-200:]}.", suffix=".part", dir=path.parent) as folder:
         part = Path(folder, path.name)
-        ov.save_model(model, part, compress_to_fp16=half)
+        try:
+            ov.save_model(model, part, compress_to_fp16=half)
+        except RuntimeError as error:  # a full disk is "basic_ios::clear: iostream error"
+            raise OSError(f"{path} could not be written; is the disk full? OpenVINO says: {error}") from error
         # The graph names its weights, so that files of two models do not get mixed up.
         text = part.read_text(encoding="utf-8")
         assert text.count(_UNKNOWN_DIGEST) == 1
