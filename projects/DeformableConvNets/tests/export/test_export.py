@@ -139,7 +139,7 @@ def reclassified(detector: ExportableDetector) -> None:
 
 
 def masked(detector: ExportableDetector) -> None:
-    detector.roi_heads.mask_head.predictor.bias += 0.05
+    detector.roi_heads.mask_head.predictor.bias += 0.5
 
 
 def emptied(detector: ExportableDetector) -> None:
