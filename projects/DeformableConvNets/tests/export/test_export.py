@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from detectron2.config import CfgNode
-from detectron2.modeling.roi_heads import FastRCNNOutputLayers
+from detectron2.modeling.roi_heads import CascadeROIHeads, FastRCNNOutputLayers
 from detectron2.modeling.roi_heads.mask_head import MaskRCNNConvUpsampleHead
 
 from dcn_d2.engine.pickling import digest
@@ -261,6 +261,14 @@ def change_class(kind: type, *names: str) -> Callable[[Any], None]:
     return change
 
 
+def set_method_of_object(model: Any) -> None:
+    model.roi_heads.box_predictor.predict_probs = lambda predictions, proposals: []
+
+
+def set_hook(model: Any) -> None:
+    model.roi_heads.mask_head.register_forward_pre_hook(lambda layer, inputs: (inputs[0] * 2, inputs[1]))
+
+
 def set_topk(model: Any) -> None:
     model.roi_heads.box_predictor.test_topk_per_image = -1
 
@@ -282,6 +290,8 @@ def set_keypoints(model: Any) -> None:
         ),
         (change_class(torch.nn.Module, "proposal_generator"), "proposal generator Module cannot be exported; RPN can"),
         (change_class(torch.nn.Module, "roi_heads", "mask_pooler"), "mask pooler Module cannot be exported"),
+        (set_method_of_object, "FastRCNNOutputLayers cannot be exported: its predict_probs differ"),
+        (set_hook, "MaskRCNNConvUpsampleHead has forward hooks, which a file cannot run"),
         (set_topk, "test_topk_per_image of the box predictor is -1"),
         (set_keypoints, "have a keypoint head"),
     ],
@@ -293,3 +303,21 @@ def test_models_with_other_parts_are_refused(lively: Lively, change: Callable[[A
     with pytest.raises(ValueError, match=message):
         check_model(model)
     check_model(model, "backbone")
+
+
+class ProposalsOfAnotherKind(CascadeROIHeads):
+    def _create_proposals_from_boxes(self, boxes: Any, image_sizes: Any) -> Any:
+        return super()._create_proposals_from_boxes(boxes, image_sizes)
+
+
+def test_a_cascade_with_other_steps_between_its_stages_is_refused() -> None:
+    _, model = lively_model("cascade_rcnn_R_50_FPN_1x_dconv_c3-c5", opts=["MODEL.ROI_HEADS.NAME", "CascadeROIHeads"])
+    model.roi_heads.__class__ = ProposalsOfAnotherKind
+    with pytest.raises(ValueError, match="its _create_proposals_from_boxes differ from those of CascadeROIHeads"):
+        check_model(model)
+
+
+@pytest.mark.parametrize("part", ["detector", "backbone"])
+def test_a_model_in_half_precision_is_refused(lively: Lively, part: str) -> None:
+    with pytest.raises(ValueError, match="backbone.* of the model is float16, but a float32 model is exported"):
+        check_model(copy.deepcopy(lively[1]).half(), part)
