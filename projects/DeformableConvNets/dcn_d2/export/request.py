@@ -151,6 +151,12 @@ def check_config(cfg: CfgNode, request: Request) -> None:
         raise ValueError(f"MODEL.KEYPOINT_ON is True: keypoint heads cannot be exported{USE_BACKBONE}")
     if model.ROI_BOX_HEAD.USE_SIGMOID_CE:
         raise ValueError(f"MODEL.ROI_BOX_HEAD.USE_SIGMOID_CE is True: such scores cannot be exported{USE_BACKBONE}")
+    for head, is_used in (("ROI_BOX_HEAD", True), ("ROI_MASK_HEAD", model.MASK_ON)):
+        if is_used and request.format in PACKAGES and model[head].POOLER_TYPE == "ROIPool":
+            raise ValueError(
+                f"MODEL.{head}.POOLER_TYPE is ROIPool, which cannot be exported to {request.format}: "
+                f"export to a .pt2 or .ts file, or train with ROIAlignV2{USE_BACKBONE}"
+            )
     if request.masks == "pasted" and not model.MASK_ON:
         raise ValueError("masks is 'pasted', but MODEL.MASK_ON is False: the model has no masks")
     for key, value in (

@@ -17,7 +17,7 @@ from detectron2.modeling.roi_heads.mask_head import MaskRCNNConvUpsampleHead
 from dcn_d2.engine.pickling import digest
 from dcn_d2.export import DifferentResultError, build, export, torchscript
 from dcn_d2.export.detector import ExportableDetector
-from dcn_d2.export.formats import open_session
+from dcn_d2.export.formats import SUFFIXES, open_session
 from dcn_d2.export.supported import check_model
 
 from .models import lively_model
@@ -223,6 +223,11 @@ def test_what_cannot_work_is_refused_before_anything_is_built(
         (["MODEL.KEYPOINT_ON", True], {}, "MODEL.KEYPOINT_ON is True"),
         (["MODEL.LOAD_PROPOSALS", True], {}, "MODEL.LOAD_PROPOSALS is True"),
         (["MODEL.ROI_BOX_HEAD.USE_SIGMOID_CE", True], {}, "MODEL.ROI_BOX_HEAD.USE_SIGMOID_CE is True"),
+        (
+            ["MODEL.ROI_MASK_HEAD.POOLER_TYPE", "ROIPool"],
+            {"format": "openvino"},
+            "ROI_MASK_HEAD.POOLER_TYPE is ROIPool, which cannot be exported to openvino",
+        ),
         (["MODEL.MASK_ON", False], {"masks": "pasted"}, "MODEL.MASK_ON is False: the model has no masks"),
         (["TEST.DETECTIONS_PER_IMAGE", -1], {}, "TEST.DETECTIONS_PER_IMAGE is -1; a graph has a fixed number"),
     ],
@@ -239,7 +244,7 @@ def test_models_that_cannot_be_exported_are_refused_by_their_config(
     cfg = lively[0].clone()
     cfg.merge_from_list(changes)
     with pytest.raises(ValueError, match=message):
-        export(cfg, tmp_path / "a.ts", **arguments)
+        export(cfg, tmp_path / f"a{SUFFIXES[arguments.get('format', 'torchscript')]}", **arguments)
 
 
 class ScoresOfAnotherKind(FastRCNNOutputLayers):
