@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from detectron2.config import CfgNode
@@ -16,6 +17,7 @@ from detectron2.modeling.roi_heads.mask_head import MaskRCNNConvUpsampleHead
 
 from dcn_d2.engine.pickling import digest
 from dcn_d2.export import DifferentResultError, build, export, torchscript
+from dcn_d2.export.compare import TOLERANCES, Comparison
 from dcn_d2.export.detector import ExportableDetector
 from dcn_d2.export.formats import SUFFIXES, open_session
 from dcn_d2.export.supported import check_model
@@ -326,3 +328,12 @@ def test_a_cascade_with_other_steps_between_its_stages_is_refused() -> None:
 def test_a_model_in_half_precision_is_refused(lively: Lively, part: str) -> None:
     with pytest.raises(ValueError, match="backbone.* of the model is float16, but a float32 model is exported"):
         check_model(copy.deepcopy(lively[1]).half(), part)
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_feature_maps_with_nan_are_not_taken_for_equal(order: int) -> None:
+    """Such as those of a backbone that overflows in half precision."""
+    comparison = Comparison()
+    for value in [torch.nan, 1.0][::order]:
+        comparison.add_features({"p2": torch.ones(1, 1, 2, 2)}, {"p2": np.full((1, 1, 2, 2), value, np.float32)})
+    assert comparison.problems(TOLERANCES["float16"])
