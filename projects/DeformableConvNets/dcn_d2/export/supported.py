@@ -33,9 +33,15 @@ def check_model(model: Any, part: str = "detector") -> None:
     for name in ("backbone", "pixel_mean", "pixel_std"):
         if not hasattr(model, name):
             raise ValueError(f"a model of the class {_name(model)} cannot be exported: it has no {name}")
-    if square := dict(getattr(model.backbone, "padding_constraints", None) or {}).get("square_size", 0):
+    constraints = dict(getattr(model.backbone, "padding_constraints", None) or {})
+    if square := constraints.get("square_size", 0):
         raise ValueError(
             f"the backbone {_name(model.backbone)} pads images to squares of {square} pixels, not supported"
+        )
+    if (unit := constraints.get("size_divisibility", 0)) not in (0, model.backbone.size_divisibility):
+        raise ValueError(
+            f"the backbone {_name(model.backbone)} pads images to multiples of {unit} by its padding_constraints, and "
+            f"of {model.backbone.size_divisibility} by its size_divisibility: make the two equal"
         )
     _check_dtype(model)
     if part == "backbone":

@@ -337,3 +337,11 @@ def test_feature_maps_with_nan_are_not_taken_for_equal(order: int) -> None:
     for value in [torch.nan, 1.0][::order]:
         comparison.add_features({"p2": torch.ones(1, 1, 2, 2)}, {"p2": np.full((1, 1, 2, 2), value, np.float32)})
     assert comparison.problems(TOLERANCES["float16"])
+
+
+def test_a_backbone_that_pads_otherwise_than_its_divisibility_says_is_refused(lively: Lively) -> None:
+    model = copy.deepcopy(lively[1])
+    kind = type(model.backbone)
+    model.backbone.__class__ = type("Padded", (kind,), {"padding_constraints": {"size_divisibility": 64}})
+    with pytest.raises(ValueError, match="Padded pads images to multiples of 64 .* and of 32"):
+        check_model(model)
