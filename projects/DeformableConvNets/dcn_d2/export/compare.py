@@ -116,7 +116,7 @@ class Comparison:
         """Compares feature maps."""
         for name, value in expected.items():
             difference = (value - torch.as_tensor(found[name])).norm() / value.norm().clamp(min=1e-12)
-            self.features = max(self.features or 0.0, float(difference))
+            self.features = float(np.maximum(self.features or 0.0, float(difference)))  # NaN if one of them is
 
     def problems(self, tolerance: Tolerance) -> list[str]:
         """Says what is above a tolerance; [] if nothing is."""

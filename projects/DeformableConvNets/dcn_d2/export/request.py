@@ -168,6 +168,12 @@ def check_config(cfg: CfgNode, request: Request) -> None:
         raise ValueError(
             "TEST.AUG.ENABLED is True: test-time augmentation is not part of a graph; add TEST.AUG.ENABLED False"
         )
+    for head, is_used in (("ROI_BOX_HEAD", True), ("ROI_MASK_HEAD", model.MASK_ON)):
+        if is_used and request.format in PACKAGES and model[head].POOLER_TYPE == "ROIPool":
+            raise ValueError(
+                f"MODEL.{head}.POOLER_TYPE is ROIPool, which cannot be exported to {request.format}: "
+                f"export to a .pt2 or .ts file, or train with ROIAlignV2{USE_BACKBONE}"
+            )
     if request.masks == "pasted" and not model.MASK_ON:
         raise ValueError("masks is 'pasted', but MODEL.MASK_ON is False: the model has no masks")
     for key, value in (

@@ -12,9 +12,11 @@ from .description import Description, TensorInfo
 
 # What free sizes are called in shapes.
 BATCH, HEIGHT, WIDTH = "batch", "height", "width"
-# Free sizes that an exporter may assume: of the batch, and of height and width in units of the divisibility. Sizes of
-# one are left out, since exporters take them for fixed ones; files take them all the same.
+# Free sizes that a file takes, from 1 on: of the batch, and of height and width in units of the divisibility.
 LARGEST_BATCH, LARGEST_SIDE = 1024, 1024
+# Backbones that do not pad images take any height and width, in torch.export from this one on: it assumes that no map,
+# of strides up to 32, has a side of one.
+SMALLEST_UNPADDED = 33
 
 
 def input_tensors(
@@ -38,7 +40,7 @@ def input_tensors(
 
 def example_inputs(description: Description) -> tuple[Tensor, ...]:
     """Makes inputs of a graph, with which it can be traced: images of noise that do not fill their canvases."""
-    unit = max(description.size_divisibility, 1)
+    unit = description.size_divisibility if description.size_divisibility > 1 else SMALLEST_UNPADDED
     height, width = description.size or (4 * unit, 5 * unit)
     batch = description.batch or 2
     generator = torch.Generator().manual_seed(0)
@@ -58,8 +60,12 @@ def dynamic_shapes(description: Description) -> tuple[dict[int, Any], ...]:
     images = dict(free)
     if description.size is None:
         for axis, name in ((2, HEIGHT), (3, WIDTH)):
-            units = torch.export.Dim(f"{name}_units", min=2, max=LARGEST_SIDE)
-            images[axis] = description.size_divisibility * units if description.size_divisibility > 1 else units
+            if description.size_divisibility > 1:
+                images[axis] = description.size_divisibility * torch.export.Dim(
+                    f"{name}_units", min=1, max=LARGEST_SIDE
+                )
+            else:
+                images[axis] = torch.export.Dim(name, min=SMALLEST_UNPADDED)
     return images, free, *([{}] if description.masks == "pasted" else [])
 
 

@@ -8,16 +8,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from detectron2.config import CfgNode
-from detectron2.modeling.roi_heads import FastRCNNOutputLayers
+from detectron2.modeling.roi_heads import CascadeROIHeads, FastRCNNOutputLayers
 from detectron2.modeling.roi_heads.mask_head import MaskRCNNConvUpsampleHead
 
 from dcn_d2.engine.pickling import digest
 from dcn_d2.export import DifferentResultError, build, check, export, torchscript
+from dcn_d2.export.compare import TOLERANCES, Comparison
 from dcn_d2.export.detector import ExportableDetector
-from dcn_d2.export.formats import open_session
+from dcn_d2.export.formats import SUFFIXES, open_session
 from dcn_d2.export.request import PACKAGES, Request, check_request
 from dcn_d2.export.supported import check_model
 
@@ -284,6 +286,11 @@ def test_what_cannot_work_is_refused_before_anything_is_built(
         (["MODEL.KEYPOINT_ON", True], {}, "MODEL.KEYPOINT_ON is True"),
         (["MODEL.LOAD_PROPOSALS", True], {}, "MODEL.LOAD_PROPOSALS is True"),
         (["MODEL.ROI_BOX_HEAD.USE_SIGMOID_CE", True], {}, "MODEL.ROI_BOX_HEAD.USE_SIGMOID_CE is True"),
+        (
+            ["MODEL.ROI_MASK_HEAD.POOLER_TYPE", "ROIPool"],
+            {"format": "openvino"},
+            "ROI_MASK_HEAD.POOLER_TYPE is ROIPool, which cannot be exported to openvino",
+        ),
         (["MODEL.MASK_ON", False], {"masks": "pasted"}, "MODEL.MASK_ON is False: the model has no masks"),
         (["TEST.AUG.ENABLED", True], {}, "TEST.AUG.ENABLED is True: test-time augmentation"),
         (["TEST.DETECTIONS_PER_IMAGE", -1], {}, "TEST.DETECTIONS_PER_IMAGE is -1; a graph has a fixed number"),
@@ -301,7 +308,7 @@ def test_models_that_cannot_be_exported_are_refused_by_their_config(
     cfg = lively[0].clone()
     cfg.merge_from_list(changes)
     with pytest.raises(ValueError, match=message):
-        export(cfg, tmp_path / "a.ts", **arguments)
+        export(cfg, tmp_path / f"a{SUFFIXES[arguments.get('format', 'torchscript')]}", **arguments)
 
 
 class ScoresOfAnotherKind(FastRCNNOutputLayers):
@@ -321,6 +328,14 @@ def change_class(kind: type, *names: str) -> Callable[[Any], None]:
         getattr(model, names[-1]).__class__ = kind
 
     return change
+
+
+def set_method_of_object(model: Any) -> None:
+    model.roi_heads.box_predictor.predict_probs = lambda predictions, proposals: []
+
+
+def set_hook(model: Any) -> None:
+    model.roi_heads.mask_head.register_forward_pre_hook(lambda layer, inputs: (inputs[0] * 2, inputs[1]))
 
 
 def set_topk(model: Any) -> None:
@@ -344,6 +359,8 @@ def set_keypoints(model: Any) -> None:
         ),
         (change_class(torch.nn.Module, "proposal_generator"), "proposal generator Module cannot be exported; RPN can"),
         (change_class(torch.nn.Module, "roi_heads", "mask_pooler"), "mask pooler Module cannot be exported"),
+        (set_method_of_object, "FastRCNNOutputLayers cannot be exported: its predict_probs differ"),
+        (set_hook, "MaskRCNNConvUpsampleHead has forward hooks, which a file cannot run"),
         (set_topk, "test_topk_per_image of the box predictor is -1"),
         (set_keypoints, "have a keypoint head"),
     ],
@@ -355,3 +372,38 @@ def test_models_with_other_parts_are_refused(lively: Lively, change: Callable[[A
     with pytest.raises(ValueError, match=message):
         check_model(model)
     check_model(model, "backbone")
+
+
+class ProposalsOfAnotherKind(CascadeROIHeads):
+    def _create_proposals_from_boxes(self, boxes: Any, image_sizes: Any) -> Any:
+        return super()._create_proposals_from_boxes(boxes, image_sizes)
+
+
+def test_a_cascade_with_other_steps_between_its_stages_is_refused() -> None:
+    _, model = lively_model("cascade_rcnn_R_50_FPN_1x_dconv_c3-c5", opts=["MODEL.ROI_HEADS.NAME", "CascadeROIHeads"])
+    model.roi_heads.__class__ = ProposalsOfAnotherKind
+    with pytest.raises(ValueError, match="its _create_proposals_from_boxes differ from those of CascadeROIHeads"):
+        check_model(model)
+
+
+@pytest.mark.parametrize("part", ["detector", "backbone"])
+def test_a_model_in_half_precision_is_refused(lively: Lively, part: str) -> None:
+    with pytest.raises(ValueError, match="backbone.* of the model is float16, but a float32 model is exported"):
+        check_model(copy.deepcopy(lively[1]).half(), part)
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_feature_maps_with_nan_are_not_taken_for_equal(order: int) -> None:
+    """Such as those of a backbone that overflows in half precision."""
+    comparison = Comparison()
+    for value in [torch.nan, 1.0][::order]:
+        comparison.add_features({"p2": torch.ones(1, 1, 2, 2)}, {"p2": np.full((1, 1, 2, 2), value, np.float32)})
+    assert comparison.problems(TOLERANCES["float16"])
+
+
+def test_a_backbone_that_pads_otherwise_than_its_divisibility_says_is_refused(lively: Lively) -> None:
+    model = copy.deepcopy(lively[1])
+    kind = type(model.backbone)
+    model.backbone.__class__ = type("Padded", (kind,), {"padding_constraints": {"size_divisibility": 64}})
+    with pytest.raises(ValueError, match="Padded pads images to multiples of 64 .* and of 32"):
+        check_model(model)

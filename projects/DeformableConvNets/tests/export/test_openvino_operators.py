@@ -109,7 +109,7 @@ def test_batched_nms(batch: int, number: int, step: float, free: bool) -> None:
         assert torch.equal(found, batched_nms(boxes, case, 0.5))
 
 
-@pytest.mark.parametrize("threshold", [0.25, 0.7, 1.0])
+@pytest.mark.parametrize("threshold", [0.0, 0.25, 0.7, 1.0])
 def test_batched_nms_suppresses_above_its_threshold(threshold: float) -> None:
     boxes, scores = _boxes(2, 100, 2.0), torch.rand(2, 100, generator=torch.Generator().manual_seed(1))
     found = run(lambda boxes, scores: batched_nms(boxes, scores, threshold), boxes, scores)

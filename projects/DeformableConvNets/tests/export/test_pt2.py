@@ -7,7 +7,9 @@ import platform
 import shutil
 import zipfile
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch._inductor
 
@@ -15,6 +17,7 @@ from dcn_d2.export import pt2
 from dcn_d2.export.formats import open_session
 from dcn_d2.export.pt2 import Session
 
+from .models import images
 from .running import assert_same, exported, inputs_of
 
 TWO, ONE = [(100, 150), (128, 131)], [(70, 200)]
@@ -25,6 +28,22 @@ TWO, ONE = [(100, 150), (128, 131)], [(70, 200)]
 def test_rows_run_at_free_sizes_and_batches(row: str, tmp_path: Path) -> None:
     module = exported(row, tmp_path / "model.pt2")
     assert_same(tmp_path / "model.pt2", module, inputs_of(TWO), inputs_of(ONE))
+
+
+def test_long_images_need_no_more_than_one_unit_of_height(tmp_path: Path) -> None:
+    """An image of 1000 x 20 pixels, with a longer side of at most 1333, is resized to 1333 x 27."""
+    module = exported("faster_rcnn_R_50_FPN_1x_dconv_c3-c5", tmp_path / "model.pt2")
+    assert_same(tmp_path / "model.pt2", module, inputs_of([(27, 1333)]), inputs_of([(300, 20), (31, 32)]))
+
+
+def test_a_backbone_that_does_not_pad_images_has_free_sizes(tmp_path: Path) -> None:
+    opts: list[Any] = ["MODEL.BACKBONE.NAME", "build_dcn_resnet_backbone", "MODEL.RESNETS.OUT_FEATURES", ["res5"]]
+    opts += ["MODEL.RPN.IN_FEATURES", ["res5"], "MODEL.ROI_HEADS.IN_FEATURES", ["res5"]]
+    opts += ["MODEL.ANCHOR_GENERATOR.SIZES", [[32, 64, 128]]]
+    module = exported("faster_rcnn_R_50_FPN_1x_dconv_c3-c5", tmp_path / "model.pt2", opts)
+    assert open_session(tmp_path / "model.pt2").description.size_divisibility == 1
+    odd = {"images": images(1, 101, 67).numpy(), "image_sizes": np.array([[101, 67]])}
+    assert_same(tmp_path / "model.pt2", module, odd, inputs_of(TWO))
 
 
 def test_pasted_masks_have_the_size_that_is_asked_for(tmp_path: Path) -> None:

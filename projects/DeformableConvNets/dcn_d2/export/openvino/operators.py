@@ -43,6 +43,10 @@ def _batched_nms(node: Any) -> Any:
 
 
 def _reaches(threshold: float) -> np.float32:
-    """Gives the smallest float32 above a threshold: OpenVINO suppresses boxes at its threshold, we only above it."""
+    """Gives the smallest float32 above a threshold: OpenVINO suppresses boxes at its threshold, we only above it.
+
+    Above 0 it is a normal number: processors take smaller ones for 0, and then boxes that do not overlap go too.
+    """
     nearest = np.float32(threshold)
-    return nearest if float(nearest) > threshold else np.nextafter(nearest, np.float32(np.inf))
+    above = nearest if float(nearest) > threshold else np.nextafter(nearest, np.float32(np.inf))
+    return max(above, np.finfo(np.float32).tiny) if threshold >= 0 else above
