@@ -15,12 +15,13 @@ from detectron2.modeling.roi_heads import FastRCNNOutputLayers
 from detectron2.modeling.roi_heads.mask_head import MaskRCNNConvUpsampleHead
 
 from dcn_d2.engine.pickling import digest
-from dcn_d2.export import DifferentResultError, build, export, torchscript
+from dcn_d2.export import DifferentResultError, build, check, export, torchscript
 from dcn_d2.export.detector import ExportableDetector
 from dcn_d2.export.formats import open_session
 from dcn_d2.export.supported import check_model
 
 from .models import lively_model
+from .sessions import TorchSession
 
 ROW = "mask_rcnn_R_50_FPN_1x_mdconv_c3-c5"
 Lively = tuple[CfgNode, Any]
@@ -118,6 +119,10 @@ def example(exported: build.Exported) -> dict[str, Any]:
     return dict(zip(names, (tensor.numpy() for tensor in build.example_inputs(exported.description))))
 
 
+def right(detector: ExportableDetector) -> None:
+    pass
+
+
 def moved(detector: ExportableDetector) -> None:
     detector.roi_heads.box_predictor.bbox_pred.bias += 0.01
 
@@ -143,6 +148,7 @@ def emptied(detector: ExportableDetector) -> None:
 @pytest.mark.parametrize(
     ("mistake", "message"),
     [
+        (right, None),
         (moved, "boxes: .* px, at most 0.01 was expected"),
         (rescored, "scores: .*, at most 0.0001 was expected|have no partner"),
         (reclassified, "have no partner"),
@@ -155,17 +161,22 @@ def test_a_wrong_file_is_noticed_and_not_kept(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     mistake: Callable[[ExportableDetector], None],
-    message: str,
+    message: str | None,
 ) -> None:
     cfg, model = lively
-    write = torchscript.write
+    files: dict[str, TorchSession] = {}
 
-    def write_wrongly(module: ExportableDetector, *others: Any) -> None:
+    def write(module: ExportableDetector, inputs: Any, description: Any, path: Path) -> None:
         module = copy.deepcopy(module)
         mistake(module)
-        write(module, *others)
+        files[str(path)] = TorchSession(module, description)
+        path.touch()
 
-    monkeypatch.setattr(torchscript, "write", write_wrongly)
+    monkeypatch.setattr(torchscript, "write", write)
+    monkeypatch.setattr(check, "open_session", lambda path: files[str(path)])
+    if message is None:
+        assert export(cfg, tmp_path / "a.ts", model=model).path.exists()
+        return
     with pytest.raises(DifferentResultError, match=message):
         export(cfg, tmp_path / "a.ts", model=model)
     assert not list(tmp_path.iterdir())

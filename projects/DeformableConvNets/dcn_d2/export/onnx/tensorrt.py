@@ -26,8 +26,8 @@ _OPERATORS = {
     "HardSigmoid HardSwish Hardmax InstanceNormalization IsInf LayerNormalization LeakyRelu Log LogSoftmax LRN "
     "LpNormalization LpPool MatMul MaxPool MeanVarianceNormalization Pow PRelu Reciprocal Resize Round Selu Sigmoid "
     "Sin Sinh Softmax Softplus Softsign Sqrt Tan Tanh ThresholdedRelu",
-    _NUMBERS: "Abs Add ArgMax ArgMin Clip DepthToSpace Div Equal Greater GreaterOrEqual IsNaN Less LessOrEqual Max Mean "
-    "Min Mod Mul Neg Pad Range ReduceL1 ReduceL2 ReduceLogSum ReduceLogSumExp ReduceMax ReduceMean ReduceMin "
+    _NUMBERS: "Abs Add ArgMax ArgMin Clip DepthToSpace Div Equal Greater GreaterOrEqual IsNaN Less LessOrEqual Max "
+    "Mean Min Mod Mul Neg Pad Range ReduceL1 ReduceL2 ReduceLogSum ReduceLogSumExp ReduceMax ReduceMean ReduceMin "
     "ReduceProd ReduceSum ReduceSumSquare Relu ScatterElements ScatterND Shrink Sign SpaceToDepth Sub Sum TopK",
     "BOOL": "And Not Or Xor",
     f"{_NUMBERS} BOOL": "Cast Concat Constant ConstantOfShape Expand EyeLike Flatten Gather GatherElements GatherND "

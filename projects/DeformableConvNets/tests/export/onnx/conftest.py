@@ -68,16 +68,16 @@ def describe(module: Any, row: str = "row", batch: int | None = None, **values: 
 
 @pytest.fixture(scope="session")
 def written(tmp_path_factory: pytest.TempPathFactory) -> Write:
-    """Gives the file of a row, with `values` of its description; written once."""
+    """Gives the file of a row, with `values` of its description. Rows that differ only in their training share it."""
     for package in ("onnx", "onnxscript", "onnxruntime"):
         pytest.importorskip(package)
     folder = tmp_path_factory.mktemp("onnx")
     files: dict[Any, Written] = {}
 
     def write_once(row: str, masks: str = "boxes", opts: tuple[Any, ...] = (), **values: Any) -> Written:
-        key = (row, masks, opts, *sorted(values.items()))
+        cfg, model = lively_model(row, opts=opts)
+        key = (cfg.MODEL.dump(), masks, *sorted(values.items()))
         if key not in files:
-            _, model = lively_model(row, opts=opts)
             dtype = getattr(torch, values.get("dtype", "float32"))
             if values.get("part") == "backbone":
                 module: Any = ExportableBackbone(model, dtype)
