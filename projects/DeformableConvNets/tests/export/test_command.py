@@ -56,6 +56,7 @@ def test_the_command_says_what_it_wrote(folder: Path, tmp_path: Path, capsys: py
         "outputs:",
     ]
     assert "all images lie at the top left of canvases of 128 x 160, and image_sizes has their own size" in lines
+    assert "one image at a time" in lines
     assert lines[-1].startswith("compared with the model: ") and "detections matched" in lines[-1]
     assert formats.open_session(output).description.row == "lively"
 
