@@ -12,8 +12,8 @@ from .description import Description, TensorInfo
 
 # What free sizes are called in shapes.
 BATCH, HEIGHT, WIDTH = "batch", "height", "width"
-# Free sizes that an exporter may assume: of the batch, and of height and width in units of the divisibility. Sizes of
-# one are left out, since exporters take them for fixed ones; files take them all the same.
+# Free sizes that an exporter may assume: of the batch, and of height and width in units of the divisibility. They begin
+# at one: torch.export makes files that refuse what is left out, and a strip of an image is one unit high.
 LARGEST_BATCH, LARGEST_SIDE = 1024, 1024
 
 
@@ -58,7 +58,7 @@ def dynamic_shapes(description: Description) -> tuple[dict[int, Any], ...]:
     images = dict(free)
     if description.size is None:
         for axis, name in ((2, HEIGHT), (3, WIDTH)):
-            units = torch.export.Dim(f"{name}_units", min=2, max=LARGEST_SIDE)
+            units = torch.export.Dim(f"{name}_units", min=1, max=LARGEST_SIDE)
             images[axis] = description.size_divisibility * units if description.size_divisibility > 1 else units
     return images, free, *([{}] if description.masks == "pasted" else [])
 
