@@ -15,6 +15,9 @@ BATCH, HEIGHT, WIDTH = "batch", "height", "width"
 # Free sizes that an exporter may assume: of the batch, and of height and width in units of the divisibility. They begin
 # at one: torch.export makes files that refuse what is left out, and a strip of an image is one unit high.
 LARGEST_BATCH, LARGEST_SIDE = 1024, 1024
+# Backbones without an FPN have no divisibility. In pixels then, and so large that no map of theirs is one pixel high,
+# which torch.export takes for a special case.
+SMALLEST_PIXELS, LARGEST_PIXELS = 64, 32768
 
 
 def input_tensors(
@@ -38,7 +41,7 @@ def input_tensors(
 
 def example_inputs(description: Description) -> tuple[Tensor, ...]:
     """Makes inputs of a graph, with which it can be traced: images of noise that do not fill their canvases."""
-    unit = max(description.size_divisibility, 1)
+    unit = description.size_divisibility if description.size_divisibility > 1 else 32
     height, width = description.size or (4 * unit, 5 * unit)
     batch = description.batch or 2
     generator = torch.Generator().manual_seed(0)
@@ -58,8 +61,11 @@ def dynamic_shapes(description: Description) -> tuple[dict[int, Any], ...]:
     images = dict(free)
     if description.size is None:
         for axis, name in ((2, HEIGHT), (3, WIDTH)):
-            units = torch.export.Dim(f"{name}_units", min=1, max=LARGEST_SIDE)
-            images[axis] = description.size_divisibility * units if description.size_divisibility > 1 else units
+            if description.size_divisibility > 1:
+                units = torch.export.Dim(f"{name}_units", min=1, max=LARGEST_SIDE)
+                images[axis] = description.size_divisibility * units
+            else:
+                images[axis] = torch.export.Dim(name, min=SMALLEST_PIXELS, max=LARGEST_PIXELS)
     return images, free, *([{}] if description.masks == "pasted" else [])
 
 
