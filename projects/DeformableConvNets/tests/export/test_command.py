@@ -154,6 +154,15 @@ def test_the_client_finds_what_the_predictor_finds(onnx_file: Path, folder: Path
     assert Image.open(picture).size == (150, 100)
 
 
+def test_a_mistake_with_the_client_ended_in_a_traceback(tmp_path: Path) -> None:
+    (tmp_path / "a.xml").write_text("<net/>")
+    for model, message in (("missing.onnx", "No such file or directory: 'missing.onnx'"), ("a.xml", "a.xml cannot be")):
+        words = [sys.executable, str(CLIENT), model, "photo.jpg"]
+        done = subprocess.run(words, env=without_torch(tmp_path), cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 1 and len(done.stderr.splitlines()) == 1
+        assert done.stderr.startswith("onnx_client.py: ") and message in done.stderr
+
+
 def decode(mask: dict[str, Any]) -> np.ndarray:
     values = np.arange(len(mask["counts"])) % 2 == 1
     return np.repeat(values, mask["counts"]).reshape(mask["size"], order="F")
