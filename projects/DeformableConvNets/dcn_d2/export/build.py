@@ -201,7 +201,8 @@ def _free_shape(result: Tensor, name: str, description: Description, model: Any)
         shape[0] = BATCH
     if description.part == "backbone" and description.size is None:
         stride = model.backbone.output_shape()[name].stride
-        shape[2:] = [f"{HEIGHT}/{stride}", f"{WIDTH}/{stride}"]
+        exact = description.size_divisibility % stride == 0
+        shape[2:] = [f"{side}/{stride}" if exact else f"ceil({side}/{stride})" for side in (HEIGHT, WIDTH)]
     if description.masks == "pasted" and name == "masks":
         shape[2:] = [f"output_{HEIGHT}", f"output_{WIDTH}"]
     return tuple(shape)

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 # The name under which every format keeps the description.
@@ -69,7 +69,7 @@ class Description:
     max_size_test: int
     inputs: tuple[TensorInfo, ...]
     outputs: tuple[TensorInfo, ...]
-    config: str
+    config: str = field(repr=False)  # hundreds of lines
     dcn_d2_version: str
     format_version: int = FORMAT_VERSION
     resize_with: str = "PIL"

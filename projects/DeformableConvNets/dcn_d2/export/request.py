@@ -97,11 +97,19 @@ def _check_dtype(request: Request) -> None:
 
 
 def _check_numbers(request: Request) -> None:
+    if request.batch is not None and not isinstance(request.batch, int):
+        raise ValueError(f"batch is {request.batch!r}; it must be a whole number, and without it the batch is free")
+    if request.size is not None and not _is_size(request.size):
+        raise ValueError(f"size is {request.size!r}; it must be (height, width), two whole numbers, or None")
     if request.batch is not None and request.batch < 1:
         raise ValueError(f"batch is {request.batch}; it must be at least 1, and without it the batch is free")
     if request.size is not None and min(request.size) < SMALLEST_SIDE:
         height, width = request.size
         raise ValueError(f"size is {height} x {width}; height and width must be at least {SMALLEST_SIDE} pixels")
+
+
+def _is_size(size: Any) -> bool:
+    return isinstance(size, (tuple, list)) and len(size) == 2 and all(isinstance(side, int) for side in size)
 
 
 def _check_packages(format: str) -> None:
@@ -150,6 +158,11 @@ def check_config(cfg: CfgNode, request: Request) -> None:
     Raises:
         ValueError: the message names the key, and the way out.
     """
+    if not isinstance(cfg, CfgNode):
+        raise ValueError(
+            f"cfg is {cfg!r}; it must be a config: dcn_d2.engine.load_config(FILE), with MODEL.WEIGHTS set to the "
+            "trained weights"
+        )
     if request.part == "backbone":
         return
     model = cfg.MODEL

@@ -48,6 +48,8 @@ def demands(description: Description) -> Iterator[str]:
         yield f"all images lie at the top left of canvases of {height} x {width}, and image_sizes has their own size"
     if description.batch is None:
         yield "the batch is free"
+    elif description.batch == 1:
+        yield "one image at a time"
     else:
         yield f"the batch is always {description.batch}; fill it up with any image"
     yield (

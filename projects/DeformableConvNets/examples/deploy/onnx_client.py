@@ -37,7 +37,12 @@ class Detector:
     def __init__(self, path: str, threads: int = 0, providers: tuple[str, ...] = ("CPUExecutionProvider",)) -> None:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
-        self.session = onnxruntime.InferenceSession(path, options, providers=list(providers))
+        with open(path, "rb"):  # says plainly that there is no such file
+            pass
+        try:
+            self.session = onnxruntime.InferenceSession(path, options, providers=list(providers))
+        except Exception as error:  # ONNX Runtime's errors have no class of their own in common
+            raise ValueError(f"{path} cannot be opened by ONNX Runtime: {error}") from error
         about = self.session.get_modelmeta().custom_metadata_map
         if "dcn_d2" not in about:
             raise ValueError(f"{path} was not written by export.py of dcn_d2")
@@ -186,12 +191,15 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--picture", type=Path, help="where a picture with the detections goes")
     parser.add_argument("--threads", type=int, default=0, help="of ONNX Runtime; by default it decides")
     args = parser.parse_args(arguments)
-    detector = Detector(args.model, args.threads)
-    with Image.open(args.image) as image:
-        found = detector(image)
-        listed = records(found, detector.about["class_names"], args.confidence)
-        if args.picture:
-            draw(image, found, listed).save(args.picture)
+    try:
+        detector = Detector(args.model, args.threads)
+        with Image.open(args.image) as image:
+            found = detector(image)
+            listed = records(found, detector.about["class_names"], args.confidence)
+            if args.picture:
+                draw(image, found, listed).save(args.picture)
+    except (OSError, ValueError) as error:
+        sys.exit(f"onnx_client.py: {error}")
     json.dump(listed, sys.stdout)
     print()
 

@@ -8,9 +8,10 @@
 //   export LD_LIBRARY_PATH=$torch/lib
 //   ./client model.ts 640 480 image.bgr libpython3.11.so.1.0 dcn_d2/_C.abi3.so torchvision/_C_stable.so
 //
-// image.bgr holds the pixels, one byte for each channel, in the order of `channel_order` in the model's description.
-// The library of torchvision's wheel is linked to libtorch_python, so it needs libpython, in which nothing runs; a
-// build of torchvision without Python does not.
+// image.bgr holds the pixels, one byte for each channel, in the order of `channel_order` in the model's description. It
+// has been resized as `min_size_test` and `max_size_test` there say; boxes are in its pixels. A model whose masks are
+// pasted takes a third input, which is not given here. The library of torchvision's wheel is linked to libtorch_python,
+// so it needs libpython, in which nothing runs; a build of torchvision without Python does not.
 #include <dlfcn.h>
 #include <torch/script.h>
 

@@ -57,6 +57,7 @@ def test_the_command_says_what_it_wrote(folder: Path, tmp_path: Path, capsys: py
         "outputs:",
     ]
     assert "all images lie at the top left of canvases of 128 x 160, and image_sizes has their own size" in lines
+    assert "one image at a time" in lines
     assert lines[-1].startswith("compared with the model: ") and "detections matched" in lines[-1]
     assert formats.open_session(output).description.row == "lively"
 
@@ -172,6 +173,15 @@ def test_the_client_finds_what_the_predictor_finds(onnx_file: Path, folder: Path
         assert (mask != truth).sum() <= max(3, 0.1 * truth.sum())
     assert matched >= 0.9 * len(expected)
     assert Image.open(picture).size == (150, 100)
+
+
+def test_a_mistake_with_the_client_ended_in_a_traceback(tmp_path: Path) -> None:
+    (tmp_path / "a.xml").write_text("<net/>")
+    for model, message in (("missing.onnx", "No such file or directory: 'missing.onnx'"), ("a.xml", "a.xml cannot be")):
+        words = [sys.executable, str(CLIENT), model, "photo.jpg"]
+        done = subprocess.run(words, env=without_torch(tmp_path), cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 1 and len(done.stderr.splitlines()) == 1
+        assert done.stderr.startswith("onnx_client.py: ") and message in done.stderr
 
 
 def decode(mask: dict[str, Any]) -> np.ndarray:

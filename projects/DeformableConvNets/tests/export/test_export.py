@@ -87,6 +87,15 @@ def test_the_backbone_alone(lively: Lively, tmp_path: Path) -> None:
     assert exported.comparison is not None and 0 <= (exported.comparison.features or 0) < 1e-4
 
 
+def test_maps_of_a_stride_above_the_divisibility_are_rounded_up(lively: Lively, tmp_path: Path) -> None:
+    cfg, model = lively
+    exported = export(cfg, tmp_path / "a.ts", model=model, part="backbone")
+    *_, p5, p6 = exported.description.outputs
+    assert p5.shape[2:] == ("height/32", "width/32") and p6.shape[2:] == ("ceil(height/64)", "ceil(width/64)")
+    inputs = {"images": np.zeros((1, 3, 96, 160), np.float32), "image_sizes": np.array([[96, 160]])}
+    assert open_session(exported.path).run(inputs)["p6"].shape[2:] == (2, 3)
+
+
 def test_pasted_masks_in_fixed_batches(lively: Lively, tmp_path: Path) -> None:
     cfg, model = lively
     exported = export(cfg, tmp_path / "a.ts", model=model, masks="pasted", batch=2)
@@ -258,6 +267,9 @@ def test_an_old_onnxruntime_was_refused_only_after_the_export(tmp_path: Path, mo
         ("a.xml", {"dtype": "bfloat16"}, "with openvino it may be float32, float16: OpenVINO keeps"),
         ("a.ts", {"batch": 0}, "batch is 0; it must be at least 1"),
         ("a.ts", {"size": (16, 640)}, "size is 16 x 640; height and width must be at least 32 pixels"),
+        ("a.ts", {"batch": "2"}, "batch is '2'; it must be a whole number"),
+        ("a.ts", {"size": 256}, r"size is 256; it must be \(height, width\)"),
+        ("a.ts", {"size": ("256", "256")}, r"size is \('256', '256'\); it must be \(height, width\)"),
         ("a.ts", {"aot": True}, "the format torchscript has no option 'aot'; it has freeze"),
         ("missing/a.ts", {}, "the folder .*missing for a.ts does not exist"),
         ("folder.ts", {}, "folder.ts is a folder"),
@@ -276,6 +288,11 @@ def test_what_cannot_work_is_refused_before_anything_is_built(
     (tmp_path / "folder.ts").mkdir()
     with pytest.raises((ValueError, OSError), match=message):
         export(lively[0], tmp_path / path, **arguments)
+
+
+def test_the_name_of_a_config_file_is_no_config(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"cfg is 'config.yaml'; it must be a config: dcn_d2.engine.load_config"):
+        export("config.yaml", tmp_path / "a.ts")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

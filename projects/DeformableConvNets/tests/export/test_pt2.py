@@ -12,11 +12,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch._inductor
+from detectron2.modeling import build_model
 
-from dcn_d2.export import pt2
+from dcn_d2.export import export, pt2
 from dcn_d2.export.formats import open_session
 from dcn_d2.export.pt2 import Session
 
+from ..slim import slim_config
 from .models import images
 from .running import assert_same, exported, inputs_of
 
@@ -27,7 +29,8 @@ TWO, ONE = [(100, 150), (128, 131)], [(70, 200)]
 @pytest.mark.parametrize("row", ["faster_rcnn_R_50_FPN_1x_mdpool", "cascade_rcnn_R_50_FPN_1x_dconv_c3-c5"])
 def test_rows_run_at_free_sizes_and_batches(row: str, tmp_path: Path) -> None:
     module = exported(row, tmp_path / "model.pt2")
-    assert_same(tmp_path / "model.pt2", module, inputs_of(TWO), inputs_of(ONE))
+    # The last one is narrow: its canvas is as high as the divisibility.
+    assert_same(tmp_path / "model.pt2", module, inputs_of(TWO), inputs_of(ONE), inputs_of([(20, 100)]))
 
 
 def test_long_images_need_no_more_than_one_unit_of_height(tmp_path: Path) -> None:
@@ -49,6 +52,19 @@ def test_a_backbone_that_does_not_pad_images_has_free_sizes(tmp_path: Path) -> N
 def test_pasted_masks_have_the_size_that_is_asked_for(tmp_path: Path) -> None:
     module = exported("mask_rcnn_R_50_FPN_1x_mdconv_c3-c5", tmp_path / "model.pt2", masks="pasted")
     assert_same(tmp_path / "model.pt2", module, inputs_of(TWO, pasted=True), inputs_of(ONE, pasted=True))
+
+
+def test_a_backbone_without_fpn_takes_any_size_from_33_on(tmp_path: Path) -> None:
+    cfg = slim_config()
+    cfg.MODEL.BACKBONE.NAME, cfg.MODEL.RESNETS.OUT_FEATURES = "build_dcn_resnet_backbone", ["res4"]
+    cfg.MODEL.RPN.IN_FEATURES = cfg.MODEL.ROI_HEADS.IN_FEATURES = ["res4"]
+    cfg.MODEL.ANCHOR_GENERATOR.SIZES = [[32, 64]]
+    exported_file = export(cfg, tmp_path / "model.pt2", model=build_model(cfg), part="backbone", check=False)
+    assert exported_file.description.size_divisibility == 1
+    for height, width in ((64, 65), (131, 1100)):
+        given = {"images": np.ones((1, 3, height, width), np.float32), "image_sizes": np.array([[height, width]])}
+        shape = open_session(exported_file.path).run(given)["res4"].shape
+        assert shape[2:] == (-(-height // 16), -(-width // 16))
 
 
 def test_a_backbone_of_fixed_size_and_batch_refuses_others_and_holds_no_pickle(tmp_path: Path) -> None:
