@@ -35,7 +35,10 @@ def export_from_command_line(args: argparse.Namespace) -> Exported:
 
     cfg = read_config(args)
     check_weights(args, cfg, "export.py")
-    options: dict[str, Any] = {"compile": True} if args.aot else {}
+    options: dict[str, Any] = {}
+    if args.aot:
+        print("compiling takes some minutes", flush=True)
+        options["compile"] = True
     try:
         return export(
             cfg,

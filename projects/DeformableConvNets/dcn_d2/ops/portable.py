@@ -20,8 +20,8 @@ def portable_operators() -> Iterator[None]:
     """Within it, the operators of dcn_d2 call operators that ONNX, TensorRT and OpenVINO know.
 
     A model that is traced or exported within it does not need dcn_d2 where it runs. Deformable convolution becomes
-    `torchvision::deform_conv2d`. The RoI poolings become gathers and sums of PyTorch. Values are the same up to
-    rounding, but PyTorch computes them more slowly. `torch.onnx.export` switches it on by itself.
+    `torchvision::deform_conv2d`. The RoI poolings become `torchvision::roi_align` and arithmetic. Values are the same
+    up to rounding, but PyTorch computes them more slowly. `torch.onnx.export` switches it on by itself.
 
     It needs torchvision, holds for the thread that enters it, and is about new recordings: a model that has been
     scripted by `torch.jit.script` keeps the operators of dcn_d2.

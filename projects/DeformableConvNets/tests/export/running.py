@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from dcn_d2.export.build import export
 from dcn_d2.export.check import instances_of
-from dcn_d2.export.compare import Comparison, Tolerance
+from dcn_d2.export.compare import TOLERANCES, Comparison, Tolerance
 from dcn_d2.export.detector import ExportableBackbone, ExportableDetector
 from dcn_d2.export.formats import open_session
 
@@ -22,9 +22,7 @@ from .models import images, lively_model
 Inputs = dict[str, np.ndarray]
 Run = Callable[[Inputs], Mapping[str, np.ndarray]]
 OUTPUT_SIZE = (77, 101)
-# Lively models make rounding larger, by about a hundred: their maps in float32 differ by 1e-4 from those in float64. So
-# some scores differ by more than a trained model's would, and rarely one of two overlapping boxes replaces the other.
-ROUNDING = Tolerance(box=5e-2, score=1e-3, mask=5e-3, unmatched=0.05, feature=1e-3)
+ROUNDING = TOLERANCES["float32"]
 
 
 def inputs_of(sizes: Sequence[tuple[int, int]], pasted: bool = False, seed: int = 3) -> Inputs:
