@@ -78,9 +78,11 @@ def openvino_runtime(
 ) -> Callable[[], object] | None:
     """A call of OpenVINO's DeformableConvolution on its CPU plugin, or None where it is not installed."""
     try:
-        import openvino
+        from dcn_d2.export.openvino.package import get_core, import_openvino
+
+        openvino = import_openvino()
         from openvino import opset8
-    except ModuleNotFoundError:
+    except ImportError:
         return None
     feeds = [t for t in (x, offset, weight, mask) if t is not None]
     inputs = [opset8.parameter(list(t.shape), np.float32) for t in feeds]
@@ -101,6 +103,6 @@ def openvino_runtime(
         "ENABLE_CPU_PINNING": False,  # no other contestant's threads are bound to cores
         "INFERENCE_PRECISION_HINT": "f32",  # it takes bfloat16 by itself where the processor has it
     }
-    compiled = openvino.Core().compile_model(openvino.Model([node], inputs), "CPU", options)
+    compiled = get_core().compile_model(openvino.Model([node], inputs), "CPU", options)
     request, arrays = compiled.create_infer_request(), [t.numpy() for t in feeds]
     return lambda: [request.infer(arrays, share_inputs=True, share_outputs=True)[0]]

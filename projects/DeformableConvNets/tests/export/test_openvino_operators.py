@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from dcn_d2.export.openvino.operators import extensions
-from dcn_d2.export.openvino.package import import_openvino, without_telemetry
+from dcn_d2.export.openvino.package import get_core, import_openvino, without_telemetry
 from dcn_d2.ops import batched_nms, deform_conv2d
 from dcn_d2.ops.portable import portable_operators
 
@@ -58,7 +58,7 @@ def run(function: Any, *inputs: Tensor, free: bool = True) -> Tensor:
         if free and inputs[0].dim() == 3:
             shapes[0][2] = ov.Dimension(4)
         model = ov.convert_model(traced, input=shapes, extension=extensions())
-    compiled = ov.Core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    compiled = get_core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     return torch.as_tensor(compiled([each.numpy() for each in inputs])[0])
 
 

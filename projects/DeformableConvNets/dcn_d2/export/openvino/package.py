@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -41,3 +42,18 @@ def import_openvino() -> Any:
             f"exported models in OpenVINO's format need openvino ({error}): pip install openvino"
         ) from error
     return openvino
+
+
+@functools.cache
+def get_core() -> Any:
+    """Gives the one `openvino.Core` of this process, which lives as long as the process.
+
+    Its CPU plugin replaces the stack on which the main thread handles signals, if there is one, as with Python's
+    faulthandler, and puts the older one back at its end. Two cores that end in the order in which they began would put
+    back a stack that is freed, and the next signal with a handler, such as that of a child's end, would crash the
+    process.
+
+    Raises:
+        ImportError: OpenVINO is not installed.
+    """
+    return import_openvino().Core()

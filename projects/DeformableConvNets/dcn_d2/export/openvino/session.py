@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from ..description import KEY, Description
-from .package import import_openvino
+from .package import get_core
 from .weights import KEY_OF_WEIGHTS, digest_of, weights_of
 
 
@@ -31,8 +31,7 @@ class Session:
 
     def __init__(self, path: str | os.PathLike[str], threads: int = 0, device: str = "CPU") -> None:
         self.path = Path(path)
-        ov = import_openvino()
-        core = ov.Core()
+        core = get_core()
         model = _read(core, self.path)
         self.description = Description.from_json(model.get_rt_info([KEY]).astype(str), str(self.path))
         settings: dict[str, Any] = {"INFERENCE_PRECISION_HINT": "f32"}
