@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -70,13 +71,7 @@ def deform_conv2d(
     Raises:
         ImportError: torchvision, which has the operator, is missing.
     """
-    try:
-        import torchvision.ops  # noqa: F401  # loads the operator
-    except ImportError as error:
-        raise ImportError(
-            f"within portable_operators() and torch.onnx.export, deform_conv2d is torchvision's operator, but "
-            f"torchvision cannot be imported: {error}. Install it: pip install torchvision"
-        ) from error
+    load_torchvision()
     if torch.jit.is_tracing() and torch.onnx.is_in_onnx_export():
         _teach_tracing_exporter()
     groups = input.shape[1] // weight.shape[1]
@@ -97,6 +92,27 @@ def deform_conv2d(
         int(deform_groups),
         use_mask,
     )
+
+
+def load_torchvision() -> None:
+    """Imports torchvision, which has the operators, outside of any recording: it calls one of them when imported.
+
+    Raises:
+        ImportError: it cannot be imported.
+    """
+    if sys.modules.get("torchvision") is not None:
+        return
+    state = torch._C._get_tracing_state()
+    torch._C._set_tracing_state(None)  # type: ignore[attr-defined]
+    try:
+        import torchvision  # noqa: F401
+    except ImportError as error:
+        raise ImportError(
+            "within portable_operators() and torch.onnx.export, the operators of dcn_d2 are torchvision's, but "
+            f"torchvision cannot be imported: {error}. Install it: pip install torchvision"
+        ) from error
+    finally:
+        torch._C._set_tracing_state(state)  # type: ignore[attr-defined]
 
 
 @functools.cache

@@ -11,7 +11,6 @@ Runtime read memory that is not theirs.
 
 from __future__ import annotations
 
-import sys
 import warnings
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -19,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .portable import load_torchvision
 from .reference import _float_of_half
 
 # Where a box outside the map begins; it is one pixel long. RoIAlign reads nothing more than a pixel outside the map.
@@ -245,22 +245,6 @@ def _roi_align(
     input: Tensor, boxes: Tensor, output_size: Sequence[int], spatial_scale: float, sampling_ratio: int
 ) -> Tensor:
     """Runs `torchvision::roi_align`, aligned. The operators need torch only, but other runtimes know this name."""
-    if "torchvision" not in sys.modules:
-        _import_torchvision()
+    load_torchvision()
     out_h, out_w = output_size
     return torch.ops.torchvision.roi_align(input, boxes, spatial_scale, out_h, out_w, sampling_ratio, True)
-
-
-def _import_torchvision() -> None:
-    """Imports torchvision outside of any recording: it calls an operator of its own, which would be recorded."""
-    state = torch._C._get_tracing_state()
-    torch._C._set_tracing_state(None)  # type: ignore[attr-defined]
-    try:
-        import torchvision  # noqa: F401
-    except ImportError as error:
-        raise ImportError(
-            "the RoI poolings of dcn_d2 are recorded for other runtimes as operators of torchvision, which is not "
-            "installed: pip install torchvision"
-        ) from error
-    finally:
-        torch._C._set_tracing_state(state)  # type: ignore[attr-defined]

@@ -170,3 +170,18 @@ with portable_operators():
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert "Install it: pip install torchvision" in done.stderr
+
+
+def test_the_first_import_of_torchvision_broke_a_trace() -> None:
+    """When it is imported it calls an operator, which the trace would have recorded."""
+    code = """
+import sys, torch
+from dcn_d2.layers import DeformConvPack
+from dcn_d2.ops import portable_operators
+assert "torchvision" not in sys.modules
+with portable_operators():
+    traced = torch.jit.trace(DeformConvPack(4, 8, 3), (torch.rand(1, 4, 5, 6),))
+print([node.kind() for node in traced.inlined_graph.nodes() if node.kind().startswith("torchvision::")])
+"""
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True)
+    assert done.stdout == "['torchvision::deform_conv2d']\n", done.stderr
