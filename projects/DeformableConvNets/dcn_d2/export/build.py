@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import copy
-import math
 import os
 import tempfile
 from collections.abc import Sequence
@@ -28,7 +27,7 @@ from .detector import ExportableBackbone, ExportableDetector
 from .formats import format_module
 from .request import Request, check_config, check_free, check_request
 from .samples import open_image
-from .shapes import BATCH, HEIGHT, WIDTH, example_inputs, input_tensors
+from .shapes import BATCH, HEIGHT, WIDTH, example_inputs, input_tensors, round_up
 from .supported import check_model
 
 
@@ -147,7 +146,7 @@ def _fit_size(request: Request, model: Any) -> tuple[Request, list[str]]:
     unit = max(model.backbone.size_divisibility, 1)
     if request.size is None:
         return request, []
-    height, width = (math.ceil(side / unit) * unit for side in request.size)
+    height, width = (round_up(side, unit) for side in request.size)
     if (height, width) == tuple(request.size):
         return request, []
     asked = " x ".join(map(str, request.size))

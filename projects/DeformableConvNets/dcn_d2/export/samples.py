@@ -15,6 +15,7 @@ from ..data.images import pixels_of
 from ..data.nuclei import SCALE, SOURCE_DIR, SPLITS
 from ..data.transforms import build_augmentation
 from .description import Description
+from .shapes import round_up
 
 # What canvases hold beside their images; it must not matter.
 FILLED_WITH = 200.0
@@ -94,8 +95,8 @@ def _canvases(images: list[np.ndarray], description: Description) -> np.ndarray:
     """Puts images (h, w, c) at the top left of canvases (N, C, H, W)."""
     unit = description.size_divisibility
     height, width = description.size or (
-        -(-max(image.shape[0] for image in images) // unit) * unit,
-        -(-max(image.shape[1] for image in images) // unit) * unit,
+        round_up(max(image.shape[0] for image in images), unit),
+        round_up(max(image.shape[1] for image in images), unit),
     )
     canvases = np.full((len(images), images[0].shape[2], height, width), FILLED_WITH, dtype=np.float32)
     for canvas, image in zip(canvases, images):

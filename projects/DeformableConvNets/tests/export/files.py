@@ -17,12 +17,12 @@ from PIL import Image
 
 from dcn_d2.engine import DCNPredictor, load_config
 from dcn_d2.export import export
+from dcn_d2.export.formats import SUFFIXES
 from dcn_d2.export.request import PACKAGES
 
 from ..engine.tiny import tiny_config
 from .models import build_lively
 
-SUFFIXES = {"torchscript": ".ts", "pt2": ".pt2", "onnx": ".onnx", "openvino": ".xml"}
 SIZES = [(96, 128), (128, 96), (80, 80)]  # (height, width): landscape, portrait, square
 
 
@@ -118,7 +118,7 @@ class Detector:
                 path,
                 model=self.predictor.model,
                 class_names=names,
-                check=False,  # test_build.py tests it
+                check=False,  # test_export.py tests it
                 **options,
             )
         return path

@@ -16,6 +16,7 @@ from dcn_d2.export.check import instances_of
 from dcn_d2.export.compare import TOLERANCES, Comparison, Tolerance
 from dcn_d2.export.detector import ExportableBackbone, ExportableDetector
 from dcn_d2.export.formats import open_session
+from dcn_d2.export.shapes import round_up
 
 from .models import images, lively_model
 
@@ -27,7 +28,7 @@ ROUNDING = TOLERANCES["float32"]
 
 def inputs_of(sizes: Sequence[tuple[int, int]], pasted: bool = False, seed: int = 3) -> Inputs:
     """Images of noise, of different heights and widths, on canvases that fit the largest."""
-    height, width = (-(-max(sides) // 32) * 32 for sides in zip(*sizes))
+    height, width = (round_up(max(sides), 32) for sides in zip(*sizes))
     inputs = {
         "images": images(len(sizes), height, width, seed).numpy(),
         "image_sizes": np.array(sizes, dtype=np.int64),
